@@ -1,0 +1,634 @@
+"""Tiny ImageNet as it is published: find it, download it, check it, and list its labelled files in one order.
+
+The archive (248 MB, Stanford's CS231n course) holds
+
+    tiny-imagenet-200/wnids.txt                              the 200 classes, one WordNet id per line, unsorted
+    tiny-imagenet-200/words.txt                              wnid <tab> names, for all of WordNet
+    tiny-imagenet-200/train/<wnid>/<wnid>_boxes.txt          file <tab> x0 <tab> y0 <tab> x1 <tab> y1
+    tiny-imagenet-200/train/<wnid>/images/<wnid>_<n>.JPEG    500 per class, 64 x 64
+    tiny-imagenet-200/val/val_annotations.txt                file <tab> wnid <tab> x0 <tab> y0 <tab> x1 <tab> y1
+    tiny-imagenet-200/val/images/val_<n>.JPEG                50 per class
+    tiny-imagenet-200/test/                                  10,000 images without labels: never read, may be missing
+
+Nothing is ever extracted: files are read one by one, from the zip or from a folder in which somebody extracted it.
+"""
+
+import hashlib
+import os
+import re
+import shutil
+import stat
+import struct
+import time
+import unicodedata
+import urllib.error
+import urllib.parse
+import urllib.request
+import zipfile
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from http.client import HTTPException, HTTPResponse
+from pathlib import Path
+from typing import Self
+
+from filelock import FileLock
+from tqdm import tqdm
+
+from tinylab.recipe import UserError
+
+URLS = (
+    "https://cs231n.stanford.edu/tiny-imagenet-200.zip",
+    "http://cs231n.stanford.edu/tiny-imagenet-200.zip",
+    # Two unmodified copies that others have checked against the same md5. A mirror need not be trusted: the bytes are checked.
+    "https://zenodo.org/records/10720917/files/tiny-imagenet-200.zip?download=1",
+    "https://huggingface.co/datasets/cnak47/cv-datasets/resolve/main/tiny-imagenet-200.zip",
+)
+"""Where the archive is downloaded from, in this order."""
+
+ZIP_BYTES = 248_100_043
+ZIP_MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
+ZIP_SHA256 = "6198c8ae015e2b3e007c7841da39ec069199b9aa3bfa943a462022fe5e43c821"
+CONTENT_SHA256 = "64bbbec8d50fdc7e7606fa6d82e82a07b000c2b97e23d9d6121434e711dc6b8f"
+"""`content_sha256` of the published archive: the same for the zip, a folder, or a zip packed anew."""
+WNIDS_SHA256 = "342d6acf18911d62da4c981221f833718a3ef8299e55512239e09c64e49a344c"
+"""sha256 of the 200 sorted wnids, each followed by a newline."""
+
+NAME = "tiny-imagenet-200"
+IMAGE_SIDE = 64
+"""Pixels per side of every image; boxes lie in 0..63, corners included."""
+
+# What an honest archive stays far below (its largest image has 3,195 bytes, its largest text 2.6 MB).
+_IMAGE_LIMIT = 64 * 1024
+_TEXT_LIMIT = 8 * 1024 * 1024
+_TOTAL_LIMIT = 400_000_000
+_RATIO_LIMIT = 100
+_MEMBER_LIMIT = 250_000
+_DOWNLOAD_LIMIT = 1_000_000_000
+_MARGIN_BYTES = 16 * 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class LabelledFile:
+    """One image: its path in the archive, its label and the box of its object."""
+
+    path: str
+    """`train/<wnid>/images/<file>` or `val/images/<file>`."""
+    label: int
+    """Index into the sorted wnids."""
+    box: tuple[int, int, int, int]
+    """x0, y0, x1, y1 in pixels, 0..63, corners included. A few hundred have no area; they stay as published."""
+
+
+def content_sha256(files: Iterable[LabelledFile], wnids: Sequence[str], digests: Iterable[str]) -> str:
+    """The identity of a data set, whatever it is packed in.
+
+    sha256, as hexadecimal text, over one line `<path> <wnid> <sha256 of the file>` per labelled file in canonical order;
+    `digests` are the files' sha256 as hexadecimal text, in the same order.
+    """
+    total = hashlib.sha256()
+    for file, digest in zip(files, digests, strict=True):
+        total.update(f"{file.path} {wnids[file.label]} {digest}\n".encode())
+    return total.hexdigest()
+
+
+def has_published_classes(wnids: Sequence[str]) -> bool:
+    """Whether these sorted wnids are Tiny ImageNet's 200 classes."""
+    return hashlib.sha256("".join(f"{wnid}\n" for wnid in wnids).encode()).hexdigest() == WNIDS_SHA256
+
+
+# --- Reading: a zip and a folder offer the same three methods ---------------------------------------------------------
+
+
+class ZipMembers:
+    """The files of a zip, by their names below the archive's root folder."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            self._zip = zipfile.ZipFile(path)
+        except OSError as error:
+            raise UserError(f"cannot read {path}: {error.strerror}") from error
+        except (zipfile.BadZipFile, NotImplementedError, ValueError, EOFError, struct.error) as error:
+            raise _refusal(path, "it is not a zip file, or it is cut short") from error
+        members = {info.filename: info for info in self._zip.infolist() if not info.is_dir()}
+        root = "" if "wnids.txt" in members else f"{NAME}/"
+        self._infos = {name.removeprefix(root): info for name, info in members.items() if name.startswith(root)}
+
+    def names(self) -> list[str]:
+        """Names of all files. Raises `UserError` when any member of the zip looks like an attack."""
+        _check_members(self.path, self._zip.infolist())
+        needed = [info for name, info in self._infos.items() if _is_needed(name)]
+        for info in needed:
+            _check_needed(self.path, info)
+        if sum(info.file_size for info in needed) > _TOTAL_LIMIT:
+            raise _refusal(self.path, f"its files would take more than {_TOTAL_LIMIT:,} bytes")
+        return list(self._infos)
+
+    def read(self, name: str, limit: int = _IMAGE_LIMIT) -> bytes:
+        """Content of one file, checked against the zip's CRC-32. Raises `UserError` naming the file when damaged."""
+        info = self._infos[name]
+        try:
+            if info.file_size > limit:
+                raise _refusal(self.path, f"{_shown(name)} has more than {limit:,} bytes")
+            with self._zip.open(info) as member:
+                # With a size, zipfile stops unpacking there: a member that lies about its size cannot fill the memory.
+                content = member.read(info.file_size)
+        except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, struct.error) as error:
+            raise _refusal(self.path, f"{_shown(name)} is damaged ({_shown(str(error))})") from error
+        except OSError as error:
+            raise UserError(f"cannot read {_shown(name)} in {self.path}: {error.strerror}") from error
+        if len(content) != info.file_size:
+            raise _refusal(self.path, f"{_shown(name)} is shorter than it should be")
+        return content
+
+    def close(self) -> None:
+        self._zip.close()
+
+
+class FolderMembers:
+    """The files of an extracted archive, by their names below its root folder."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._root = path if (path / "wnids.txt").exists() else path / NAME
+
+    def names(self) -> list[str]:
+        """Names of all files of `train/`, `val/` and the root. Raises `UserError` when a link leaves the folder."""
+        try:
+            return list(self._walk("", os.path.realpath(self._root), depth=4)) if self._root.is_dir() else []
+        except OSError as error:
+            raise UserError(f"cannot read {error.filename or self.path}: {error.strerror}") from error
+
+    def _walk(self, below: str, root: str, depth: int) -> Iterator[str]:
+        # The layout is four levels deep; stopping there also ends loops of links.
+        with os.scandir(self._root / below) as entries:
+            for entry in entries:
+                name = f"{below}{entry.name}"
+                if entry.is_dir():
+                    if depth > 1 and (below or name in ("train", "val")):
+                        self._check_link(entry, root)
+                        yield from self._walk(f"{name}/", root, depth - 1)
+                elif entry.is_file():
+                    self._check_link(entry, root)
+                    yield name
+
+    def _check_link(self, entry: os.DirEntry, root: str) -> None:
+        if entry.is_symlink() and not Path(os.path.realpath(entry.path)).is_relative_to(root):
+            raise _refusal(self.path, f"{_shown(entry.path)} is a link that leaves the folder")
+
+    def read(self, name: str, limit: int = _IMAGE_LIMIT) -> bytes:
+        """Content of one file. Raises `UserError` naming the file when it cannot be read or is far too large."""
+        try:
+            with open(self._root / name, "rb") as file:
+                content = file.read(limit + 1)
+        except OSError as error:
+            raise UserError(f"cannot read {_shown(name)} in {self.path}: {error.strerror}") from error
+        if len(content) > limit:
+            raise _refusal(self.path, f"{_shown(name)} has more than {limit:,} bytes")
+        return content
+
+    def close(self) -> None:
+        """Nothing stays open between two reads."""
+
+
+def open_members(path: Path) -> ZipMembers | FolderMembers:
+    """The files of a zip or a folder, without looking at the layout: what a worker process needs for reading."""
+    return FolderMembers(path) if path.is_dir() else ZipMembers(path)
+
+
+def _check_members(path: Path, infos: Sequence[zipfile.ZipInfo]) -> None:
+    """No member may be dangerous to those who do extract the archive, or be read differently by another program."""
+    if len(infos) > _MEMBER_LIMIT:
+        raise _refusal(path, f"it has {len(infos):,} members, more than {_MEMBER_LIMIT:,}")
+    seen = set()
+    for info in infos:
+        name = info.orig_filename  # as it stands in the zip; zipfile cuts `filename` at a NUL
+        if name.startswith("/") or "\\" in name or "\0" in name or name[1:2] == ":" or ".." in name.split("/"):
+            raise _refusal(path, f"the member {_shown(name)} has an unsafe path")
+        if name.casefold() in seen:
+            raise _refusal(path, f"the member {_shown(name)} is there twice")
+        seen.add(name.casefold())
+        # Zips packed outside Unix leave the file type at 0.
+        if stat.S_IFMT(info.external_attr >> 16) not in (0, stat.S_IFDIR if info.is_dir() else stat.S_IFREG):
+            raise _refusal(path, f"the member {_shown(name)} is not a regular file")
+
+
+def _check_needed(path: Path, info: zipfile.ZipInfo) -> None:
+    limit = _TEXT_LIMIT if info.filename.endswith(".txt") else _IMAGE_LIMIT
+    if info.flag_bits & 1:
+        raise _refusal(path, f"{_shown(info.filename)} is encrypted")
+    if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise _refusal(path, f"{_shown(info.filename)} is packed with an unusual method")
+    if info.file_size > limit:
+        raise _refusal(path, f"{_shown(info.filename)} has more than {limit:,} bytes")
+    # Packing never lengthens a file by more than a few bytes.
+    if info.file_size > _RATIO_LIMIT * info.compress_size or info.compress_size > info.file_size + 1024:
+        raise _refusal(path, f"{_shown(info.filename)} states sizes that cannot be true")
+
+
+def _is_needed(name: str) -> bool:
+    """Whether the file is one of those that are read: of an unknown layout, only the names are looked at."""
+    parts = name.split("/")
+    if len(parts) == 1:
+        return name in ("wnids.txt", "words.txt")
+    if parts[0] == "train":
+        return (len(parts) == 3 and parts[2] == f"{parts[1]}_boxes.txt") or (
+            len(parts) == 4 and parts[2] == "images" and _is_image(parts[3])
+        )
+    return name == "val/val_annotations.txt" or (name.startswith("val/images/") and len(parts) == 3 and _is_image(name))
+
+
+def _is_image(name: str) -> bool:
+    # Files such as `._x.JPEG` and `Thumbs.db` are what desktops leave behind in folders.
+    base = name.rpartition("/")[2]
+    return base.casefold().endswith((".jpeg", ".jpg")) and not base.startswith(".")
+
+
+def _refusal(path: Path, problem: str) -> UserError:
+    return UserError(f"{path}: {problem}; use an unmodified copy of {NAME}.zip")
+
+
+def _shown(text: str) -> str:
+    """A name from an archive as it may be printed: one line, no control characters, not endless."""
+    return (text if text.isprintable() else ascii(text))[:120]
+
+
+# --- The layout ------------------------------------------------------------------------------------------------------
+
+
+class Archive:
+    """The labelled files of Tiny ImageNet, or of anything packed like it. Made by `open_archive`; a context manager.
+
+    Attributes:
+        path: the zip or folder.
+        wnids: the classes, sorted; a label is an index into it.
+        names: each class's first name in words.txt, or its wnid where that is silent.
+        files: all labelled files in canonical order: training by sorted wnid, then sorted file name; then validation in
+            the order of val_annotations.txt.
+        train_count: how many of `files` are training images.
+    """
+
+    def __init__(self, members: ZipMembers | FolderMembers):
+        self.path = members.path
+        self._members = members
+        present = set(members.names())
+        self.wnids = self._read_wnids(present)
+        self.names = self._read_names(present)
+        train = self._train_files(present)
+        self.files = (*train, *self._validation_files(present))
+        self.train_count = len(train)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._members.close()
+
+    def read(self, file: LabelledFile) -> bytes:
+        """The JPEG file's bytes. Raises `UserError` naming the file when it is damaged."""
+        return self._members.read(file.path)
+
+    def _lines(self, name: str, present: set[str]) -> list[str]:
+        if name not in present:
+            raise _refusal(self.path, f"{name} is missing")
+        try:
+            text = self._members.read(name, _TEXT_LIMIT).decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise _refusal(self.path, f"{name} is not UTF-8 text") from error
+        return [line for line in text.replace("\r\n", "\n").split("\n") if line]
+
+    def _read_wnids(self, present: set[str]) -> tuple[str, ...]:
+        if "wnids.txt" not in present:
+            raise UserError(f"{self.path} is not Tiny ImageNet: it has no wnids.txt; use a copy of {NAME}.zip")
+        wnids = self._lines("wnids.txt", present)
+        if not wnids:
+            raise _refusal(self.path, "wnids.txt names no class")
+        wnid, count = Counter(wnids).most_common(1)[0]
+        if count > 1:
+            raise _refusal(self.path, f"wnids.txt names {_shown(wnid)} more than once")
+        folders = {parts[1] for name in present if (parts := name.split("/"))[0] == "train" and len(parts) > 2}
+        for wnid in sorted(set(wnids) - folders):
+            raise _refusal(self.path, f"the class {_shown(wnid)} of wnids.txt has no folder in train/")
+        for folder in sorted(folders - set(wnids)):
+            raise _refusal(self.path, f"train/ has the class {_shown(folder)}, which wnids.txt does not name")
+        return tuple(sorted(wnids))
+
+    def _read_names(self, present: set[str]) -> tuple[str, ...]:
+        names = dict.fromkeys(self.wnids, "")
+        for line in self._lines("words.txt", present) if "words.txt" in present else ():
+            wnid, _, synonyms = line.partition("\t")
+            if wnid in names:
+                names[wnid] = _printable(synonyms.partition(",")[0])
+        return tuple(name or _printable(wnid) for wnid, name in names.items())
+
+    def _train_files(self, present: set[str]) -> list[LabelledFile]:
+        images: dict[str, list[str]] = {wnid: [] for wnid in self.wnids}
+        for name in present:
+            parts = name.split("/")
+            if parts[0] == "train" and len(parts) == 4 and _is_needed(name):
+                images[parts[1]].append(parts[3])
+        self._check_equal_counts("train/", {wnid: len(files) for wnid, files in images.items()})
+        return [
+            LabelledFile(f"train/{wnid}/images/{file}", label, box)
+            for label, wnid in enumerate(self.wnids)
+            for file, box in self._boxes_of_class(wnid, sorted(images[wnid]), present)
+        ]
+
+    def _boxes_of_class(
+        self, wnid: str, files: list[str], present: set[str]
+    ) -> Iterator[tuple[str, tuple[int, int, int, int]]]:
+        where = f"train/{wnid}/{wnid}_boxes.txt"
+        boxes = {}
+        for line in self._lines(where, present):
+            file, *numbers = line.split("\t")
+            boxes[file] = self._box(numbers, where, line)
+        for file in sorted(boxes.keys() - set(files)):
+            raise _refusal(self.path, f"{_shown(where)} has a box for {_shown(file)}, which is missing")
+        for file in files:
+            if file not in boxes:
+                raise _refusal(self.path, f"{_shown(where)} has no box for {_shown(file)}")
+            yield file, boxes[file]
+
+    def _validation_files(self, present: set[str]) -> list[LabelledFile]:
+        where = "val/val_annotations.txt"
+        labels = {wnid: label for label, wnid in enumerate(self.wnids)}
+        files: dict[str, LabelledFile] = {}
+        for line in self._lines(where, present):
+            name, wnid, *numbers = (*line.split("\t"), "")[:7] if "\t" in line else (line, "")
+            numbers = [number for number in numbers if number]
+            path = f"val/images/{name}"
+            if wnid not in labels:
+                raise _refusal(self.path, f"{where} gives {_shown(name)} the unknown class {_shown(wnid)!r}")
+            if path not in present or not _is_needed(path):
+                raise _refusal(self.path, f"{where} lists {_shown(name)}, which is not in val/images/")
+            if path in files:
+                raise _refusal(self.path, f"{where} lists {_shown(name)} more than once")
+            files[path] = LabelledFile(path, labels[wnid], self._box(numbers, where, line))
+        for path in sorted(present - files.keys()):
+            if path.startswith("val/images/") and _is_needed(path):
+                raise _refusal(self.path, f"{_shown(path)} is not listed in {where}")
+        counts = Counter(file.label for file in files.values())
+        self._check_equal_counts("val/", {wnid: counts[label] for wnid, label in labels.items()})
+        return list(files.values())
+
+    def _check_equal_counts(self, where: str, counts: dict[str, int]) -> None:
+        usual = Counter(counts.values()).most_common(1)[0][0]
+        for wnid, count in counts.items():
+            if count == 0 or count != usual:
+                raise _refusal(self.path, f"{where} has {count} images of {_shown(wnid)}, of other classes {usual}")
+
+    def _box(self, numbers: Sequence[str], where: str, line: str) -> tuple[int, int, int, int]:
+        try:
+            x0, y0, x1, y1 = map(int, numbers)
+        except ValueError as error:
+            raise _refusal(self.path, f"{_shown(where)} has a line without a box: {_shown(line)!r}") from error
+        if min(x0, y0, x1, y1) < 0 or max(x0, y0, x1, y1) >= IMAGE_SIDE:
+            raise _refusal(self.path, f"{_shown(where)} has a box outside the image: {_shown(line)!r}")
+        return x0, y0, x1, y1
+
+
+def open_archive(path: Path) -> Archive:
+    """The labelled files of the zip or folder at `path`, with or without the root folder `tiny-imagenet-200/`.
+
+    About two seconds for the real archive. Raises `UserError`, naming the culprit, when the zip is broken or dangerous to
+    extract, when it is not Tiny ImageNet's layout, or when its lists and its files disagree.
+    """
+    members = open_members(Path(path))
+    try:
+        return Archive(members)
+    except BaseException:
+        members.close()
+        raise
+
+
+def _printable(name: str) -> str:
+    """Without control, format and surrogate characters, which would break terminals, tables and file formats."""
+    return "".join(c for c in name if not unicodedata.category(c).startswith("C")).strip()
+
+
+# --- Finding ----------------------------------------------------------------------------------------------------------
+
+
+def find(source: str | Path = "auto", data_root: Path = Path("data"), urls: Sequence[str] = URLS) -> Path:
+    """The zip or folder that `source` means, downloaded if need be.
+
+    'auto' takes the first of: what $TINY_IMAGENET names, `data_root/tiny-imagenet-200.zip`, the extracted
+    `data_root/tiny-imagenet-200/`, the same two in `data/`, a download from `urls` to `data_root`. Anything else is a
+    URL (http or https; the file lands in `data_root`), a zip or a folder. What is downloaded from `urls` has passed
+    byte count, md5 and sha256.
+
+    Raises `UserError` when there is nothing at the place named, or when the download fails.
+    """
+    if str(source) == "auto":
+        named = os.environ.get("TINY_IMAGENET")
+        if named:
+            return _existing(named, "TINY_IMAGENET is set to")
+        for root in (Path(data_root), Path("data")):
+            if (root / f"{NAME}.zip").is_file():
+                return root / f"{NAME}.zip"
+            if (root / NAME / "wnids.txt").is_file():
+                return root / NAME
+        return download(urls, Path(data_root) / f"{NAME}.zip", size=ZIP_BYTES, md5=ZIP_MD5, sha256=ZIP_SHA256)
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", str(source)):
+        target = Path(data_root) / _file_name(str(source))
+        if source in urls:
+            return download([str(source)], target, size=ZIP_BYTES, md5=ZIP_MD5, sha256=ZIP_SHA256)
+        return download([str(source)], target)
+    return _existing(source, "the source is")
+
+
+def _existing(named: str | Path, how: str) -> Path:
+    path = Path(named).expanduser()
+    if not (path.is_file() or path.is_dir()):
+        raise UserError(f"{how} {named}, but there is no zip file or folder: correct it, or use 'auto'")
+    return path
+
+
+def _file_name(url: str) -> str:
+    """The last part of the URL's path, reduced to characters that are safe everywhere."""
+    name = urllib.parse.unquote(urllib.parse.urlsplit(url).path).rpartition("/")[2]
+    return re.sub(r"[^A-Za-z0-9._-]", "_", name).strip("._") or f"{NAME}.zip"
+
+
+# --- Downloading ------------------------------------------------------------------------------------------------------
+
+
+class _Again(Exception):
+    """This attempt failed; the next one may not."""
+
+
+class _NextMirror(Exception):
+    """This address will not give the file."""
+
+
+class _SafeRedirects(urllib.request.HTTPRedirectHandler):
+    """Follows redirects to http and https only, and never from https to http."""
+
+    def redirect_request(self, request, response, code, message, headers, new_url):
+        old, new = (urllib.parse.urlsplit(url).scheme for url in (request.full_url, new_url))
+        if new not in ("http", "https") or (old, new) == ("https", "http"):
+            raise _NextMirror(f"redirects to {_shown(new_url)}")
+        return super().redirect_request(request, response, code, message, headers, new_url)
+
+
+def download(
+    urls: Sequence[str],
+    target: Path,
+    *,
+    size: int | None = None,
+    md5: str | None = None,
+    sha256: str | None = None,
+    tries: int = 3,
+    wait: float = 1.0,
+) -> Path:
+    """Downloads the first of `urls` that gives the right bytes to `target`, and returns `target`.
+
+    The bytes gather in `<target>.partial`, where a later call continues (only when `sha256` is known: two addresses, or
+    one address at two times, may differ); `target` appears by renaming, when `size` (bytes), `md5` and `sha256` are as
+    asked. An existing `target` that is right stays untouched. Each address gets `tries` attempts, `wait` seconds apart, then twice
+    that, and so on. Only one process at a time downloads to a target.
+
+    Raises `UserError` when no address gives the file, when the disk is too small or when `target` cannot be written.
+    """
+    target = Path(target)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{target}.lock"):
+            if target.is_file() and (sha256 is None or not _difference(target, size, md5, sha256)):
+                return target
+            _download_locked(urls, target, size, md5, sha256, tries, wait)
+    except OSError as error:
+        raise UserError(
+            f"cannot write {target}: {error.strerror or error}; it needs {size or 0:,} bytes and permission to write"
+        ) from error
+    return target
+
+
+def _download_locked(
+    urls: Sequence[str], target: Path, size: int | None, md5: str | None, sha256: str | None, tries: int, wait: float
+) -> None:
+    partial = target.with_name(f"{target.name}.partial")
+    if sha256 is None:
+        partial.unlink(missing_ok=True)
+    problems = []
+    for url in urls:
+        for attempt in range(tries):
+            try:
+                _fetch(url, partial, size)
+                difference = _difference(partial, size, md5, sha256)
+                if difference:
+                    partial.unlink()
+                    raise _NextMirror(difference)
+                os.replace(partial, target)
+                return
+            except _Again as problem:
+                problems.append(f"{urllib.parse.urlsplit(url).netloc}: {problem}")
+                if attempt + 1 < tries:
+                    time.sleep(wait * 2**attempt)
+            except _NextMirror as problem:
+                problems.append(f"{urllib.parse.urlsplit(url).netloc}: {problem}")
+                break
+    raise UserError(
+        f"cannot download {target.name} ({'; '.join(dict.fromkeys(problems))}): get it by other means and put it at "
+        f"{target}, or set TINY_IMAGENET to where it is"
+    )
+
+
+def _fetch(url: str, partial: Path, size: int | None) -> None:
+    """One attempt to complete `partial`. Raises `_Again` or `_NextMirror`; OSError only for the local disk."""
+    if urllib.parse.urlsplit(url).scheme not in ("http", "https"):
+        raise _NextMirror("only http and https addresses are used")
+    have = partial.stat().st_size if partial.exists() else 0
+    if size is not None and have >= size:
+        if have == size:
+            return
+        partial.unlink()
+        have = 0
+    try:
+        response = _request(url, have)
+    except urllib.error.HTTPError as error:
+        error.close()
+        if error.code == 416:
+            partial.unlink(missing_ok=True)
+        elif error.code < 500 and error.code not in (408, 429):
+            raise _NextMirror(f"HTTP status {error.code}") from error
+        raise _Again(f"HTTP status {error.code}") from error
+    except (OSError, HTTPException, ValueError) as error:
+        raise _Again(_reason(error)) from error
+    with response:
+        _save(response, partial, have, size)
+
+
+def _request(url: str, have: int) -> HTTPResponse:
+    opener = urllib.request.OpenerDirector()  # unlike build_opener's, it knows no file: and no ftp:
+    for handler in (
+        urllib.request.ProxyHandler(),
+        urllib.request.HTTPHandler(),
+        urllib.request.HTTPSHandler(),
+        urllib.request.HTTPDefaultErrorHandler(),
+        urllib.request.HTTPErrorProcessor(),
+        _SafeRedirects(),
+    ):
+        opener.add_handler(handler)
+    request = urllib.request.Request(url, headers={"User-Agent": "tinylab"})
+    if have:
+        request.add_header("Range", f"bytes={have}-")
+    return opener.open(request, timeout=30)
+
+
+def _save(response: HTTPResponse, partial: Path, have: int, size: int | None) -> None:
+    if response.status != 206 or not (response.headers.get("Content-Range") or "").startswith(f"bytes {have}-"):
+        have = 0  # the server sends the whole file
+    length = response.headers.get("Content-Length") or ""
+    end = have + int(length) if length.isdecimal() else None
+    if size is not None and end is not None and end != size:
+        raise _NextMirror(f"offers {end:,} bytes instead of {size:,}")
+    limit = size or end or _DOWNLOAD_LIMIT
+    if limit > _DOWNLOAD_LIMIT:
+        raise _NextMirror(f"offers {limit:,} bytes")
+    _require_space(partial, (size or end or 0) - have)
+    bar = tqdm(
+        total=size or end, initial=have, unit="B", unit_scale=True, desc=partial.stem, mininterval=0.5, disable=None
+    )
+    with bar, open(partial, "r+b" if have else "wb") as file:
+        file.seek(have)
+        while have < limit + 1:
+            try:
+                block = response.read(1 << 18)
+            except (OSError, HTTPException) as error:
+                raise _Again(_reason(error)) from error
+            if not block:
+                break
+            file.write(block)
+            have += len(block)
+            bar.update(len(block))
+    if have > limit:
+        partial.unlink()
+        raise _NextMirror(f"sends more than {limit:,} bytes")
+    if have < (size or end or 0):
+        raise _Again(f"the connection ended after {have:,} bytes")
+
+
+def _require_space(partial: Path, need: int) -> None:
+    free = shutil.disk_usage(partial.parent).free
+    if free < need + _MARGIN_BYTES:
+        raise UserError(f"{partial.parent} has {free:,} bytes free, the download needs {need:,}: make room there")
+
+
+def _difference(path: Path, size: int | None, md5: str | None, sha256: str | None) -> str | None:
+    """What about the file at `path` is not as expected, or None. An expectation that is None is not checked."""
+    if size is not None and path.stat().st_size != size:
+        return f"the file has {path.stat().st_size:,} bytes instead of {size:,}"
+    for algorithm, expected in (("md5", md5), ("sha256", sha256)):
+        if expected is not None:
+            with open(path, "rb") as file:
+                if hashlib.file_digest(file, algorithm).hexdigest() != expected:
+                    return f"the file has the wrong {algorithm}"
+    return None
+
+
+def _reason(error: Exception) -> str:
+    inner = getattr(error, "reason", error)
+    return _shown(getattr(inner, "strerror", None) or str(inner) or type(inner).__name__)

@@ -1,0 +1,372 @@
+"""The data set as training reads it: decoded once into arrays on disk, opened memory-mapped ever after.
+
+A data set folder holds
+
+    images.npy    uint8 (N, 64, 64, 3), RGB
+    labels.npy    int16 (N,), indices into the sorted wnids
+    boxes.npy     uint8 (N, 4), x0 y0 x1 y1 in pixels, corners included
+    meta.json     classes, counts, the content's sha256, and the sha256 of the three files above
+
+in canonical order (see `archive.Archive`). It is built under another name and renamed: a folder that exists is complete.
+"""
+
+import contextlib
+import errno
+import hashlib
+import io
+import json
+import multiprocessing
+import multiprocessing.connection
+import os
+import shutil
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from filelock import FileLock, Timeout
+from PIL import Image
+from tqdm import tqdm
+
+from tinylab import archive
+from tinylab.archive import CONTENT_SHA256, IMAGE_SIDE, Archive
+from tinylab.recipe import UserError
+
+FORMAT_VERSION = 1
+FOLDER = Path("data/tiny-imagenet")
+"""Where the data set lies unless told otherwise."""
+
+_IMAGE_BYTES = IMAGE_SIDE * IMAGE_SIDE * 3
+_CHUNK_IMAGES = 500  # 6 MB of pixels: what one worker holds in memory and writes at once
+_ARRAYS = ("images.npy", "labels.npy", "boxes.npy")
+_MARGIN_BYTES = 16 * 1024 * 1024
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """An opened data set folder. N images in canonical order, all arrays read-only."""
+
+    folder: Path
+    images: np.ndarray
+    """uint8 (N, 64, 64, 3), RGB, memory-mapped."""
+    labels: np.ndarray
+    """int16 (N,), indices into `wnids`."""
+    boxes: np.ndarray
+    """uint8 (N, 4): x0, y0, x1, y1 in pixels, corners included."""
+    wnids: tuple[str, ...]
+    """WordNet ids of the classes, sorted."""
+    names: tuple[str, ...]
+    """Names of the classes for people, in the same order."""
+    train_count: int
+    """Rows [0, train_count) were the official training images, the others the official validation images."""
+    content_sha256: str
+    """Identity of the files it was decoded from, see `archive.content_sha256`."""
+
+    @property
+    def is_tiny_imagenet(self) -> bool:
+        """Whether it was decoded from exactly the published files."""
+        return self.content_sha256 == CONTENT_SHA256
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+# --- Opening ----------------------------------------------------------------------------------------------------------
+
+
+def open_dataset(folder: Path = FOLDER) -> Dataset:
+    """The data set in `folder`, images memory-mapped; takes milliseconds.
+
+    Raises `UserError` when there is none, when it has another format version, or when a file is missing or not as
+    meta.json describes it. The pixels themselves are not checked: that is `verify`.
+    """
+    folder = Path(folder)
+    meta = _read_meta(folder)
+    try:
+        wnids, names = tuple(meta["wnids"]), tuple(meta["names"])
+        train_count, count = int(meta["train_count"]), int(meta["train_count"]) + int(meta["val_count"])
+        content = str(meta["content_sha256"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise _damaged(folder, "meta.json is incomplete") from error
+    if not wnids or list(wnids) != sorted(set(wnids)) or len(names) != len(wnids):
+        raise _damaged(folder, "the classes in meta.json are not sorted, or their names do not match")
+    images = _open_array(folder / "images.npy", (count, IMAGE_SIDE, IMAGE_SIDE, 3), np.uint8)
+    labels = _open_array(folder / "labels.npy", (count,), np.int16)
+    boxes = _open_array(folder / "boxes.npy", (count, 4), np.uint8)
+    if not 0 <= train_count <= count or (count and not 0 <= labels.min() <= labels.max() < len(wnids)):
+        raise _damaged(folder, "labels.npy has labels that stand for no class")
+    return Dataset(folder, images, labels, boxes, wnids, names, train_count, content)
+
+
+def verify(dataset: Dataset) -> None:
+    """Reads all of the data set and compares it with the sha256 in its meta.json; a few seconds.
+
+    Raises `UserError` naming the file that has changed since it was prepared.
+    """
+    expected = _read_meta(dataset.folder).get("sha256", {})
+    for name in _ARRAYS:
+        with open(dataset.folder / name, "rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != expected.get(name):
+                raise _damaged(dataset.folder, f"{name} has changed since it was prepared")
+
+
+def _read_meta(folder: Path) -> dict:
+    try:
+        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise UserError(f"no data set in {folder}: run `tinylab prepare --data {folder}`") from error
+    except OSError as error:
+        raise UserError(f"cannot read {folder / 'meta.json'}: {error.strerror}") from error
+    except ValueError as error:
+        raise _damaged(folder, "meta.json is not JSON") from error
+    version = meta.get("format_version") if isinstance(meta, dict) else None
+    if version != FORMAT_VERSION:
+        raise UserError(
+            f"{folder} has format version {version}, this tinylab reads version {FORMAT_VERSION}: delete the folder and "
+            f"run `tinylab prepare --data {folder}`"
+        )
+    return meta
+
+
+def _open_array(path: Path, shape: tuple[int, ...], dtype: type) -> np.ndarray:
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except FileNotFoundError as error:
+        raise _damaged(path.parent, f"{path.name} is missing") from error
+    except (OSError, ValueError, EOFError) as error:
+        raise _damaged(path.parent, f"{path.name} is cut short or no array") from error
+    if array.shape != shape or array.dtype != dtype or not array.flags.c_contiguous:
+        raise _damaged(path.parent, f"{path.name} is {array.dtype}{array.shape} instead of {np.dtype(dtype)}{shape}")
+    if path.stat().st_size != array.offset + array.nbytes:
+        raise _damaged(path.parent, f"{path.name} has the wrong size")
+    return array
+
+
+def _damaged(folder: Path, problem: str) -> UserError:
+    return UserError(f"{folder} is damaged: {problem}; delete it and run `tinylab prepare --data {folder}`")
+
+
+# --- Preparing --------------------------------------------------------------------------------------------------------
+
+
+def prepare(
+    source: str | Path = "auto", folder: Path = FOLDER, workers: int | None = None, progress: bool = True
+) -> Dataset:
+    """The data set in `folder`, decoded from `source` first if it is not there yet.
+
+    `source` is 'auto', a URL, a zip or a folder (see `archive.find`; downloads go beside `folder`). A folder that is
+    complete is opened at once, whatever `source` says. `workers` processes decode (default: one per core, at most 8; 1:
+    none beside this one). Any number of processes may call this at once: one builds, the others wait and open.
+
+    Raises `UserError` when the source cannot be had, is broken or is not Tiny ImageNet, naming the file at fault, and
+    when `folder` cannot be written; nothing is left behind then, nor after an interrupt.
+    """
+    folder = Path(folder)
+    if workers is not None and workers < 1:
+        raise UserError(f"workers must be at least 1, not {workers}")
+    if _exists(folder):
+        return open_dataset(folder)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with _lock(folder):
+            if not _exists(folder):
+                for stray in folder.parent.glob(f"{folder.name}.building-*"):
+                    shutil.rmtree(stray)  # the lock is ours, so whoever made it is gone
+                with archive.open_archive(archive.find(source, folder.parent)) as opened:
+                    _build(opened, folder, workers or _default_workers(), progress, strict=str(source) == "auto")
+    except OSError as error:
+        raise UserError(
+            f"cannot write {folder}: {error.strerror or error}; choose another place with --data"
+        ) from error
+    return open_dataset(folder)
+
+
+def _exists(folder: Path) -> bool:
+    """Whether something stands at `folder` that must not be replaced; an empty folder may be."""
+    return folder.exists() and not (folder.is_dir() and not any(folder.iterdir()))
+
+
+@contextlib.contextmanager
+def _lock(folder: Path) -> Iterator[None]:
+    lock = FileLock(folder.parent / f"{folder.name}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        print(f"another process is preparing {folder}; waiting for it", file=sys.stderr)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _build(source: Archive, folder: Path, workers: int, progress: bool, strict: bool) -> None:
+    need = len(source.files) * (_IMAGE_BYTES + 6) + _MARGIN_BYTES
+    free = shutil.disk_usage(folder.parent).free
+    if free < need:
+        raise UserError(f"{folder} needs {need:,} bytes, its disk has {free:,} free: make room or use another --data")
+    building = folder.with_name(f"{folder.name}.building-{os.getpid()}")
+    try:
+        building.mkdir()
+        _write(source, building, workers, progress, strict)
+        building.rename(folder)
+    except OSError as error:
+        raise UserError(
+            f"cannot write {folder}: {error.strerror or error}; it needs {need:,} bytes and permission to write"
+        ) from error
+    except BrokenProcessPool as error:
+        raise UserError("a worker process was killed, perhaps for lack of memory: try again with workers=1") from error
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+
+
+def _write(source: Archive, building: Path, workers: int, progress: bool, strict: bool) -> None:
+    """Fills the folder `building` with the three arrays and meta.json."""
+    count = len(source.files)
+    labels = np.array([file.label for file in source.files], dtype=np.int16)
+    boxes = np.array([file.box for file in source.files], dtype=np.uint8).reshape(count, 4)
+    hashes = {}
+    for name, array in (("labels.npy", labels), ("boxes.npy", boxes)):
+        np.save(building / name, array)
+        hashes[name] = hashlib.sha256((building / name).read_bytes()).hexdigest()
+    digests, hashes["images.npy"] = _write_images(source, building / "images.npy", workers, progress)
+    content = archive.content_sha256(source.files, source.wnids, digests)
+    published = content == CONTENT_SHA256
+    if not published and archive.has_published_classes(source.wnids):
+        problem = f"{source.path} has Tiny ImageNet's classes, but not its published files (content sha256 {content})"
+        if strict:
+            raise UserError(f"{problem}; get an unmodified copy, or name this one with --source to use it all the same")
+        print(f"note: {problem}", file=sys.stderr)
+    meta = {
+        "format_version": FORMAT_VERSION,
+        "is_tiny_imagenet": published,
+        "content_sha256": content,
+        "train_count": source.train_count,
+        "val_count": count - source.train_count,
+        "sha256": hashes,
+        "wnids": source.wnids,
+        "names": source.names,
+    }
+    (building / "meta.json").write_text(json.dumps(meta, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _write_images(source: Archive, path: Path, workers: int, progress: bool) -> tuple[list[str], str]:
+    """Decodes all images into the .npy file at `path`; returns the sha256 of every JPEG file, and that of `path`."""
+    names = [file.path for file in source.files]
+    chunks = [names[first : first + _CHUNK_IMAGES] for first in range(0, len(names), _CHUNK_IMAGES)]
+    with open(path, "wb") as file:
+        shape = (len(names), IMAGE_SIDE, IMAGE_SIDE, 3)
+        np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+        file.flush()
+        _reserve(file.fileno(), file.tell() + len(names) * _IMAGE_BYTES)
+        offsets = [file.tell() + index * _CHUNK_IMAGES * _IMAGE_BYTES for index in range(len(chunks))]
+    digests: list[str] = []
+    bar = tqdm(total=len(names), desc="decoding", unit=" images", mininterval=0.3, disable=None if progress else True)
+    with bar, _decoders(source.path, path, min(workers, len(chunks))) as run:
+        for chunk_digests in run(chunks, offsets):
+            digests += chunk_digests
+            bar.update(len(chunk_digests))
+    with open(path, "rb") as file:
+        return digests, hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _reserve(descriptor: int, size: int) -> None:
+    """Takes the file's space on the disk now, so that a full disk is an error here and not in the middle."""
+    if hasattr(os, "posix_fallocate"):
+        try:
+            return os.posix_fallocate(descriptor, 0, size)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS):
+                raise
+    zeros = bytes(1 << 20)
+    for offset in range(os.fstat(descriptor).st_size, size, len(zeros)):
+        os.pwrite(descriptor, zeros[: size - offset], offset)
+    return None
+
+
+# --- Decoding, in worker processes ------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _decoders(source: Path, target: Path, workers: int) -> Iterator[Callable[..., Iterator[list[str]]]]:
+    """A function (chunks, offsets) that decodes chunk after chunk in `workers` processes; results come in order."""
+    if workers == 1:
+        decoder = _Decoder(source, target)
+        yield lambda chunks, offsets: map(decoder, chunks, offsets)
+        return
+    # Forked workers start in milliseconds and need no `if __name__ == "__main__"` in the caller's script. They touch
+    # neither CUDA nor threads of this process. Elsewhere than on Linux forking is not safe.
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    with ProcessPoolExecutor(workers, context, _start_worker, (source, target)) as pool:
+        try:
+            yield lambda chunks, offsets: pool.map(_decode_in_worker, chunks, offsets)
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+class _Decoder:
+    """Decodes images of the archive at `source` into the .npy file at `target`, through handles of its own."""
+
+    def __init__(self, source: Path, target: Path):
+        self.members = archive.open_members(source)
+        self.target = target
+
+    def __call__(self, names: Sequence[str], offset: int) -> list[str]:
+        """Writes the pixels of the files `names` from byte `offset` on; returns each file's sha256."""
+        digests, pixels = [], []
+        for name in names:
+            jpeg = self.members.read(name)
+            digests.append(hashlib.sha256(jpeg).hexdigest())
+            pixels.append(_decode(jpeg, name))
+        # Written, not memory-mapped: a full disk is an exception then, and the pages do not count as this process's.
+        with open(self.target, "r+b") as file:
+            file.seek(offset)
+            file.write(b"".join(pixels))
+        return digests
+
+
+_decoder: _Decoder | None = None  # of this worker process
+
+
+def _start_worker(source: Path, target: Path) -> None:
+    global _decoder
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the first one ends the others
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+    _decoder = _Decoder(source, target)
+
+
+def _die_with_parent() -> None:
+    # A worker whose parent was killed would wait for work for ever.
+    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+    os._exit(1)
+
+
+def _decode_in_worker(names: Sequence[str], offset: int) -> list[str]:
+    return _decoder(names, offset)
+
+
+def _decode(jpeg: bytes, name: str) -> bytes:
+    """64 x 64 RGB pixels, 12,288 bytes. Raises `UserError` naming the file when it is anything but a sound JPEG."""
+    try:
+        with Image.open(io.BytesIO(jpeg), formats=["JPEG"]) as image:
+            if image.size != (IMAGE_SIDE, IMAGE_SIDE):
+                raise UserError(
+                    f"{name} has {image.width} x {image.height} pixels instead of {IMAGE_SIDE} x {IMAGE_SIDE}"
+                )
+            if image.mode not in ("L", "RGB", "CMYK"):
+                raise UserError(f"{name} is a JPEG of mode {image.mode}, not grey, RGB or CMYK")
+            return image.convert("RGB").tobytes()
+    except UserError:
+        raise
+    except Exception as error:  # Pillow raises many kinds for broken files, SyntaxError among them
+        raise UserError(f"{name} is not a sound JPEG file: {error}; use an unmodified copy of the archive") from error
+
+
+def _default_workers() -> int:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, 8)
