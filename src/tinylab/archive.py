@@ -13,6 +13,7 @@ The archive (248 MB, Stanford's CS231n course) holds
 Nothing is ever extracted: files are read one by one, from the zip or from a folder in which somebody extracted it.
 """
 
+import contextlib
 import hashlib
 import os
 import re
@@ -26,7 +27,7 @@ import urllib.parse
 import urllib.request
 import zipfile
 import zlib
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from http.client import HTTPException, HTTPResponse
@@ -41,7 +42,7 @@ from tinylab.recipe import UserError
 URLS = (
     "https://cs231n.stanford.edu/tiny-imagenet-200.zip",
     "http://cs231n.stanford.edu/tiny-imagenet-200.zip",
-    # Two unmodified copies that others have checked against the same md5. A mirror need not be trusted: the bytes are checked.
+    # Unmodified copies: others report the same byte count and md5. A mirror need not be trusted, its bytes are checked.
     "https://zenodo.org/records/10720917/files/tiny-imagenet-200.zip?download=1",
     "https://huggingface.co/datasets/cnak47/cv-datasets/resolve/main/tiny-imagenet-200.zip",
 )
@@ -69,6 +70,16 @@ _DOWNLOAD_LIMIT = 1_000_000_000
 _MARGIN_BYTES = 16 * 1024 * 1024
 
 
+# The files that are read, all others are left alone. No image begins with a dot: desktops leave such files in folders.
+_IMAGE = r"images/[^/.][^/]*(?i:\.jpe?g)"
+_NEEDED = re.compile(
+    rf"wnids\.txt|words\.txt|train/([^/]+)/(\1_boxes\.txt|{_IMAGE})|val/(val_annotations\.txt|{_IMAGE})"
+)
+
+Box = tuple[int, int, int, int]
+"""x0, y0, x1, y1 in pixels, 0..63, corners included. A few hundred have no area; they stay as published."""
+
+
 @dataclass(frozen=True, slots=True)
 class LabelledFile:
     """One image: its path in the archive, its label and the box of its object."""
@@ -77,15 +88,14 @@ class LabelledFile:
     """`train/<wnid>/images/<file>` or `val/images/<file>`."""
     label: int
     """Index into the sorted wnids."""
-    box: tuple[int, int, int, int]
-    """x0, y0, x1, y1 in pixels, 0..63, corners included. A few hundred have no area; they stay as published."""
+    box: Box
 
 
 def content_sha256(files: Iterable[LabelledFile], wnids: Sequence[str], digests: Iterable[str]) -> str:
     """The identity of a data set, whatever it is packed in.
 
-    sha256, as hexadecimal text, over one line `<path> <wnid> <sha256 of the file>` per labelled file in canonical order;
-    `digests` are the files' sha256 as hexadecimal text, in the same order.
+    sha256, as hexadecimal text, over one line `<path> <wnid> <sha256 of the file>` per labelled file in canonical
+    order; `digests` are the files' sha256 as hexadecimal text, in the same order.
     """
     total = hashlib.sha256()
     for file, digest in zip(files, digests, strict=True):
@@ -98,7 +108,7 @@ def has_published_classes(wnids: Sequence[str]) -> bool:
     return hashlib.sha256("".join(f"{wnid}\n" for wnid in wnids).encode()).hexdigest() == WNIDS_SHA256
 
 
-# --- Reading: a zip and a folder offer the same three methods ---------------------------------------------------------
+# --- Reading: a zip and a folder offer the same methods ---------------------------------------------------------------
 
 
 class ZipMembers:
@@ -112,17 +122,17 @@ class ZipMembers:
             raise UserError(f"cannot read {path}: {error.strerror}") from error
         except (zipfile.BadZipFile, NotImplementedError, ValueError, EOFError, struct.error) as error:
             raise _refusal(path, "it is not a zip file, or it is cut short") from error
-        members = {info.filename: info for info in self._zip.infolist() if not info.is_dir()}
+        members = {info.filename: info for info in self._zip.infolist()}
         root = "" if "wnids.txt" in members else f"{NAME}/"
-        self._infos = {name.removeprefix(root): info for name, info in members.items() if name.startswith(root)}
+        below_root = ((name.removeprefix(root), info) for name, info in members.items() if name.startswith(root))
+        self._infos = {name: info for name, info in below_root if _NEEDED.fullmatch(name)}
 
     def names(self) -> list[str]:
-        """Names of all files. Raises `UserError` when any member of the zip looks like an attack."""
+        """Names of the labelled files and the lists. Raises `UserError` when a member of the zip is dangerous."""
         _check_members(self.path, self._zip.infolist())
-        needed = [info for name, info in self._infos.items() if _is_needed(name)]
-        for info in needed:
+        for info in self._infos.values():
             _check_needed(self.path, info)
-        if sum(info.file_size for info in needed) > _TOTAL_LIMIT:
+        if sum(info.file_size for info in self._infos.values()) > _TOTAL_LIMIT:
             raise _refusal(self.path, f"its files would take more than {_TOTAL_LIMIT:,} bytes")
         return list(self._infos)
 
@@ -143,6 +153,17 @@ class ZipMembers:
             raise _refusal(self.path, f"{_shown(name)} is shorter than it should be")
         return content
 
+    def reopen(self) -> None:
+        """To be called in a forked process, which else would share its file position with the others.
+
+        Opening the zip anew would do too, but parsing 110,000 entries takes half a second. A process that is not forked
+        receives this object pickled, which is the zip opened anew.
+        """
+        self._zip.fp = open(self.path, "rb")  # noqa: SIM115 (the ZipFile closes it)
+
+    def __reduce__(self) -> tuple:
+        return ZipMembers, (self.path,)
+
     def close(self) -> None:
         self._zip.close()
 
@@ -155,7 +176,7 @@ class FolderMembers:
         self._root = path if (path / "wnids.txt").exists() else path / NAME
 
     def names(self) -> list[str]:
-        """Names of all files of `train/`, `val/` and the root. Raises `UserError` when a link leaves the folder."""
+        """Names of the labelled files and the lists. Raises `UserError` when a link leaves the folder."""
         try:
             return list(self._walk("", os.path.realpath(self._root), depth=4)) if self._root.is_dir() else []
         except OSError as error:
@@ -170,7 +191,7 @@ class FolderMembers:
                     if depth > 1 and (below or name in ("train", "val")):
                         self._check_link(entry, root)
                         yield from self._walk(f"{name}/", root, depth - 1)
-                elif entry.is_file():
+                elif _NEEDED.fullmatch(name) and entry.is_file():
                     self._check_link(entry, root)
                     yield name
 
@@ -189,13 +210,14 @@ class FolderMembers:
             raise _refusal(self.path, f"{_shown(name)} has more than {limit:,} bytes")
         return content
 
+    def reopen(self) -> None:
+        """Nothing to do: every read opens its file."""
+
     def close(self) -> None:
-        """Nothing stays open between two reads."""
+        """Nothing to do: every read closes its file."""
 
 
-def open_members(path: Path) -> ZipMembers | FolderMembers:
-    """The files of a zip or a folder, without looking at the layout: what a worker process needs for reading."""
-    return FolderMembers(path) if path.is_dir() else ZipMembers(path)
+Members = ZipMembers | FolderMembers
 
 
 def _check_members(path: Path, infos: Sequence[zipfile.ZipInfo]) -> None:
@@ -205,7 +227,7 @@ def _check_members(path: Path, infos: Sequence[zipfile.ZipInfo]) -> None:
     seen = set()
     for info in infos:
         name = info.orig_filename  # as it stands in the zip; zipfile cuts `filename` at a NUL
-        if name.startswith("/") or "\\" in name or "\0" in name or name[1:2] == ":" or ".." in name.split("/"):
+        if name[:1] == "/" or name[1:2] == ":" or "\\" in name or ".." in name.split("/") or not name.isprintable():
             raise _refusal(path, f"the member {_shown(name)} has an unsafe path")
         if name.casefold() in seen:
             raise _refusal(path, f"the member {_shown(name)} is there twice")
@@ -228,24 +250,6 @@ def _check_needed(path: Path, info: zipfile.ZipInfo) -> None:
         raise _refusal(path, f"{_shown(info.filename)} states sizes that cannot be true")
 
 
-def _is_needed(name: str) -> bool:
-    """Whether the file is one of those that are read: of an unknown layout, only the names are looked at."""
-    parts = name.split("/")
-    if len(parts) == 1:
-        return name in ("wnids.txt", "words.txt")
-    if parts[0] == "train":
-        return (len(parts) == 3 and parts[2] == f"{parts[1]}_boxes.txt") or (
-            len(parts) == 4 and parts[2] == "images" and _is_image(parts[3])
-        )
-    return name == "val/val_annotations.txt" or (name.startswith("val/images/") and len(parts) == 3 and _is_image(name))
-
-
-def _is_image(name: str) -> bool:
-    # Files such as `._x.JPEG` and `Thumbs.db` are what desktops leave behind in folders.
-    base = name.rpartition("/")[2]
-    return base.casefold().endswith((".jpeg", ".jpg")) and not base.startswith(".")
-
-
 def _refusal(path: Path, problem: str) -> UserError:
     return UserError(f"{path}: {problem}; use an unmodified copy of {NAME}.zip")
 
@@ -263,6 +267,7 @@ class Archive:
 
     Attributes:
         path: the zip or folder.
+        members: its files by their paths, for reading in other processes.
         wnids: the classes, sorted; a label is an index into it.
         names: each class's first name in words.txt, or its wnid where that is silent.
         files: all labelled files in canonical order: training by sorted wnid, then sorted file name; then validation in
@@ -270,105 +275,103 @@ class Archive:
         train_count: how many of `files` are training images.
     """
 
-    def __init__(self, members: ZipMembers | FolderMembers):
+    def __init__(self, members: Members):
         self.path = members.path
-        self._members = members
-        present = set(members.names())
-        self.wnids = self._read_wnids(present)
-        self.names = self._read_names(present)
-        train = self._train_files(present)
-        self.files = (*train, *self._validation_files(present))
+        self.members = members
+        self._folders: dict[str, list[str]] = defaultdict(list)
+        for name in members.names():
+            folder, _, file = name.rpartition("/")
+            self._folders[folder].append(file)
+        self.wnids = self._read_wnids()
+        self.names = self._read_names()
+        train = self._train_files()
+        self.files = (*train, *self._validation_files())
         self.train_count = len(train)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._members.close()
+        self.members.close()
 
     def read(self, file: LabelledFile) -> bytes:
         """The JPEG file's bytes. Raises `UserError` naming the file when it is damaged."""
-        return self._members.read(file.path)
+        return self.members.read(file.path)
 
-    def _lines(self, name: str, present: set[str]) -> list[str]:
-        if name not in present:
+    def _lines(self, name: str) -> list[str]:
+        folder, _, file = name.rpartition("/")
+        if file not in self._folders[folder]:
             raise _refusal(self.path, f"{name} is missing")
         try:
-            text = self._members.read(name, _TEXT_LIMIT).decode("utf-8")
+            text = self.members.read(name, _TEXT_LIMIT).decode("utf-8")
         except UnicodeDecodeError as error:
             raise _refusal(self.path, f"{name} is not UTF-8 text") from error
         return [line for line in text.replace("\r\n", "\n").split("\n") if line]
 
-    def _read_wnids(self, present: set[str]) -> tuple[str, ...]:
-        if "wnids.txt" not in present:
+    def _read_wnids(self) -> tuple[str, ...]:
+        if "wnids.txt" not in self._folders[""]:
             raise UserError(f"{self.path} is not Tiny ImageNet: it has no wnids.txt; use a copy of {NAME}.zip")
-        wnids = self._lines("wnids.txt", present)
+        wnids = self._lines("wnids.txt")
         if not wnids:
             raise _refusal(self.path, "wnids.txt names no class")
+        if not all(wnid.isprintable() for wnid in wnids):
+            raise _refusal(self.path, "wnids.txt names a class with control characters")
         wnid, count = Counter(wnids).most_common(1)[0]
         if count > 1:
             raise _refusal(self.path, f"wnids.txt names {_shown(wnid)} more than once")
-        folders = {parts[1] for name in present if (parts := name.split("/"))[0] == "train" and len(parts) > 2}
+        folders = {folder.split("/")[1] for folder in self._folders if folder.startswith("train/")}
         for wnid in sorted(set(wnids) - folders):
             raise _refusal(self.path, f"the class {_shown(wnid)} of wnids.txt has no folder in train/")
         for folder in sorted(folders - set(wnids)):
             raise _refusal(self.path, f"train/ has the class {_shown(folder)}, which wnids.txt does not name")
         return tuple(sorted(wnids))
 
-    def _read_names(self, present: set[str]) -> tuple[str, ...]:
+    def _read_names(self) -> tuple[str, ...]:
         names = dict.fromkeys(self.wnids, "")
-        for line in self._lines("words.txt", present) if "words.txt" in present else ():
+        for line in self._lines("words.txt") if "words.txt" in self._folders[""] else ():
             wnid, _, synonyms = line.partition("\t")
             if wnid in names:
                 names[wnid] = _printable(synonyms.partition(",")[0])
-        return tuple(name or _printable(wnid) for wnid, name in names.items())
+        return tuple(name or wnid for wnid, name in names.items())
 
-    def _train_files(self, present: set[str]) -> list[LabelledFile]:
-        images: dict[str, list[str]] = {wnid: [] for wnid in self.wnids}
-        for name in present:
-            parts = name.split("/")
-            if parts[0] == "train" and len(parts) == 4 and _is_needed(name):
-                images[parts[1]].append(parts[3])
+    def _train_files(self) -> list[LabelledFile]:
+        images = {wnid: sorted(self._folders[f"train/{wnid}/images"]) for wnid in self.wnids}
         self._check_equal_counts("train/", {wnid: len(files) for wnid, files in images.items()})
-        return [
-            LabelledFile(f"train/{wnid}/images/{file}", label, box)
-            for label, wnid in enumerate(self.wnids)
-            for file, box in self._boxes_of_class(wnid, sorted(images[wnid]), present)
-        ]
+        result = []
+        for label, wnid in enumerate(self.wnids):
+            boxes = self._boxes_of_class(wnid, images[wnid])
+            result += [LabelledFile(f"train/{wnid}/images/{file}", label, boxes[file]) for file in images[wnid]]
+        return result
 
-    def _boxes_of_class(
-        self, wnid: str, files: list[str], present: set[str]
-    ) -> Iterator[tuple[str, tuple[int, int, int, int]]]:
+    def _boxes_of_class(self, wnid: str, files: Sequence[str]) -> dict[str, Box]:
         where = f"train/{wnid}/{wnid}_boxes.txt"
         boxes = {}
-        for line in self._lines(where, present):
+        for line in self._lines(where):
             file, *numbers = line.split("\t")
             boxes[file] = self._box(numbers, where, line)
         for file in sorted(boxes.keys() - set(files)):
             raise _refusal(self.path, f"{_shown(where)} has a box for {_shown(file)}, which is missing")
-        for file in files:
-            if file not in boxes:
-                raise _refusal(self.path, f"{_shown(where)} has no box for {_shown(file)}")
-            yield file, boxes[file]
+        for file in sorted(set(files) - boxes.keys()):
+            raise _refusal(self.path, f"{_shown(where)} has no box for {_shown(file)}")
+        return boxes
 
-    def _validation_files(self, present: set[str]) -> list[LabelledFile]:
+    def _validation_files(self) -> list[LabelledFile]:
         where = "val/val_annotations.txt"
         labels = {wnid: label for label, wnid in enumerate(self.wnids)}
         files: dict[str, LabelledFile] = {}
-        for line in self._lines(where, present):
-            name, wnid, *numbers = (*line.split("\t"), "")[:7] if "\t" in line else (line, "")
-            numbers = [number for number in numbers if number]
-            path = f"val/images/{name}"
+        for line in self._lines(where):
+            file, _, rest = line.partition("\t")
+            wnid, *numbers = rest.split("\t")
             if wnid not in labels:
-                raise _refusal(self.path, f"{where} gives {_shown(name)} the unknown class {_shown(wnid)!r}")
-            if path not in present or not _is_needed(path):
-                raise _refusal(self.path, f"{where} lists {_shown(name)}, which is not in val/images/")
-            if path in files:
-                raise _refusal(self.path, f"{where} lists {_shown(name)} more than once")
-            files[path] = LabelledFile(path, labels[wnid], self._box(numbers, where, line))
-        for path in sorted(present - files.keys()):
-            if path.startswith("val/images/") and _is_needed(path):
-                raise _refusal(self.path, f"{_shown(path)} is not listed in {where}")
+                raise _refusal(self.path, f"{where} gives {_shown(file)} the unknown class {_shown(wnid)!r}")
+            if file in files:
+                raise _refusal(self.path, f"{where} lists {_shown(file)} more than once")
+            files[file] = LabelledFile(f"val/images/{file}", labels[wnid], self._box(numbers, where, line))
+        present = set(self._folders["val/images"])
+        for file in sorted(files.keys() - present):
+            raise _refusal(self.path, f"{where} lists {_shown(file)}, which is not in val/images/")
+        for file in sorted(present - files.keys()):
+            raise _refusal(self.path, f"val/images/{_shown(file)} is not listed in {where}")
         counts = Counter(file.label for file in files.values())
         self._check_equal_counts("val/", {wnid: counts[label] for wnid, label in labels.items()})
         return list(files.values())
@@ -379,7 +382,7 @@ class Archive:
             if count == 0 or count != usual:
                 raise _refusal(self.path, f"{where} has {count} images of {_shown(wnid)}, of other classes {usual}")
 
-    def _box(self, numbers: Sequence[str], where: str, line: str) -> tuple[int, int, int, int]:
+    def _box(self, numbers: Sequence[str], where: str, line: str) -> Box:
         try:
             x0, y0, x1, y1 = map(int, numbers)
         except ValueError as error:
@@ -392,10 +395,11 @@ class Archive:
 def open_archive(path: Path) -> Archive:
     """The labelled files of the zip or folder at `path`, with or without the root folder `tiny-imagenet-200/`.
 
-    About two seconds for the real archive. Raises `UserError`, naming the culprit, when the zip is broken or dangerous to
-    extract, when it is not Tiny ImageNet's layout, or when its lists and its files disagree.
+    About two seconds for the real archive. Raises `UserError`, naming the culprit, when the zip is broken or dangerous
+    to extract, when it is not Tiny ImageNet's layout, or when its lists and its files disagree.
     """
-    members = open_members(Path(path))
+    path = Path(path)
+    members = FolderMembers(path) if path.is_dir() else ZipMembers(path)
     try:
         return Archive(members)
     except BaseException:
@@ -424,7 +428,7 @@ def find(source: str | Path = "auto", data_root: Path = Path("data"), urls: Sequ
     if str(source) == "auto":
         named = os.environ.get("TINY_IMAGENET")
         if named:
-            return _existing(named, "TINY_IMAGENET is set to")
+            return _existing(named, f"TINY_IMAGENET is set to {named}")
         for root in (Path(data_root), Path("data")):
             if (root / f"{NAME}.zip").is_file():
                 return root / f"{NAME}.zip"
@@ -433,22 +437,25 @@ def find(source: str | Path = "auto", data_root: Path = Path("data"), urls: Sequ
         return download(urls, Path(data_root) / f"{NAME}.zip", size=ZIP_BYTES, md5=ZIP_MD5, sha256=ZIP_SHA256)
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", str(source)):
         target = Path(data_root) / _file_name(str(source))
-        if source in urls:
+        if str(source) in urls:
             return download([str(source)], target, size=ZIP_BYTES, md5=ZIP_MD5, sha256=ZIP_SHA256)
         return download([str(source)], target)
-    return _existing(source, "the source is")
+    return _existing(source, f"the source is {source}")
 
 
-def _existing(named: str | Path, how: str) -> Path:
+def _existing(named: str | Path, statement: str) -> Path:
     path = Path(named).expanduser()
     if not (path.is_file() or path.is_dir()):
-        raise UserError(f"{how} {named}, but there is no zip file or folder: correct it, or use 'auto'")
+        raise UserError(f"{statement}, but there is no zip file and no folder of that name: correct it or leave it out")
     return path
 
 
 def _file_name(url: str) -> str:
     """The last part of the URL's path, reduced to characters that are safe everywhere."""
-    name = urllib.parse.unquote(urllib.parse.urlsplit(url).path).rpartition("/")[2]
+    try:
+        name = urllib.parse.unquote(urllib.parse.urlsplit(url).path).rpartition("/")[2]
+    except ValueError as error:
+        raise UserError(f"{_shown(url)} is not an address: {error}; correct it or leave it out") from error
     return re.sub(r"[^A-Za-z0-9._-]", "_", name).strip("._") or f"{NAME}.zip"
 
 
@@ -487,8 +494,8 @@ def download(
 
     The bytes gather in `<target>.partial`, where a later call continues (only when `sha256` is known: two addresses, or
     one address at two times, may differ); `target` appears by renaming, when `size` (bytes), `md5` and `sha256` are as
-    asked. An existing `target` that is right stays untouched. Each address gets `tries` attempts, `wait` seconds apart, then twice
-    that, and so on. Only one process at a time downloads to a target.
+    asked. An existing `target` that is right stays untouched. Each address gets `tries` attempts, `wait` seconds apart,
+    then twice that, and so on. Only one process at a time downloads to a target.
 
     Raises `UserError` when no address gives the file, when the disk is too small or when `target` cannot be written.
     """
@@ -500,27 +507,36 @@ def download(
                 return target
             _download_locked(urls, target, size, md5, sha256, tries, wait)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            _partial(target).unlink()
+        needed = f"{size:,} bytes" if size else "room"
         raise UserError(
-            f"cannot write {target}: {error.strerror or error}; it needs {size or 0:,} bytes and permission to write"
+            f"cannot write {target}: {error.strerror or error}; it takes {needed} and permission"
         ) from error
     return target
+
+
+def _partial(target: Path) -> Path:
+    return target.with_name(f"{target.name}.partial")
 
 
 def _download_locked(
     urls: Sequence[str], target: Path, size: int | None, md5: str | None, sha256: str | None, tries: int, wait: float
 ) -> None:
-    partial = target.with_name(f"{target.name}.partial")
-    if sha256 is None:
-        partial.unlink(missing_ok=True)
+    partial = _partial(target)
     problems = []
     for url in urls:
         for attempt in range(tries):
+            if sha256 is None:
+                partial.unlink(missing_ok=True)
+            continued = partial.exists()
             try:
                 _fetch(url, partial, size)
                 difference = _difference(partial, size, md5, sha256)
                 if difference:
                     partial.unlink()
-                    raise _NextMirror(difference)
+                    # What was there before may be to blame; the address gets another chance.
+                    raise _Again(difference) if continued else _NextMirror(difference)
                 os.replace(partial, target)
                 return
             except _Again as problem:
@@ -553,8 +569,8 @@ def _fetch(url: str, partial: Path, size: int | None) -> None:
         if error.code == 416:
             partial.unlink(missing_ok=True)
         elif error.code < 500 and error.code not in (408, 429):
-            raise _NextMirror(f"HTTP status {error.code}") from error
-        raise _Again(f"HTTP status {error.code}") from error
+            raise _NextMirror(f"HTTP {error.code} {_shown(str(error.reason))}") from error
+        raise _Again(f"HTTP {error.code} {_shown(str(error.reason))}") from error
     except (OSError, HTTPException, ValueError) as error:
         raise _Again(_reason(error)) from error
     with response:
@@ -582,7 +598,7 @@ def _save(response: HTTPResponse, partial: Path, have: int, size: int | None) ->
     if response.status != 206 or not (response.headers.get("Content-Range") or "").startswith(f"bytes {have}-"):
         have = 0  # the server sends the whole file
     length = response.headers.get("Content-Length") or ""
-    end = have + int(length) if length.isdecimal() else None
+    end = have + int(length) if re.fullmatch(r"[0-9]{1,15}", length) else None
     if size is not None and end is not None and end != size:
         raise _NextMirror(f"offers {end:,} bytes instead of {size:,}")
     limit = size or end or _DOWNLOAD_LIMIT

@@ -7,11 +7,13 @@ A data set folder holds
     boxes.npy     uint8 (N, 4), x0 y0 x1 y1 in pixels, corners included
     meta.json     classes, counts, the content's sha256, and the sha256 of the three files above
 
-in canonical order (see `archive.Archive`). It is built under another name and renamed: a folder that exists is complete.
+in canonical order (see `archive.Archive`). It is built under another name and renamed: a folder that exists is
+complete.
 """
 
 import contextlib
 import errno
+import glob
 import hashlib
 import io
 import json
@@ -27,6 +29,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from filelock import FileLock, Timeout
@@ -34,7 +37,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from tinylab import archive
-from tinylab.archive import CONTENT_SHA256, IMAGE_SIDE, Archive
+from tinylab.archive import CONTENT_SHA256, IMAGE_SIDE, URLS, Archive, Members
 from tinylab.recipe import UserError
 
 FORMAT_VERSION = 1
@@ -74,6 +77,10 @@ class Dataset:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def __reduce__(self) -> tuple:
+        # Pickled for another process it is its folder, to be mapped there too, not 1.35 GB of pixels.
+        return open_dataset, (self.folder,)
 
 
 # --- Opening ----------------------------------------------------------------------------------------------------------
@@ -127,8 +134,8 @@ def _read_meta(folder: Path) -> dict:
     version = meta.get("format_version") if isinstance(meta, dict) else None
     if version != FORMAT_VERSION:
         raise UserError(
-            f"{folder} has format version {version}, this tinylab reads version {FORMAT_VERSION}: delete the folder and "
-            f"run `tinylab prepare --data {folder}`"
+            f"{folder} has format version {version}, this tinylab reads version {FORMAT_VERSION}: delete it and run "
+            f"`tinylab prepare --data {folder}`"
         )
     return meta
 
@@ -163,22 +170,23 @@ def prepare(
     complete is opened at once, whatever `source` says. `workers` processes decode (default: one per core, at most 8; 1:
     none beside this one). Any number of processes may call this at once: one builds, the others wait and open.
 
-    Raises `UserError` when the source cannot be had, is broken or is not Tiny ImageNet, naming the file at fault, and
-    when `folder` cannot be written; nothing is left behind then, nor after an interrupt.
+    Raises `UserError` when the source cannot be had, is broken or has another layout, naming the file at fault; when
+    'auto' or a built-in address gives Tiny ImageNet's classes with other than the published files; and when `folder`
+    cannot be written. Nothing is left behind then, nor after an interrupt.
     """
     folder = Path(folder)
     if workers is not None and workers < 1:
         raise UserError(f"workers must be at least 1, not {workers}")
-    if _exists(folder):
-        return open_dataset(folder)
     try:
+        if _is_prepared(folder):
+            return open_dataset(folder)
         folder.parent.mkdir(parents=True, exist_ok=True)
         with _lock(folder):
-            if not _exists(folder):
-                for stray in folder.parent.glob(f"{folder.name}.building-*"):
-                    shutil.rmtree(stray)  # the lock is ours, so whoever made it is gone
+            if not _is_prepared(folder):
+                for stray in folder.parent.glob(f"{glob.escape(folder.name)}.building-*"):
+                    shutil.rmtree(stray)  # whoever built there is gone: the lock is ours
                 with archive.open_archive(archive.find(source, folder.parent)) as opened:
-                    _build(opened, folder, workers or _default_workers(), progress, strict=str(source) == "auto")
+                    _build(opened, folder, workers or _default_workers(), progress, str(source) in ("auto", *URLS))
     except OSError as error:
         raise UserError(
             f"cannot write {folder}: {error.strerror or error}; choose another place with --data"
@@ -186,9 +194,13 @@ def prepare(
     return open_dataset(folder)
 
 
-def _exists(folder: Path) -> bool:
-    """Whether something stands at `folder` that must not be replaced; an empty folder may be."""
-    return folder.exists() and not (folder.is_dir() and not any(folder.iterdir()))
+def _is_prepared(folder: Path) -> bool:
+    """Whether a data set is there. Raises `UserError` when something else is, which must not be replaced."""
+    if (folder / "meta.json").exists():
+        return True
+    if folder.exists() and not (folder.is_dir() and next(folder.iterdir(), None) is None):
+        raise UserError(f"{folder} exists, but is no data set: choose another place with --data, or move it away")
+    return False
 
 
 @contextlib.contextmanager
@@ -236,15 +248,10 @@ def _write(source: Archive, building: Path, workers: int, progress: bool, strict
         hashes[name] = hashlib.sha256((building / name).read_bytes()).hexdigest()
     digests, hashes["images.npy"] = _write_images(source, building / "images.npy", workers, progress)
     content = archive.content_sha256(source.files, source.wnids, digests)
-    published = content == CONTENT_SHA256
-    if not published and archive.has_published_classes(source.wnids):
-        problem = f"{source.path} has Tiny ImageNet's classes, but not its published files (content sha256 {content})"
-        if strict:
-            raise UserError(f"{problem}; get an unmodified copy, or name this one with --source to use it all the same")
-        print(f"note: {problem}", file=sys.stderr)
+    _check_identity(source, content, strict)
     meta = {
         "format_version": FORMAT_VERSION,
-        "is_tiny_imagenet": published,
+        "is_tiny_imagenet": content == CONTENT_SHA256,
         "content_sha256": content,
         "train_count": source.train_count,
         "val_count": count - source.train_count,
@@ -255,6 +262,19 @@ def _write(source: Archive, building: Path, workers: int, progress: bool, strict
     (building / "meta.json").write_text(json.dumps(meta, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def _check_identity(source: Archive, content: str, strict: bool) -> None:
+    """Says when these are not the published files; `strict`: the caller wanted those and no others."""
+    if content == CONTENT_SHA256:
+        return
+    if archive.has_published_classes(source.wnids):
+        problem = f"{source.path} has Tiny ImageNet's classes, but not its published files (content sha256 {content})"
+        if strict:
+            raise UserError(f"{problem}: get an unmodified copy, or name this one with --source to use it all the same")
+        print(f"note: {problem}", file=sys.stderr)
+    elif strict:
+        print(f"note: {source.path} is not Tiny ImageNet, it has {len(source.wnids)} other classes", file=sys.stderr)
+
+
 def _write_images(source: Archive, path: Path, workers: int, progress: bool) -> tuple[list[str], str]:
     """Decodes all images into the .npy file at `path`; returns the sha256 of every JPEG file, and that of `path`."""
     names = [file.path for file in source.files]
@@ -262,38 +282,45 @@ def _write_images(source: Archive, path: Path, workers: int, progress: bool) -> 
     with open(path, "wb") as file:
         shape = (len(names), IMAGE_SIDE, IMAGE_SIDE, 3)
         np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
-        file.flush()
-        _reserve(file.fileno(), file.tell() + len(names) * _IMAGE_BYTES)
         offsets = [file.tell() + index * _CHUNK_IMAGES * _IMAGE_BYTES for index in range(len(chunks))]
+        _reserve(file, file.tell() + len(names) * _IMAGE_BYTES)
     digests: list[str] = []
+    whole = hashlib.sha256()
     bar = tqdm(total=len(names), desc="decoding", unit=" images", mininterval=0.3, disable=None if progress else True)
-    with bar, _decoders(source.path, path, min(workers, len(chunks))) as run:
+    # Unbuffered, so that nothing is read before its chunk is written.
+    with (
+        bar,
+        _decoders(source.members, path, min(workers, len(chunks))) as run,
+        open(path, "rb", buffering=0) as written,
+    ):
+        whole.update(written.read(offsets[0]))
         for chunk_digests in run(chunks, offsets):
+            whole.update(written.read(len(chunk_digests) * _IMAGE_BYTES))
             digests += chunk_digests
             bar.update(len(chunk_digests))
-    with open(path, "rb") as file:
-        return digests, hashlib.file_digest(file, "sha256").hexdigest()
+    return digests, whole.hexdigest()
 
 
-def _reserve(descriptor: int, size: int) -> None:
-    """Takes the file's space on the disk now, so that a full disk is an error here and not in the middle."""
+def _reserve(file: BinaryIO, size: int) -> None:
+    """Takes the disk space for `size` bytes now: on a full disk this fails before any work is done."""
+    file.flush()
     if hasattr(os, "posix_fallocate"):
         try:
-            return os.posix_fallocate(descriptor, 0, size)
+            os.posix_fallocate(file.fileno(), 0, size)
+            return
         except OSError as error:
             if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS):
                 raise
-    zeros = bytes(1 << 20)
-    for offset in range(os.fstat(descriptor).st_size, size, len(zeros)):
-        os.pwrite(descriptor, zeros[: size - offset], offset)
-    return None
+    zeros = bytes(1 << 20)  # this platform or file system cannot reserve, but it can write
+    while file.tell() < size:
+        file.write(zeros[: size - file.tell()])
 
 
 # --- Decoding, in worker processes ------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
-def _decoders(source: Path, target: Path, workers: int) -> Iterator[Callable[..., Iterator[list[str]]]]:
+def _decoders(source: Members, target: Path, workers: int) -> Iterator[Callable[..., Iterator[list[str]]]]:
     """A function (chunks, offsets) that decodes chunk after chunk in `workers` processes; results come in order."""
     if workers == 1:
         decoder = _Decoder(source, target)
@@ -309,34 +336,36 @@ def _decoders(source: Path, target: Path, workers: int) -> Iterator[Callable[...
             pool.shutdown(wait=False, cancel_futures=True)
 
 
+@dataclass(frozen=True)
 class _Decoder:
-    """Decodes images of the archive at `source` into the .npy file at `target`, through handles of its own."""
+    """Decodes images of an archive into the .npy file at `target`."""
 
-    def __init__(self, source: Path, target: Path):
-        self.members = archive.open_members(source)
-        self.target = target
+    source: Members
+    target: Path
 
     def __call__(self, names: Sequence[str], offset: int) -> list[str]:
         """Writes the pixels of the files `names` from byte `offset` on; returns each file's sha256."""
-        digests, pixels = [], []
-        for name in names:
-            jpeg = self.members.read(name)
+        digests = []
+        pixels = np.empty((len(names), IMAGE_SIDE, IMAGE_SIDE, 3), dtype=np.uint8)
+        for row, name in enumerate(names):
+            jpeg = self.source.read(name)
             digests.append(hashlib.sha256(jpeg).hexdigest())
-            pixels.append(_decode(jpeg, name))
+            pixels[row] = _decode(jpeg, name)
         # Written, not memory-mapped: a full disk is an exception then, and the pages do not count as this process's.
         with open(self.target, "r+b") as file:
             file.seek(offset)
-            file.write(b"".join(pixels))
+            file.write(pixels.data)
         return digests
 
 
 _decoder: _Decoder | None = None  # of this worker process
 
 
-def _start_worker(source: Path, target: Path) -> None:
+def _start_worker(source: Members, target: Path) -> None:
     global _decoder
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the first one ends the others
     threading.Thread(target=_die_with_parent, daemon=True).start()
+    source.reopen()
     _decoder = _Decoder(source, target)
 
 
@@ -350,21 +379,20 @@ def _decode_in_worker(names: Sequence[str], offset: int) -> list[str]:
     return _decoder(names, offset)
 
 
-def _decode(jpeg: bytes, name: str) -> bytes:
-    """64 x 64 RGB pixels, 12,288 bytes. Raises `UserError` naming the file when it is anything but a sound JPEG."""
+def _decode(jpeg: bytes, name: str) -> np.ndarray:
+    """uint8 (64, 64, 3), RGB. Raises `UserError` naming the file when it is anything but a sound JPEG."""
     try:
         with Image.open(io.BytesIO(jpeg), formats=["JPEG"]) as image:
             if image.size != (IMAGE_SIDE, IMAGE_SIDE):
-                raise UserError(
-                    f"{name} has {image.width} x {image.height} pixels instead of {IMAGE_SIDE} x {IMAGE_SIDE}"
-                )
+                problem = f"has {image.width} x {image.height} pixels instead of {IMAGE_SIDE} x {IMAGE_SIDE}"
+                raise UserError(f"{name} {problem}; use an unmodified copy of the archive")
             if image.mode not in ("L", "RGB", "CMYK"):
-                raise UserError(f"{name} is a JPEG of mode {image.mode}, not grey, RGB or CMYK")
-            return image.convert("RGB").tobytes()
+                raise UserError(f"{name} is neither grey, RGB nor CMYK; use an unmodified copy of the archive")
+            return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
     except UserError:
         raise
     except Exception as error:  # Pillow raises many kinds for broken files, SyntaxError among them
-        raise UserError(f"{name} is not a sound JPEG file: {error}; use an unmodified copy of the archive") from error
+        raise UserError(f"{name} is not a sound JPEG file; use an unmodified copy of the archive") from error
 
 
 def _default_workers() -> int:
