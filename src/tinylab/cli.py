@@ -1,60 +1,83 @@
 """The command line: `tinylab COMMAND ...`, also `python -m tinylab`.
 
-Options are built by tyro from the signatures below and, for `train` and `schedule`, from the recipe's own fields. What a
-user can mend is one line on stderr and exit status 2; Ctrl-C is 130, SIGTERM 143; anything else is a bug and keeps its
-traceback. Heavy imports wait until a command needs them, so that a bad option is refused at once.
+A command is a dataclass: its fields are the options (tyro parses them), `run` does the work. What a user can mend is
+one line on stderr and exit status 2; Ctrl-C is 130, SIGTERM 143; anything else is a bug and keeps its traceback. Heavy
+imports wait until a command runs, so that a bad option is refused at once.
 """
 
+import contextlib
+import errno
+import hashlib
+import io
 import json
+import os
+import re
+import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
+from tyro.conf import Positional
 
 from tinylab.recipe import RECIPES, Recipe, UserError, named
 
+if TYPE_CHECKING:
+    from tinylab.dataset import Dataset
+    from tinylab.model import ResNet18
+    from tinylab.record import Run
+    from tinylab.split import Split
+
 DATA = Path("data/tiny-imagenet")
-
-
-def sample(out: tyro.conf.Positional[Path], /, seed: int = 0) -> None:
-    """Write a small made-up data set in the public archive's layout.
-
-    Args:
-        out: The zip file to write.
-        seed: Another seed draws other images of the same ten classes.
-    """
-    from tinylab.sample import write_sample
-
-    print(write_sample(out, seed=seed))
-
-
-def prepare(source: str = "auto", data: Path = DATA, workers: int | None = None) -> None:
-    """Find or download Tiny ImageNet and decode it once into the data folder.
-
-    Args:
-        source: auto ($TINY_IMAGENET, the zip or folder below data/, else a download), or a URL, a zip or a folder.
-        data: The data folder to make; one that is complete is only checked.
-        workers: Processes that decode; by default one per core.
-    """
-    from tinylab.dataset import prepare as prepare_dataset
-
-    dataset = prepare_dataset(source, data, workers=workers)
-    print(
-        f"{data}: {len(dataset):,} images ({dataset.train_count:,} training, {len(dataset) - dataset.train_count:,} "
-        f"validation), {len(dataset.wnids)} classes\ncontent sha256 {dataset.content_sha256}"
-    )
+DeviceName = Literal["auto", "cpu", "cuda", "mps"]
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+RecipeFields = Annotated[Recipe, tyro.conf.arg(name="", help="")]
 
 
 @dataclass(frozen=True)
-class TrainOptions:
+class Sample:
+    """Write a small made-up data set in the public archive's layout."""
+
+    out: Positional[Path]
+    """The zip file to write."""
+    seed: int = 0
+    """Another seed draws other images of the same ten classes."""
+
+    def run(self) -> None:
+        from tinylab.sample import write_sample
+
+        print(write_sample(self.out, seed=self.seed))
+
+
+@dataclass(frozen=True)
+class Prepare:
+    """Find or download Tiny ImageNet and decode it once into the data folder."""
+
+    source: str = "auto"
+    """auto ($TINY_IMAGENET, the zip or folder below data/, else a download), or a URL, a zip or a folder."""
+    data: Path = DATA
+    """The data folder to make; one that is complete is only opened."""
+    workers: int | None = None
+    """Processes that decode; by default one per core."""
+
+    def run(self) -> None:
+        from tinylab.dataset import prepare
+
+        dataset = prepare(self.source, self.data, workers=self.workers)
+        validation = len(dataset) - dataset.train_count
+        print(f"{self.data}: {len(dataset):,} images ({dataset.train_count:,} training, {validation:,} validation)")
+        print(f"{len(dataset.wnids)} classes, content sha256 {dataset.content_sha256}")
+
+
+@dataclass(frozen=True)
+class Train:
     """Train by a recipe and test after every epoch; a run that was stopped continues by itself."""
 
-    recipe: Annotated[Recipe, tyro.conf.arg(name="", help="")]
+    recipe: RecipeFields
     data: Path = DATA
     """The data folder that `tinylab prepare` made."""
-    run: Path | None = None
+    run_folder: Annotated[Path | None, tyro.conf.arg(name="run")] = None
     """The run folder; by default runs/<recipe>-<protocol>-s<seed>."""
     seed: int = 0
     """Decides the first weights, the order of the images and their augmentation."""
@@ -62,151 +85,291 @@ class TrainOptions:
     """Which images train and which test."""
     limit_classes: int | None = None
     """Only the first so many classes, by sorted wnid."""
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    device: DeviceName = "auto"
     """Where to compute."""
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    precision: Precision = "auto"
     """Number format of convolutions and matrix products."""
     workers: int | None = None
     """Processes that augment; they do not change the result."""
 
+    def run(self) -> None:
+        from tinylab.dataset import open_dataset
+        from tinylab.train import train
 
-def train(options: TrainOptions) -> None:
-    from tinylab.dataset import open_dataset
-    from tinylab.train import train as train_run
-
-    run = train_run(
-        options.recipe,
-        open_dataset(options.data),
-        split=options.split,
-        folder=options.run,
-        seed=options.seed,
-        limit_classes=options.limit_classes,
-        device=options.device,
-        precision=options.precision,
-        workers=options.workers,
-    )
-    final = run.summary
-    print(
-        f"{run.folder}: {final['test_top1']:.2f} % top-1, {final['test_top5']:.2f} % top-5 after epoch {final['epochs']}, "
-        f"{final['train_seconds'] / 60:.1f} minutes of training"
-    )
+        finished = train(
+            self.recipe,
+            open_dataset(self.data),
+            split=self.split,
+            folder=self.run_folder,
+            seed=self.seed,
+            limit_classes=self.limit_classes,
+            device=self.device,
+            precision=self.precision,
+            workers=self.workers,
+        )
+        final = finished.summary
+        accuracy = f"{final['test_top1']:.2f} % top-1, {final['test_top5']:.2f} % top-5"
+        print(f"{finished.folder}: {accuracy}, {final['train_seconds'] / 60:.1f} minutes of training")
 
 
 @dataclass(frozen=True)
-class ScheduleOptions:
+class Schedule:
     """Print learning rate and momentum of every optimiser step as CSV."""
 
-    recipe: Annotated[Recipe, tyro.conf.arg(name="", help="")]
+    recipe: RecipeFields
     images: int = 77_000
     """Training images; 77,000 are those of the merged split."""
 
+    def run(self) -> None:
+        if self.images < 1:
+            raise UserError(f"images must be at least 1, not {self.images}")
+        from tinylab.train import schedule
 
-def schedule(options: ScheduleOptions) -> None:
-    if options.images < 1:
-        raise UserError(f"images must be at least 1, not {options.images}")
-    from tinylab.train import schedule as steps
-
-    print("step,learning_rate,momentum")
-    for row in steps(options.recipe, options.images):
-        print(*row, sep=",")
-
-
-def summary(classes: int = 200, width: int = 64) -> None:
-    """Print torchsummary's table of the network.
-
-    Args:
-        classes: Number of outputs.
-        width: Channels of the first stage.
-    """
-    if classes < 1 or width < 1:
-        raise UserError("classes and width must be at least 1")
-    from tinylab.model import summary as table
-
-    sys.stdout.write(table(classes, width))
+        print("step,learning_rate,momentum")
+        for row in schedule(self.recipe, self.images):
+            print(*row, sep=",")
 
 
-def evaluate(
-    run: tyro.conf.Positional[Path],
-    /,
-    tta: Literal["none", "flip"] = "none",
-    data: Path | None = None,
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto",
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto",
-) -> None:
-    """Test a finished run's weights again; the last line of the output is one JSON object.
+@dataclass(frozen=True)
+class Summary:
+    """Print torchsummary's table of the network."""
 
-    Args:
-        run: The run folder.
-        tta: flip averages the logits of each image and its mirror image; report it apart.
-        data: The data folder, if it has moved since training.
-        device: Where to compute.
-        precision: Number format; the same as in training gives the same numbers.
-    """
-    from tinylab.device import choose
-    from tinylab.evaluate import compute_logits, score, with_flip
-    from tinylab.loader import test_batches
-    from tinylab.train import inference
+    classes: int = 200
+    """Number of outputs."""
+    width: int = 64
+    """Channels of the first stage."""
 
-    finished, dataset, rows = _open(run, data)
-    place = choose(device, precision)
-    forward = inference(_model(finished, dataset).to(place.device), finished.recipe, place)
-    forward = with_flip(forward) if tta == "flip" else forward
-    result = score(*compute_logits(forward, test_batches(dataset, rows.test, place.device)))
-    print(f"{len(rows.test):,} test images of {run}, {place}")
-    print(json.dumps({"protocol": rows.protocol, "classes": rows.classes, "tta": tta, **result.numbers()}))
+    def run(self) -> None:
+        if self.classes < 1 or self.width < 1:
+            raise UserError("classes and width must be at least 1")
+        from tinylab.model import summary
+
+        sys.stdout.write(summary(self.classes, self.width))
 
 
-def _open(folder: Path, data: Path | None):
-    """The run in `folder`, its data set, and the split it was trained on; `UserError` if they do not belong together."""
+@dataclass(frozen=True)
+class Evaluate:
+    """Test a finished run's weights again; the last line of the output is one JSON object."""
+
+    run_folder: Annotated[Positional[Path], tyro.conf.arg(name="run")]
+    """The run folder."""
+    tta: Literal["none", "flip"] = "none"
+    """flip: the mean of the logits of each image and its mirror image; report it apart."""
+    data: Path | None = None
+    """The data folder, if it has moved since training."""
+    device: DeviceName = "auto"
+    """Where to compute."""
+    precision: Precision = "auto"
+    """Number format; with the one of training come the numbers of training."""
+
+    def run(self) -> None:
+        finished, dataset, rows = open_finished(self.run_folder, self.data)
+        from tinylab.device import choose
+        from tinylab.evaluate import compute_logits, score, with_flip
+        from tinylab.loader import test_batches
+        from tinylab.train import inference
+
+        place = choose(self.device, self.precision)
+        forward = inference(trained_model(finished, dataset).to(place.device), finished.recipe, place)
+        forward = with_flip(forward) if self.tta == "flip" else forward
+        result = score(*compute_logits(forward, test_batches(dataset, rows.test, place.device)))
+        print(f"{len(rows.test):,} test images of {finished.folder}, {place}")
+        print(json.dumps({"protocol": rows.protocol, "classes": rows.classes, "tta": self.tta, **result.numbers()}))
+
+
+@dataclass(frozen=True)
+class Explain:
+    """Draw a finished run: curves, classes, mistakes, and Grad-CAM of the four stages."""
+
+    run_folder: Annotated[Positional[Path], tyro.conf.arg(name="run")]
+    """The run folder; explain.json is written there."""
+    count: int = 10
+    """Misclassified test images to show, drawn at random from all of them."""
+    method: Literal["gradcam", "gradcam++", "hirescam", "layercam"] = "gradcam"
+    """How activations and gradients become a map."""
+    data: Path | None = None
+    """The data folder, if it has moved since training."""
+    figures: Path | None = None
+    """Where the figures go; by default the run folder's figures/."""
+
+    def run(self) -> None:
+        finished, dataset, rows = open_finished(self.run_folder, self.data)
+        from tinylab import plots
+        from tinylab.augment import normalise
+        from tinylab.explain import explain
+
+        recipe = finished.recipe
+        explanation = explain(
+            trained_model(finished, dataset),
+            images=dataset.images,
+            labels=dataset.labels,
+            boxes=dataset.boxes,
+            rows=rows.test,
+            logits=finished.predictions["logits"],
+            wnids=dataset.wnids[: rows.classes],
+            names=dataset.names[: rows.classes],
+            normalise=lambda images: normalise(images, recipe),
+            count=self.count,
+            method=self.method,
+        )
+        finished.write("explain.json", explanation.to_json())
+        drawn = figures_of_training(finished, dataset, rows)
+        shown = (explanation.images, explanation.entries)
+        drawn["misclassified"] = plots.misclassified(*shown)
+        drawn["gradcam"] = plots.gradcam_stages(explanation.images, explanation.maps, explanation.entries)
+        for name, figure in drawn.items():
+            print(plots.save(figure, (self.figures or finished.figures) / f"{name}.png"))
+        print(f"{explanation.wrong:,} of {explanation.tested:,} test images are wrong; {finished.folder}/explain.json")
+
+
+@dataclass(frozen=True)
+class Publish:
+    """Copy a finished run's records (no weights, no paths) to results/ and rewrite the tables."""
+
+    run_folder: Annotated[Positional[Path], tyro.conf.arg(name="run")]
+    """The run folder."""
+
+    def run(self) -> None:
+        from tinylab.record import Run, publish_run
+
+        print(publish_run(Run(self.run_folder), Path("results")))
+        Table().run()
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rewrite results/results.csv and the README's generated parts from the records in results/."""
+
+    def run(self) -> None:
+        from tinylab.record import rewrite_tables
+
+        for path in rewrite_tables(Path("results"), Path("README.md")):
+            print(path)
+
+
+COMMANDS = {
+    command.__name__.lower(): command
+    for command in (Sample, Prepare, Train, Evaluate, Explain, Schedule, Summary, Publish, Table)
+}
+WITH_RECIPE = ("train", "schedule")
+
+
+def open_finished(folder: Path, data: Path | None) -> "tuple[Run, Dataset, Split]":
+    """The finished run in `folder`, its data set and its split. Raises `UserError` if they do not belong together."""
     from tinylab.dataset import open_dataset
     from tinylab.record import Run
     from tinylab.split import make_split
 
     run = Run(folder)
     identity = run.identity
+    _ = run.summary  # refuses an unfinished run
     dataset = open_dataset(data or Path(identity["data_folder"]))
     if dataset.content_sha256 != identity["content_sha256"]:
-        raise UserError(f"{folder} was trained on other data than {dataset.folder} holds; name its folder with --data")
+        raise UserError(f"{folder} was trained on other data than {dataset.folder} holds: name its folder with --data")
     rows = make_split(dataset, identity["protocol"], identity["classes"])
     if rows.sha256 != identity["split_sha256"]:
         raise UserError(f"{folder} was trained on another split than this version of tinylab makes")
     return run, dataset, rows
 
 
-def _model(run, dataset):
-    """The finished run's network, its file checked against the summary and its classes against the data set."""
-    import hashlib
-
+def trained_model(run: "Run", dataset: "Dataset") -> "ResNet18":
+    """The run's network on the CPU, its file checked against the summary, its classes against the data set."""
     from tinylab.model import load_weights
 
     expected = run.summary["model_sha256"]
     if not run.weights.exists() or hashlib.sha256(run.weights.read_bytes()).hexdigest() != expected:
-        raise UserError(f"{run.weights} is missing or damaged: it is not what the summary of the run says")
+        raise UserError(f"{run.weights} is missing or damaged: it is not the file that the run's summary names")
     return load_weights(run.weights, dataset.wnids[: run.identity["classes"]])[0]
 
 
-FUNCTIONS = {"sample": sample, "prepare": prepare, "evaluate": evaluate, "summary": summary}
-WITH_RECIPE = {"train": (train, TrainOptions), "schedule": (schedule, ScheduleOptions)}
+def figures_of_training(run: "Run", dataset: "Dataset", rows: "Split") -> dict:
+    """Figures by file name: sample images, augmentation, schedule, curves, accuracy per class."""
+    from tinylab import plots
+    from tinylab.evaluate import per_class
+    from tinylab.loader import TrainingBatches
+    from tinylab.record import published_history
+    from tinylab.train import schedule
+
+    recipe, names = run.recipe, dataset.names[: rows.classes]
+    batches = TrainingBatches(dataset, rows.train, recipe, run.identity["seed"])
+    first = batches.rows_at(1, 0)[:16]
+    images, titles = dataset.images[first], [names[label] for label in dataset.labels[first]]
+    _, learning_rates, momenta = zip(*schedule(recipe, len(rows.train)), strict=True)
+    correct, total = per_class(run.predictions["logits"], run.predictions["labels"])
+    return {
+        "samples": plots.image_grid(images, titles, dataset.boxes[first]),
+        "augmentation": plots.before_after(images, batches[1, 0][0][:16].numpy(), titles),
+        "learning_rate": plots.learning_rate_curve(learning_rates, momenta, recipe.steps_per_epoch(len(rows.train))),
+        "curves": plots.accuracy_and_loss(run.history, published_history(), title=run.title),
+        "classes": plots.class_accuracy(names, 100 * correct / total.clip(1), total),
+    }
 
 
-def run_command(arguments: list[str]) -> None:
-    """Parses `arguments` and runs the command they name."""
-    command, rest = arguments[0], arguments[1:]
-    if command in FUNCTIONS:
-        tyro.cli(FUNCTIONS[command], prog=f"tinylab {command}", args=rest)
-    elif command in WITH_RECIPE:
-        function, options = WITH_RECIPE[command]
+def parse(arguments: list[str]) -> object:
+    """The command that `arguments` name, options filled in. Raises `UserError` for anything that does not parse."""
+    name, rest = arguments[0], arguments[1:]
+    if name not in COMMANDS:
+        raise UserError(f"unknown command '{name}'; there are: {', '.join(COMMANDS)}")
+    prog, default = f"tinylab {name}", {}
+    if name in WITH_RECIPE:
+        if {"-h", "--help"} & set(rest[:1]):
+            rest = ["published", *rest]  # the options are the same for all
         if not rest or rest[0].startswith("-"):
-            if not set(rest) & {"-h", "--help"}:
-                raise UserError(f"which recipe? `tinylab {command} RECIPE`; there are: {', '.join(RECIPES)}")
-            rest = ["published", *rest]
-        default = options(recipe=named(rest[0]))
-        function(tyro.cli(options, prog=f"tinylab {command} {rest[0]}", args=rest[1:], default=default))
-    else:
-        raise UserError(f"unknown command '{command}'; there are: {', '.join([*FUNCTIONS, *WITH_RECIPE])}")
+            raise UserError(f"which recipe? `tinylab {name} RECIPE`; there are: {', '.join(RECIPES)}")
+        prog, default = f"{prog} {rest[0]}", {"default": COMMANDS[name](recipe=named(rest[0]))}
+        rest = rest[1:]
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            return tyro.cli(COMMANDS[name], prog=prog, args=rest, **default)
+    except SystemExit as stop:
+        if stop.code in (None, 0):
+            raise  # --help
+        raise UserError(f"{_one_line(complaint.getvalue())} (`{prog} --help` lists the options)") from stop
+
+
+def _one_line(framed: str) -> str:
+    """What tyro complains of, without its frame and its explanations: the text up to the first rule."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", framed)
+    lines = [line.strip("│ ").strip() for line in text.splitlines()[1:]]
+    said = []
+    for line in lines:
+        if not line or set(line) <= set("─╰╯╭╮"):
+            break
+        said.append(line)
+    suggestions = re.findall(r"^(--[a-z0-9-]+)", "\n".join(lines[len(said) :]), re.MULTILINE)
+    hint = f"; perhaps {suggestions[0]}?" if suggestions and "nrecognized" in " ".join(said) else ""
+    return (" ".join(said) or "the options do not parse") + hint
+
+
+def usage() -> str:
+    """What `tinylab --help` prints."""
+    lines = ["usage: tinylab COMMAND [options]      tinylab COMMAND --help tells them", ""]
+    for name, command in COMMANDS.items():
+        lines.append(f"  {name + (' RECIPE' if name in WITH_RECIPE else ''):<18}{command.__doc__}")
+    return "\n".join([*lines, "", f"recipes: {', '.join(RECIPES)}"])
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs one command; returns the exit status."""
-    run_command(list(sys.argv[1:] if arguments is None else arguments))
+    """Runs one command and returns the exit status: 0, 2 for what a user can mend, 130 or 143 after a signal."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(usage())
+        return 0 if arguments else 2
+    try:
+        parse(list(arguments)).run()
+        sys.stdout.flush()
+    except UserError as error:
+        print(f"tinylab: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as stop:
+        print(f"tinylab: {' '.join(str(stop).split()) or 'stopped'}", file=sys.stderr)
+        return 128 + getattr(stop, "signal", signal.SIGINT)
+    except BrokenPipeError:  # the reader, `head` perhaps, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM):
+            raise
+        print(f"tinylab: {error.filename or 'output'}: {error.strerror}", file=sys.stderr)
+        return 2
     return 0

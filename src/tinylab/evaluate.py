@@ -23,8 +23,6 @@ class Evaluation:
     loss: float
     correct: int
     correct_top5: int
-    class_correct: np.ndarray
-    class_total: np.ndarray
 
     @property
     def total(self) -> int:
@@ -52,7 +50,7 @@ class Evaluation:
 
 
 def with_flip(forward: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Flip test-time augmentation: the mean of `forward`'s logits of each image and its mirror image. Reported apart."""
+    """Flip test-time augmentation: the mean of the logits of each image and its mirror image. Reported apart."""
     return lambda images: (forward(images) + forward(images.flip(2))) / 2  # (B, height, width, 3): axis 2 is the width
 
 
@@ -84,13 +82,17 @@ def score(logits: torch.Tensor, labels: torch.Tensor) -> Evaluation:
     own = logits.gather(1, labels[:, None])
     earlier = torch.arange(classes, device=labels.device)[None, :] < labels[:, None]
     rank = ((logits > own) | ((logits == own) & earlier)).sum(dim=1)
-    hit = rank == 0
     return Evaluation(
         logits=stored.cpu().numpy(),
         labels=labels.cpu().numpy(),
         loss=F.cross_entropy(logits, labels).item(),
-        correct=int(hit.sum()),
+        correct=int((rank == 0).sum()),
         correct_top5=int((rank < 5).sum()),
-        class_correct=torch.bincount(labels[hit], minlength=classes).cpu().numpy(),
-        class_total=torch.bincount(labels, minlength=classes).cpu().numpy(),
     )
+
+
+def per_class(logits: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """How many images of each class are right, and how many there are: int64 (classes,) each, from predictions."""
+    classes = logits.shape[1]
+    hit = logits.argmax(axis=1) == labels
+    return np.bincount(labels[hit], minlength=classes), np.bincount(labels, minlength=classes)

@@ -33,17 +33,21 @@ class TrainingBatches(TorchDataset):
         self._transform = None
         self._order = (0, np.empty(0, dtype=np.int64))
 
+    def rows_at(self, epoch: int, step: int) -> np.ndarray:
+        """Rows of the data set that step `step` (from 0) of epoch `epoch` (from 1) trains on: int64 (B,)."""
+        if self._order[0] != epoch:
+            self._order = (epoch, epoch_order(self.seed, epoch, len(self.rows)))
+        first = step * self.recipe.batch_size
+        return self.rows[self._order[1][first : first + self.recipe.batch_size]]
+
     def __getitem__(self, key: tuple[int, int]) -> Batch:
         epoch, step = key
         if self._transform is None:
             self._transform = build_transform(self.recipe)
-        if self._order[0] != epoch:
-            self._order = (epoch, epoch_order(self.seed, epoch, len(self.rows)))
-        first = step * self.recipe.batch_size
-        rows = self.rows[self._order[1][first : first + self.recipe.batch_size]]
+        rows = self.rows_at(epoch, step)
         images = np.empty((len(rows), *self.images.shape[1:]), dtype=np.uint8)
         for i, row in enumerate(rows):
-            rng = generator(self.seed, Stream.AUGMENT, epoch, first + i)
+            rng = generator(self.seed, Stream.AUGMENT, epoch, step * self.recipe.batch_size + i)
             images[i] = augment(self._transform, self.images[row], rng)
         return torch.from_numpy(images), torch.from_numpy(self.labels[rows].astype(np.int64))
 
@@ -99,7 +103,10 @@ class TrainingLoader:
 
 
 def test_batches(
-    dataset: Dataset, rows: np.ndarray, device: torch.device, batch_size: int = 500  # noqa: PT028 (no pytest test)
+    dataset: Dataset,
+    rows: np.ndarray,
+    device: torch.device,
+    batch_size: int = 500,  # noqa: PT028 (no pytest test)
 ) -> Iterator[Batch]:
     """The images `rows` as they are, in that order, in batches on `device`; the last one may be smaller."""
     for first in range(0, len(rows), batch_size):

@@ -12,11 +12,14 @@ figures/
 """
 
 import contextlib
+import csv
 import dataclasses
 import datetime
+import io
 import json
 import os
 import platform
+import statistics
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -30,7 +33,9 @@ import torch
 
 from tinylab.checkpoint import write_atomically
 from tinylab.device import Placement, device_name
-from tinylab.recipe import Recipe, UserError
+from tinylab.recipe import RECIPES, Recipe, UserError, named
+
+REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 @dataclass(frozen=True)
@@ -81,6 +86,12 @@ class Run:
         )
 
     @property
+    def title(self) -> str:
+        """The run in a few words, for figures and tables."""
+        identity, recipe = self.identity, self.recipe
+        return f"{recipe.name}: {identity['classes']} classes, {identity['protocol']} split, {recipe.epochs} epochs"
+
+    @property
     def history(self) -> list[dict]:
         """One dictionary per finished epoch, as in metrics.jsonl: accuracies in percent, losses in nats, seconds."""
         path = self.folder / "metrics.jsonl"
@@ -110,13 +121,16 @@ class Run:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             lock.acquire()
+        except NotImplementedError:  # a mounted Google Drive may know no locks: better unlocked there than not at all
+            pass
         except filelock.Timeout as error:
             raise UserError(f"another process is writing {self.folder}; wait for it or choose another --run") from error
         except OSError as error:
             raise UserError(f"cannot write the run folder {self.folder}: {error.strerror}") from error
-        with lock:
-            lock.release()  # entering counted a second time
+        try:
             yield
+        finally:
+            lock.release()
 
     def _read(self, name: str, otherwise: str = "this folder is no run") -> dict:
         path = self.folder / name
@@ -145,7 +159,7 @@ def enter_run(run: Run, recipe: Recipe, identity: dict, environment: dict) -> li
     folder = run.folder
     recipe_fields = json.loads(json.dumps(dataclasses.asdict(recipe)))
     if not (folder / "run.json").exists():
-        if any(path.name != ".lock" for path in folder.iterdir()):
+        if any(path.name not in (".lock", "figures") for path in folder.iterdir()):  # figures may come first
             raise UserError(f"{folder} is not empty and no run; choose another --run")
         run.write("recipe.json", recipe_fields)
         run.write("environment.json", environment)
@@ -195,6 +209,175 @@ def describe_environment(place: Placement) -> dict:
     }
 
 
+def published_history(results: Path = REPOSITORY / "results") -> list[dict]:
+    """The published run's log, a dictionary of strings per epoch; empty outside a checkout of the repository."""
+    path = results / "reference" / "published_run.csv"
+    if not path.exists():
+        return []
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def publish_run(run: Run, results: Path) -> Path:
+    """Copies what is small and says nothing about the machine's folders to results/<run>; returns that folder.
+
+    Raises `UserError` if the run is not finished, or a different run of that name was published.
+    """
+    target = Run(results / run.folder.resolve().name)
+    records = {
+        "recipe.json": run._read("recipe.json"),
+        "run.json": {key: value for key, value in run.identity.items() if key != "data_folder"},
+        "environment.json": run.environment,
+        "summary.json": run.summary,
+    }
+    if target.finished and target.summary["model_sha256"] != run.summary["model_sha256"]:
+        raise UserError(f"{target.folder} holds another run of that name; delete it first to replace it")
+    target.folder.mkdir(parents=True, exist_ok=True)
+    target.write_history(run.history)
+    for name, value in records.items():
+        target.write(name, value)
+    return target.folder
+
+
+def rewrite_tables(results: Path, readme: Path) -> list[Path]:
+    """Makes results.csv (a line per published run, every field of its recipe) and the README's generated parts anew.
+
+    Raises `UserError` if the README has no place for them. Returns the files written.
+    """
+    runs = [Run(path.parent) for path in sorted(results.glob("*/summary.json"))]
+    rows = [_csv_row(run) for run in runs]
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomically(results / "results.csv", text.getvalue().encode())
+    page = readme.read_text()
+    page = _between(page, "results", results_table(rows, published_history(results)), readme)
+    page = _between(page, "figures", figures_part(readme.parent / "images-A"), readme)
+    write_atomically(readme, page.encode())
+    return [results / "results.csv", readme]
+
+
+def note_figures(run: Run, figures: Path) -> None:
+    """Leaves in the folder `figures` which run they show, so that their captions can be generated."""
+    summary, environment = run.summary, run.environment
+    said = {name: summary[name] for name in ("test_top1", "test_top5", "test_images", "train_images", "classes")}
+    said |= {name: environment[name] for name in ("device", "precision", "torch", "commit", "date")}
+    text = json.dumps({"run": run.folder.name, "title": run.title, **said}, indent=2) + "\n"
+    write_atomically(figures / "figures.json", text.encode())
+
+
+CAPTIONS = {
+    "curves": "Loss and accuracy of training and test images per epoch. Dashed: the published run (200 classes, 30 epochs).",
+    "gradcam": "Grad-CAM of the four stages, heat map and overlay, for the class that was predicted, on ten misclassified "
+    "test images drawn at random. Each map is scaled to itself.",
+    "classes": "Accuracy per class.",
+    "misclassified": "The same ten mistakes.",
+    "augmentation": "Training images before and after the recipe's augmentation.",
+    "learning_rate": "The one-cycle schedule.",
+}
+
+
+def figures_part(figures: Path) -> str:
+    """The README's figures in Markdown, each with a caption, headed by the run that they show."""
+    path = figures / "figures.json"
+    if not path.exists():
+        return "Not yet drawn: `make run DATA=full` draws them."
+    shown = json.loads(path.read_text())
+    lines = [
+        f"All from one run, [`{shown['run']}`](results/{shown['run']}): {shown['title']}, "
+        f"{shown['train_images']:,} / {shown['test_images']:,} images, **{shown['test_top1']:.2f} % top-1** and "
+        f"{shown['test_top5']:.2f} % top-5 after the last epoch ({shown['device']}, {shown['precision']}, "
+        f"torch {shown['torch']}, {shown['date']}).",
+    ]
+    for name, caption in CAPTIONS.items():
+        if (figures / f"{name}.png").exists():
+            lines += ["", f"![{caption}]({figures.name}/{name}.png)", "", f"*{caption}*"]
+    return "\n".join(lines)
+
+
+def _csv_row(run: Run) -> dict:
+    """What results.csv says of one run: result first, then what decided it, then where it was measured."""
+    summary, environment = run.summary, run.environment
+    recipe = {f"recipe.{name}": value for name, value in dataclasses.asdict(run.recipe).items()}
+    identity = {name: value for name, value in run.identity.items() if name not in summary}
+    return {"run": run.folder.name, **summary, **identity, **recipe, **environment}
+
+
+def results_table(rows: list[dict], published: list[dict]) -> str:
+    """The README's results table in Markdown: the published run, and each group of runs that differ in seed only.
+
+    rows: as in results.csv. What is not measured is said to be so.
+    """
+    lines = [
+        "| run | split, classes | train / test images | epochs | top-1 % | top-5 % | seeds | training | device |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    if published:
+        last = published[-1]
+        lines.append(
+            f"| the published run (reference) | unseeded 70/30, 200 | 77,000 / 33,000 | {last['epoch']} "
+            f"| {float(last['test_accuracy_pct']):.2f} | not reported | 1 | 79 min | a Colab GPU, fp32 |"
+        )
+    if not any(row["recipe"] == "published" and row["classes"] == 200 for row in rows):
+        lines.append("| `published` | merged, 200 | 77,000 / 33,000 | 30 | not yet measured | | | | needs a GPU |")
+    groups: dict[tuple, list[dict]] = {}
+    for row in rows:
+        same = ("protocol", "classes", "content_sha256", "device", "precision")
+        key = [row[name] for name in same] + [value for name, value in row.items() if name.startswith("recipe.")]
+        groups.setdefault(tuple(key), []).append(row)
+    lines += [_table_line(members) for members in groups.values()]
+    return "\n".join(lines)
+
+
+def _table_line(runs: list[dict]) -> str:
+    """The line of one or more runs that differ in their seed only."""
+    first = runs[0]
+    minutes = statistics.mean(run["train_seconds"] for run in runs) / 60
+    cells = [
+        f"[`{first['recipe']}`](results/{first['run']}){_overrides(first)}",
+        f"{first['protocol']}, {_which_classes(first['classes'])}",
+        f"{first['train_images']:,} / {first['test_images']:,}",
+        str(first["epochs"]),
+        _mean_and_spread(runs, "test_top1"),
+        _mean_and_spread(runs, "test_top5"),
+        str(len(runs)),
+        f"{minutes:.1f} min",
+        f"{first['device']}, {first['precision']}",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def _which_classes(classes: int) -> str:
+    return "200" if classes == 200 else f"first {classes}"
+
+
+def _overrides(row: dict) -> str:
+    """Fields in which the run's recipe is not the one of that name, the number of epochs aside: it has a column."""
+    if row["recipe"] not in RECIPES:
+        return ""
+    fields = dataclasses.asdict(named(row["recipe"])).items()
+    changed = [f"{name} {row[f'recipe.{name}']}" for name, value in fields if row[f"recipe.{name}"] != value]
+    changed = [change for change in changed if not change.startswith("epochs ")]
+    return f", {', '.join(changed)}" if changed else ""
+
+
+def _mean_and_spread(rows: list[dict], name: str) -> str:
+    values = [row[name] for row in rows]
+    mean = f"{statistics.mean(values):.2f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.2f}"
+
+
+def _between(page: str, name: str, text: str, readme: Path) -> str:
+    """`page` with what stands between the comments `<!-- name -->` and `<!-- /name -->` replaced by `text`."""
+    begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    if page.count(begin) != 1 or page.count(end) != 1:
+        raise UserError(f"{readme} must hold {begin} and {end} once each: the generated part goes between them")
+    before, rest = page.split(begin)
+    return f"{before}{begin}\n{text}\n{end}{rest.split(end)[1]}"
+
+
 def _version(package: str) -> str | None:
     try:
         return metadata.version(package)
@@ -232,5 +415,5 @@ def relative_to_here(path: Path) -> str:
 
 
 def interactive() -> bool:
-    """Whether somebody is watching the output: a terminal, or Colab."""
-    return sys.stderr.isatty() or "google.colab" in sys.modules
+    """Whether somebody may be watching the output: in a terminal or a notebook."""
+    return sys.stderr.isatty() or "ipykernel" in sys.modules

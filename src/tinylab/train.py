@@ -311,7 +311,7 @@ def _evaluate(
 
 
 def inference(model: nn.Module, recipe: Recipe, place: Placement) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Puts the model into eval mode; returns the function from images uint8 (B, 64, 64, 3) to logits fp32 (B, classes)."""
+    """The model, put into eval mode, as a function from images uint8 (B, 64, 64, 3) to logits fp32 (B, classes)."""
     model.eval()
 
     def forward(images: torch.Tensor) -> torch.Tensor:
