@@ -216,7 +216,10 @@ class Explain:
         drawn = figures_of_training(finished, dataset, rows)
         shown = (explanation.images, explanation.entries)
         drawn["misclassified"] = plots.misclassified(*shown)
-        drawn["gradcam"] = plots.gradcam_stages(explanation.images, explanation.maps, explanation.entries)
+        method = "Grad-CAM" if self.method == "gradcam" else self.method
+        drawn["gradcam"] = plots.gradcam_stages(
+            explanation.images, explanation.maps, explanation.entries, method=method
+        )
         for name, figure in drawn.items():
             print(plots.save(figure, (self.figures or finished.figures) / f"{name}.png"))
         print(f"{explanation.wrong:,} of {explanation.tested:,} test images are wrong; {finished.folder}/explain.json")

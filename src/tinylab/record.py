@@ -269,9 +269,9 @@ def note_figures(run: Run, figures: Path) -> None:
 
 
 CAPTIONS = {
-    "curves": "Loss and accuracy of training and test images per epoch. Dashed: the published run (200 classes, 30 epochs).",
-    "gradcam": "Grad-CAM of the four stages, heat map and overlay, for the class that was predicted, on ten misclassified "
-    "test images drawn at random. Each map is scaled to itself.",
+    "curves": "Loss and accuracy per epoch. Dashed: the published run, which had 200 classes and 30 epochs.",
+    "gradcam": "Grad-CAM of the four stages, heat map and overlay, for the predicted class, on ten misclassified test "
+    "images drawn at random. Each map is scaled to itself.",
     "classes": "Accuracy per class.",
     "misclassified": "The same ten mistakes.",
     "augmentation": "Training images before and after the recipe's augmentation.",
