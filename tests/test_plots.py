@@ -186,7 +186,7 @@ def test_curves_show_this_run_and_the_published_one() -> None:
         assert panels[title].get_ylim()[0] == 0
         assert panels[title].get_ylim()[1] > max(*ours, published)
     assert "this run 35.00 %" in words(figure)
-    assert "published 55.25 %" in words(figure)
+    assert "published, 200 classes 55.25 %" in words(figure)
     assert "published, last batch 2.50" in words(figure)
 
 

@@ -20,6 +20,7 @@ import re
 import shutil
 import stat
 import struct
+import sys
 import time
 import unicodedata
 import urllib.error
@@ -101,6 +102,11 @@ def content_sha256(files: Iterable[LabelledFile], wnids: Sequence[str], digests:
     for file, digest in zip(files, digests, strict=True):
         total.update(f"{file.path} {wnids[file.label]} {digest}\n".encode())
     return total.hexdigest()
+
+
+def interactive() -> bool:
+    """Whether somebody may be watching the output, in a terminal or a notebook: then there are progress bars."""
+    return sys.stderr.isatty() or "ipykernel" in sys.modules
 
 
 def has_published_classes(wnids: Sequence[str]) -> bool:
@@ -606,7 +612,13 @@ def _save(response: HTTPResponse, partial: Path, have: int, size: int | None) ->
         raise _NextMirror(f"offers {limit:,} bytes")
     _require_space(partial, (size or end or 0) - have)
     bar = tqdm(
-        total=size or end, initial=have, unit="B", unit_scale=True, desc=partial.stem, mininterval=0.5, disable=None
+        total=size or end,
+        initial=have,
+        unit="B",
+        unit_scale=True,
+        desc=partial.stem,
+        mininterval=0.5,
+        disable=not interactive(),
     )
     with bar, open(partial, "r+b" if have else "wb") as file:
         file.seek(have)

@@ -4,6 +4,7 @@ Every draw is a function of (seed, stream, epoch, position), never of what was d
 therefore continues with the very same images, whatever the number of worker processes, and no generator state is saved.
 """
 
+import functools
 import os
 import random
 import warnings
@@ -79,6 +80,11 @@ def normalise(images: torch.Tensor, recipe: Recipe) -> torch.Tensor:
 
     The images are stored channels-last, so the permutation moves no memory.
     """
-    mean = torch.tensor(recipe.mean, device=images.device) * 255
-    scale = 1 / (torch.tensor(recipe.std, device=images.device) * 255)
+    mean, scale = _mean_and_scale(recipe.mean, recipe.std, images.device)
     return ((images.float() - mean) * scale).permute(0, 3, 1, 2)
+
+
+@functools.cache
+def _mean_and_scale(mean: tuple, std: tuple, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Made once per device: copying numbers to a GPU waits for it."""
+    return torch.tensor(mean, device=device) * 255, 1 / (torch.tensor(std, device=device) * 255)

@@ -44,10 +44,13 @@ def save(folder: Path, state: dict) -> None:
     buffer = io.BytesIO()
     torch.save(state, buffer)
     payload = buffer.getvalue()
-    folder.mkdir(parents=True, exist_ok=True)
     newest = folder / NEWEST
-    if newest.exists():
-        os.replace(newest, folder / PREVIOUS)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if newest.exists():
+            os.replace(newest, folder / PREVIOUS)
+    except OSError as error:
+        raise UserError(f"cannot write {newest}: {error.strerror or error}") from error
     write_atomically(newest, MAGIC + hashlib.sha256(payload).digest() + payload)
 
 
@@ -58,15 +61,19 @@ def load(folder: Path) -> tuple[dict | None, str | None]:
     """
     for stray in folder.glob("*.tmp"):
         stray.unlink(missing_ok=True)
+    newest, previous = folder / NEWEST, folder / PREVIOUS
     damaged = []
-    for path in (folder / NEWEST, folder / PREVIOUS):
+    for path in (newest, previous):
         if not path.exists():
             continue
         state = _read(path)
-        if state is not None:
-            notice = f"{', '.join(damaged)} is damaged; continuing from {path.name}" if damaged else None
-            return state, notice
-        damaged.append(path.name)
+        if state is None:
+            damaged.append(path.name)
+        elif damaged:
+            os.replace(previous, newest)  # else the next save would move the damaged one over the only whole one
+            return state, f"{NEWEST} is damaged; continuing from {PREVIOUS}"
+        else:
+            return state, None
     if damaged:
         raise UserError(
             f"every checkpoint in {folder} is damaged ({', '.join(damaged)}); delete the run folder to start anew"

@@ -197,6 +197,7 @@ class Explain:
         from tinylab import plots
         from tinylab.augment import normalise
         from tinylab.explain import explain
+        from tinylab.record import note_figures
 
         recipe = finished.recipe
         explanation = explain(
@@ -212,7 +213,6 @@ class Explain:
             count=self.count,
             method=self.method,
         )
-        finished.write("explain.json", explanation.to_json())
         drawn = figures_of_training(finished, dataset, rows)
         shown = (explanation.images, explanation.entries)
         drawn["misclassified"] = plots.misclassified(*shown)
@@ -220,9 +220,28 @@ class Explain:
         drawn["gradcam"] = plots.gradcam_stages(
             explanation.images, explanation.maps, explanation.entries, method=method
         )
+        finished.write("explain.json", explanation.to_json())
         for name, figure in drawn.items():
             print(plots.save(figure, (self.figures or finished.figures) / f"{name}.png"))
+        if self.figures:
+            note_figures(finished, self.figures)
         print(f"{explanation.wrong:,} of {explanation.tested:,} test images are wrong; {finished.folder}/explain.json")
+
+
+@dataclass(frozen=True)
+class Verify:
+    """Read all of a data folder and compare it with the hashes noted when it was prepared."""
+
+    data: Positional[Path] = DATA
+    """The data folder."""
+
+    def run(self) -> None:
+        from tinylab.dataset import open_dataset, verify
+
+        dataset = open_dataset(self.data)
+        verify(dataset)
+        known = "the published Tiny ImageNet" if dataset.is_tiny_imagenet else "not the published Tiny ImageNet"
+        print(f"{self.data}: every file is as it was prepared; content sha256 {dataset.content_sha256}, {known}")
 
 
 @dataclass(frozen=True)
@@ -252,7 +271,7 @@ class Table:
 
 COMMANDS = {
     command.__name__.lower(): command
-    for command in (Sample, Prepare, Train, Evaluate, Explain, Schedule, Summary, Publish, Table)
+    for command in (Sample, Prepare, Train, Evaluate, Explain, Schedule, Summary, Verify, Publish, Table)
 }
 WITH_RECIPE = ("train", "schedule")
 

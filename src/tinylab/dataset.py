@@ -37,7 +37,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from tinylab import archive
-from tinylab.archive import CONTENT_SHA256, IMAGE_SIDE, URLS, Archive, Members
+from tinylab.archive import CONTENT_SHA256, IMAGE_SIDE, URLS, Archive, Members, interactive
 from tinylab.recipe import UserError
 
 FORMAT_VERSION = 1
@@ -286,7 +286,13 @@ def _write_images(source: Archive, path: Path, workers: int, progress: bool) -> 
         _reserve(file, file.tell() + len(names) * _IMAGE_BYTES)
     digests: list[str] = []
     whole = hashlib.sha256()
-    bar = tqdm(total=len(names), desc="decoding", unit=" images", mininterval=0.3, disable=None if progress else True)
+    bar = tqdm(
+        total=len(names),
+        desc="decoding",
+        unit=" images",
+        mininterval=0.3,
+        disable=not (progress and interactive()),
+    )
     # Unbuffered, so that nothing is read before its chunk is written.
     with (
         bar,

@@ -58,8 +58,8 @@ def choose(device: str = "auto", precision: str = "auto", *, compiled: bool = Fa
         raise UserError("no Apple GPU here; use --device auto or cpu")
     if precision not in ("auto", *PRECISIONS):
         raise UserError(f"unknown precision '{precision}'; there are: auto, {', '.join(PRECISIONS)}")
-    if precision == "fp16" and device == "cpu":
-        raise UserError("fp16 needs a GPU; on a CPU use --precision auto, fp32 or bf16")
+    if precision == "fp16" and device != "cuda":
+        raise UserError("fp16 needs a CUDA GPU; use --precision auto, fp32 or bf16")
     chosen, reason = _suitable_precision(device, compiled) if precision == "auto" else (precision, "as asked for")
     return Placement(torch.device(device), chosen, reason)
 

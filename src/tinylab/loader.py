@@ -1,6 +1,7 @@
 """Epochs of device batches: which image comes when, augmented in worker processes, moved while the device works."""
 
 import os
+import signal
 from collections.abc import Iterator
 
 import numpy as np
@@ -10,7 +11,7 @@ from torch.utils.data import Dataset as TorchDataset
 
 from tinylab.augment import Stream, augment, build_transform, generator
 from tinylab.dataset import Dataset
-from tinylab.recipe import Recipe
+from tinylab.recipe import Recipe, UserError
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 """images uint8 (B, 64, 64, 3), labels int64 (B,)."""
@@ -80,6 +81,8 @@ class TrainingLoader:
         device: torch.device,
         workers: int | None = None,
     ) -> None:
+        if workers is not None and not 0 <= workers <= 256:
+            raise UserError(f"workers must be from 0 to 256, not {workers}")
         if workers is None:
             workers = 0 if device.type == "cpu" else min(4, available_cores())
         self.steps = recipe.steps_per_epoch(len(rows))
@@ -93,13 +96,27 @@ class TrainingLoader:
             persistent_workers=workers > 0,
             pin_memory=device.type == "cuda",
             prefetch_factor=4 if workers else None,
+            worker_init_fn=_start_worker,
         )
+
+    def close(self) -> None:
+        """Ends the worker processes, which a traceback in a notebook would otherwise keep."""
+        self._loader = None
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
         """The batches of epoch number `epoch` (from 1), from step `start_step` (from 0) to the last."""
         self._keys[:] = [(epoch, step) for step in range(start_step, self.steps)]
         for images, labels in self._loader:
             yield images.to(self._device, non_blocking=True), labels.to(self._device, non_blocking=True)
+
+
+def _start_worker(_number: int) -> None:
+    """Takes a worker out of the process group: a signal to the whole group (Ctrl-C, `timeout`, a batch system) is for
+    the process that trains, which saves first; workers that died under it would break its step. They end with it.
+    """
+    if hasattr(os, "setpgrp"):
+        os.setpgrp()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def test_batches(

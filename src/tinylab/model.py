@@ -54,12 +54,17 @@ class ResNet18(nn.Module):
         self.layer3 = self._stage(2 * width, 4 * width, stride=2)  # (B, 256, 16, 16)
         self.layer4 = self._stage(4 * width, 8 * width, stride=2)  # (B, 512, 8, 8)
         self.fc = nn.Linear(8 * width, classes)
+        # Channels-last is the faster layout, but with fewer channels than a CPU's vectors are wide oneDNN writes past
+        # its workspace in the backward pass of the strided 1 x 1 convolution (uxlfoundation/oneDNN#6035) and crashes.
+        self.memory_format = torch.channels_last if width >= 16 else torch.contiguous_format
+        self.to(memory_format=self.memory_format)
 
     @staticmethod
     def _stage(in_channels: int, channels: int, stride: int) -> nn.Sequential:
         return nn.Sequential(BasicBlock(in_channels, channels, stride), BasicBlock(channels, channels, stride=1))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.contiguous(memory_format=self.memory_format)
         x = F.relu(self.bn1(self.conv1(x)))
         x = self.layer1(x)
         x = self.layer2(x)
@@ -69,14 +74,13 @@ class ResNet18(nn.Module):
 
 
 def build_model(recipe: Recipe, classes: int, seed: int) -> ResNet18:
-    """A new network on the CPU in channels-last memory, its weights a function of `seed`; global generators stay put.
+    """A new network on the CPU, its weights a function of `seed`; global generators stay as they are.
 
     Weights start from PyTorch's own defaults, as in the published run.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = ResNet18(classes, recipe.width)
-    return model.to(memory_format=torch.channels_last)
+        return ResNet18(classes, recipe.width)
 
 
 def summary(classes: int = 200, width: int = 64) -> str:
@@ -131,4 +135,4 @@ def load_weights(path: Path, wnids: tuple[str, ...] | None = None) -> tuple[ResN
         raise UserError(f"{path} does not hold weights that tinylab wrote: {reason}") from error
     if wnids is not None and tuple(decoded["wnids"]) != tuple(wnids):
         raise UserError(f"{path} was trained on other classes, or in another order, than this data set has")
-    return model.to(memory_format=torch.channels_last).eval(), decoded
+    return model.eval(), decoded

@@ -88,9 +88,9 @@ def accuracy_and_loss(
 
     `history`: one mapping per epoch with `epoch` (from 1), `train_loss`, `test_loss` (mean cross-entropy, nats),
     `train_top1`, `test_top1` (percent). `reference`: the rows of results/reference/published_run.csv, numbers or
-    strings, drawn dashed as "published, 200 classes". What it prints as test loss is the sum of its 129 batch means over 33,000
-    images, so 33000 / 129 times that is the mean cross-entropy (within 0.013: it prints four decimals). Of its training
-    loss it kept only each epoch's last batch, which is noisier than the epoch's mean.
+    strings, drawn dashed as "published, 200 classes". What it prints as test loss is the sum of its 129 batch means
+    over 33,000 images, so 33000 / 129 times that is the mean cross-entropy (within 0.013: it prints four decimals). Of
+    its training loss it kept only each epoch's last batch, which is noisier than the epoch's mean.
     """
     published = "published,\n200 classes"
     panels = [

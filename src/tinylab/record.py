@@ -15,13 +15,16 @@ import contextlib
 import csv
 import dataclasses
 import datetime
+import hashlib
 import io
 import json
 import os
 import platform
 import statistics
 import subprocess
-import sys
+import tempfile
+import zipfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
@@ -95,7 +98,10 @@ class Run:
     def history(self) -> list[dict]:
         """One dictionary per finished epoch, as in metrics.jsonl: accuracies in percent, losses in nats, seconds."""
         path = self.folder / "metrics.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        try:
+            return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        except ValueError as error:
+            raise UserError(f"{path} is damaged: {error}; delete {self.folder} and train again") from error
 
     @property
     def predictions(self) -> dict[str, np.ndarray]:
@@ -105,8 +111,11 @@ class Run:
             raise UserError(
                 f"{path} is missing: the run is not finished: `tinylab train` with the same arguments continues it"
             )
-        with np.load(path, allow_pickle=False) as arrays:
-            return dict(arrays)
+        try:
+            with np.load(path, allow_pickle=False) as arrays:
+                return dict(arrays)
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            raise UserError(f"{path} is damaged: delete {self.folder} and train again") from error
 
     def write(self, name: str, value: dict) -> None:
         write_atomically(self.folder / name, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
@@ -117,12 +126,12 @@ class Run:
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
         """Creates the folder and holds it: one writer at a time. Raises `UserError` if that is impossible."""
-        lock = filelock.FileLock(self.folder / ".lock", blocking=False)
+        # On the local disk: the folder may lie on a mounted Google Drive, which knows no locks.
+        name = hashlib.sha256(str(self.folder.resolve()).encode()).hexdigest()[:24]
+        lock = filelock.FileLock(Path(tempfile.gettempdir()) / f"tinylab-{name}.lock", blocking=False)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             lock.acquire()
-        except NotImplementedError:  # a mounted Google Drive may know no locks: better unlocked there than not at all
-            pass
         except filelock.Timeout as error:
             raise UserError(f"another process is writing {self.folder}; wait for it or choose another --run") from error
         except OSError as error:
@@ -135,7 +144,7 @@ class Run:
     def _read(self, name: str, otherwise: str = "this folder is no run") -> dict:
         path = self.folder / name
         try:
-            value = json.loads(path.read_text())
+            value = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError as error:
             raise UserError(f"{path} is missing: {otherwise}") from error
         except (OSError, ValueError) as error:
@@ -145,10 +154,9 @@ class Run:
         return value
 
 
-def default_folder(recipe: Recipe, protocol: str, seed: int, limit_classes: int | None = None) -> Path:
-    """runs/<recipe>-<protocol>-s<seed>, with the number of classes where it is limited."""
-    classes = "" if limit_classes is None else f"-c{limit_classes}"
-    return Path("runs") / f"{recipe.name}-{protocol}{classes}-s{seed}"
+def default_folder(recipe: Recipe, protocol: str, seed: int) -> Path:
+    """runs/<recipe>-<protocol>-s<seed>."""
+    return Path("runs") / f"{recipe.name}-{protocol}-s{seed}"
 
 
 def enter_run(run: Run, recipe: Recipe, identity: dict, environment: dict) -> list[str]:
@@ -159,7 +167,8 @@ def enter_run(run: Run, recipe: Recipe, identity: dict, environment: dict) -> li
     folder = run.folder
     recipe_fields = json.loads(json.dumps(dataclasses.asdict(recipe)))
     if not (folder / "run.json").exists():
-        if any(path.name not in (".lock", "figures") for path in folder.iterdir()):  # figures may come first
+        own = {"recipe.json", "environment.json", "figures"}  # what a run that was cut off in its first second left
+        if any(path.name not in own and path.suffix != ".tmp" for path in folder.iterdir()):
             raise UserError(f"{folder} is not empty and no run; choose another --run")
         run.write("recipe.json", recipe_fields)
         run.write("environment.json", environment)
@@ -168,23 +177,28 @@ def enter_run(run: Run, recipe: Recipe, identity: dict, environment: dict) -> li
     before = run._read("recipe.json") | run.identity
     now = recipe_fields | identity
     where = {"data_folder"}  # may move; the content hash says whether it is the same data
+    if run.finished:
+        where |= {"device", "precision"}  # it is only shown
     differing = [
         key for key in sorted(before.keys() | now.keys()) if key not in where and before.get(key) != now.get(key)
     ]
     if differing:
         changes = ", ".join(f"{key} {before.get(key)} -> {now.get(key)}" for key in differing)
-        raise UserError(f"{folder} holds another run ({changes}); choose another --run or delete it")
-    if run.identity != identity:
+        raise UserError(
+            f"{folder} holds another run ({changes}): choose another --run (in the notebook: RUN), or delete it"
+        )
+    if run.identity != identity and not run.finished:
         run.write("run.json", identity)
     return _environment_notice(run, environment)
 
 
 def _environment_notice(run: Run, environment: dict) -> list[str]:
-    keys = ("device", "torch", "threads", "platform")
     before = run.environment
+    keys = [key for key in environment if key not in ("date", "precision_reason", "power_limit_watts")]
     changed = [f"{key} {before.get(key)} -> {environment[key]}" for key in keys if before.get(key) != environment[key]]
     if not changed or run.finished:
         return []
+    run.write("environment.json", environment | {"earlier": [*before.pop("earlier", []), before]})
     return [f"the environment has changed ({', '.join(changed)}): the last bits may differ from an uninterrupted run"]
 
 
@@ -203,6 +217,7 @@ def describe_environment(place: Placement) -> dict:
         "torch": torch.__version__,
         "cuda": torch.version.cuda if cuda else None,
         "cudnn": torch.backends.cudnn.version() if cuda else None,
+        "tf32_convolutions": torch.backends.cudnn.allow_tf32 if cuda else None,  # fp32 is not all of fp32 then
         **{name: _version(name) for name in packages},
         "commit": _commit(),
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
@@ -227,7 +242,7 @@ def publish_run(run: Run, results: Path) -> Path:
     records = {
         "recipe.json": run._read("recipe.json"),
         "run.json": {key: value for key, value in run.identity.items() if key != "data_folder"},
-        "environment.json": run.environment,
+        "environment.json": run.environment | {name: run.identity[name] for name in ("split_sha256", "content_sha256")},
         "summary.json": run.summary,
     }
     if target.finished and target.summary["model_sha256"] != run.summary["model_sha256"]:
@@ -402,7 +417,8 @@ def _commit() -> str | None:
         return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
 
     try:
-        return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "--", str(source)) else "")
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", str(source))
+        return git("rev-parse", "--short=12", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.SubprocessError):
         return None
 
@@ -412,8 +428,3 @@ def relative_to_here(path: Path) -> str:
     path = Path(os.path.abspath(path))
     here = Path.cwd()
     return path.relative_to(here).as_posix() if path.is_relative_to(here) else str(path)
-
-
-def interactive() -> bool:
-    """Whether somebody may be watching the output: in a terminal or a notebook."""
-    return sys.stderr.isatty() or "ipykernel" in sys.modules

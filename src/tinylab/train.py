@@ -23,13 +23,13 @@ from tqdm import tqdm
 
 from tinylab import checkpoint
 from tinylab.augment import normalise
-from tinylab.dataset import Dataset
+from tinylab.dataset import Dataset, interactive
 from tinylab.device import Placement, choose
 from tinylab.evaluate import Evaluation, compute_logits, score
 from tinylab.loader import TrainingLoader, test_batches
 from tinylab.model import build_model, weights_file
 from tinylab.recipe import Recipe, UserError
-from tinylab.record import Run, default_folder, describe_environment, enter_run, interactive, relative_to_here
+from tinylab.record import Run, default_folder, describe_environment, enter_run, relative_to_here
 from tinylab.split import Split, make_split
 
 SAVE_SECONDS = 300  # an epoch that takes longer is saved within, too
@@ -61,9 +61,11 @@ def train(
         raise UserError(f"seed must be from 0 to 2**63 - 1, not {seed}")
     place = choose(device, precision)
     rows = make_split(dataset, split, limit_classes)
-    run = Run(Path(folder or default_folder(recipe, split, seed, limit_classes)))
-    with run.lock(), StopRequest() as stop:
-        for notice in enter_run(run, recipe, _identity(dataset, rows, seed, place), describe_environment(place)):
+    loader = TrainingLoader(dataset, rows.train, recipe, seed, place.device, workers)
+    run = Run(Path(folder or default_folder(recipe, split, seed)))
+    with run.lock(), contextlib.closing(loader), StopRequest() as stop:
+        identity = _identity(dataset, rows, seed, place)
+        for notice in enter_run(run, recipe, identity, describe_environment(place)):
             say(f"note: {notice}")
         if run.finished:
             say(f"{run.folder} is finished; this is its log")
@@ -71,7 +73,6 @@ def train(
                 say(log_lines(row, recipe.epochs))
             return run
 
-        loader = TrainingLoader(dataset, rows.train, recipe, seed, place.device, workers)
         state = _new_state(recipe, rows.classes, seed, loader.steps, place)
         _continue(state, run, say)
         state.set_up_seconds += time.perf_counter() - clock
@@ -95,21 +96,31 @@ def train(
 
 
 def make_optimizer(
-    parameters: list[nn.Parameter], recipe: Recipe, total_steps: int
+    parameters: list[nn.Parameter], recipe: Recipe, total_steps: int, fused: bool = False
 ) -> tuple[torch.optim.SGD, OneCycleLR]:
-    """SGD and its one-cycle schedule over `total_steps` optimiser steps (Smith, Topin, "Super-Convergence", 2018)."""
+    """SGD and its one-cycle schedule over `total_steps` optimiser steps (Smith, Topin, "Super-Convergence", 2018).
+
+    fused: one kernel for all parameters, which on CUDA also spares loss scaling a wait for the device in every step.
+    """
     optimizer = torch.optim.SGD(
         parameters,
         lr=recipe.max_learning_rate,  # the schedule sets the real one
         momentum=recipe.max_momentum,
         nesterov=recipe.nesterov,
         weight_decay=recipe.weight_decay,
+        fused=fused,
     )
+    for parameter in parameters:
+        # A fused step that loss scaling skips would leave the first momentum uninitialised; zero is where it starts.
+        optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    warmup_share = recipe.warmup_share
+    if warmup_share * total_steps == 1:  # the one length of a run for which OneCycleLR divides by zero
+        warmup_share *= 1 + 1e-9
     scheduler = OneCycleLR(
         optimizer,
         max_lr=recipe.max_learning_rate,
         total_steps=total_steps,
-        pct_start=recipe.warmup_share,
+        pct_start=warmup_share,
         anneal_strategy=recipe.anneal,
         cycle_momentum=True,
         base_momentum=recipe.base_momentum,
@@ -185,7 +196,8 @@ class TrainState:
 
 def _new_state(recipe: Recipe, classes: int, seed: int, steps_per_epoch: int, place: Placement) -> TrainState:
     model = build_model(recipe, classes, seed).to(place.device)
-    optimizer, scheduler = make_optimizer(list(model.parameters()), recipe, recipe.epochs * steps_per_epoch)
+    fused = place.device.type == "cuda"
+    optimizer, scheduler = make_optimizer(list(model.parameters()), recipe, recipe.epochs * steps_per_epoch, fused)
     return TrainState(
         model=model,
         optimizer=optimizer,
@@ -224,9 +236,11 @@ def train_step(state: TrainState, recipe: Recipe, place: Placement, images: torc
 
     with torch.no_grad():
         hits = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
-        state.totals += torch.stack([loss * len(labels), hits[:, 0].sum(), hits.sum(), loss.new_tensor(len(labels))])
-        first_bad = (state.bad_step < 0) & ~torch.isfinite(loss)
-        state.bad_step.copy_(torch.where(first_bad, state.step, state.bad_step))
+        images_seen = torch.full_like(
+            loss, len(labels)
+        )  # not a tensor from a number: copying that to a GPU waits for it
+        state.totals += torch.stack([loss * len(labels), hits[:, 0].sum(), hits.sum(), images_seen])
+        state.bad_step.masked_fill_((state.bad_step < 0) & ~torch.isfinite(loss), state.step)
     state.step += 1
 
 
@@ -243,6 +257,7 @@ def _train_epoch(
     state.model.train()
     if state.step == 0:
         state.epoch_learning_rate = state.optimizer.param_groups[0]["lr"]
+    place.synchronise()
     before, started, shown, saved = state.epoch_seconds, time.perf_counter(), 0.0, time.perf_counter()
     bar = tqdm(
         desc=f"epoch {state.epoch}/{recipe.epochs}",
@@ -267,13 +282,16 @@ def _train_epoch(
                 saved = now
                 state.epoch_seconds = before + now - started
                 _save_within(state, run, stop)
-    _check_finite(state)  # waits for the device, too
+    _check_finite(state)
+    place.synchronise()
     state.epoch_seconds = before + time.perf_counter() - started
 
 
 def _save_within(state: TrainState, run: Run, stop: "StopRequest") -> None:
     """Saves in the middle of an epoch, and ends the run there if that was asked for."""
     _check_finite(state)
+    if not all(bool(torch.isfinite(parameter).all()) for parameter in state.model.parameters()):
+        raise UserError(f"weights are not finite in epoch {state.epoch} after step {state.step}: the run has diverged")
     checkpoint.save(run.checkpoints, state.to_checkpoint())
     stop.obey(f"stopped in epoch {state.epoch} after {state.step} steps; the same command continues {run.folder}")
 
@@ -284,6 +302,11 @@ def _check_finite(state: TrainState) -> None:
         raise UserError(
             f"the loss is not finite in epoch {state.epoch}, step {bad_step}: the run has diverged; "
             "the last checkpoint is from before it; start another run with a lower max-learning-rate"
+        )
+    if state.scaler.is_enabled() and state.scaler.get_scale() < 1:
+        raise UserError(
+            f"the gradients are not finite in epoch {state.epoch}, step {state.step}, however small the loss is "
+            "scaled: start another run with --precision fp32"
         )
 
 
@@ -306,7 +329,10 @@ def _evaluate(
         return forward(images)
 
     started = time.perf_counter()
-    evaluation = score(*compute_logits(stoppable, test_batches(dataset, rows.test, place.device)))
+    try:
+        evaluation = score(*compute_logits(stoppable, test_batches(dataset, rows.test, place.device)))
+    except UserError as error:
+        raise UserError(f"after epoch {state.epoch}, step {state.step}: {error}") from error
     return evaluation, time.perf_counter() - started
 
 

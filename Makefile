@@ -1,0 +1,73 @@
+# make run              set up, then run the notebook on made-up sample data (about a minute of training on a CPU)
+# make run DATA=full    the same on Tiny ImageNet, found locally or downloaded; RECIPE=, EPOCHS=, CLASSES=, SEED=, RUN= override
+# make test             set up, then run the tests
+# make bench            benchmarks, a table and one JSON line each
+# make check            style, and that the committed notebook is its source's
+# make compat           the fast tests with the versions that Colab has
+# make notebook         run the committed notebook again, in place, on Tiny ImageNet
+
+PYTHON ?= python3
+DATA = sample
+VENV := .venv
+VENV_PYTHON := $(VENV)/bin/python
+NOTEBOOK := notebooks/tiny_imagenet_resnet18.ipynb
+NAME := $(basename $(notdir $(NOTEBOOK)))
+# Plain text everywhere, also where the machine's own settings say otherwise.
+export PYTHONUTF8 := 1
+export NO_ALBUMENTATIONS_UPDATE := 1
+
+# Only what stands on the command line counts: an environment variable EPOCHS may mean something else.
+OVERRIDES := $(strip $(foreach name,RECIPE EPOCHS CLASSES SEED RUN,$(if $(filter command,$(firstword $(origin $(name)))),"$(name)=$($(name))")))
+ifeq ($(DATA),full)
+  # The README's own figures are replaced only by the run that the README shows.
+  PARAMETERS := $(or $(OVERRIDES),FIGURES=images-A)
+else ifeq ($(DATA),sample)
+  PARAMETERS := RECIPE=smoke SOURCE=sample $(OVERRIDES)
+else
+  $(error DATA must be sample or full, not $(DATA))
+endif
+
+.PHONY: run test bench check compat notebook setup
+.DEFAULT_GOAL := run
+
+setup: $(VENV)/.done
+
+# A checkout that was moved or copied along with its environment sets up again: the environment knows its old place.
+ifneq ($(shell cat $(VENV)/.done 2>/dev/null),$(CURDIR))
+$(VENV)/.done: moved
+endif
+.PHONY: moved
+moved:
+
+$(VENV)/.done: requirements.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "tinylab needs Python 3.11 or newer: make PYTHON=python3.12"; exit 2; }
+	@echo "setting up $(VENV): a few minutes, once"
+	@$(VENV_PYTHON) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	@$(VENV_PYTHON) -m pip install --quiet --disable-pip-version-check -e ".[dev]"
+	@echo "$(CURDIR)" > $@
+
+run: setup
+	@$(VENV_PYTHON) notebooks/run.py runs/$(NAME)-$(DATA).ipynb --html $(PARAMETERS)
+
+test: setup
+	@$(VENV_PYTHON) -m pytest
+
+bench: setup
+	@for script in benchmarks/bench_*.py; do echo "== $$script"; $(VENV_PYTHON) "$$script" || exit 1; done
+
+check: setup
+	@$(VENV_PYTHON) -m ruff check
+	@$(VENV_PYTHON) -m ruff format --check
+	@$(VENV_PYTHON) -m pytest tests/test_layout.py tests/test_notebook.py -m "not slow"
+
+notebook: setup
+	@$(VENV_PYTHON) notebooks/run.py $(NOTEBOOK)
+
+COMPAT := .venv-compat
+compat: $(COMPAT)/.done
+	@$(COMPAT)/bin/python -m pytest -m "not archive and not gpu and not slow"
+
+$(COMPAT)/.done: requirements.txt pyproject.toml requirements-colab.txt
+	@$(COMPAT)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(COMPAT)
+	@$(COMPAT)/bin/python -m pip install --quiet --disable-pip-version-check -c requirements-colab.txt -e ".[dev]"
+	@touch $@

@@ -1,0 +1,245 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # ResNet-18 on Tiny ImageNet, from scratch
+#
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/OWNER/tinylab/blob/main/notebooks/tiny_imagenet_resnet18.ipynb)
+#
+# Data, network, training, curves, and Grad-CAM on what the network gets wrong. Run it from top to bottom; nothing has to
+# be filled in. Every cell calls [`tinylab`](https://github.com/OWNER/tinylab), whose files are short enough to read.
+#
+# * **With a GPU** (in Colab: *Runtime > Change runtime type > T4 GPU*) the whole published experiment runs: 200 classes,
+#   30 epochs. The published run took 79 minutes of training on a Colab GPU.
+# * **Without one** that would take more than a day, so the notebook trains the same network in the same way on the first
+#   10 classes for 15 epochs: about an hour and a quarter on two busy cores with bf16.
+# * **Interrupted?** Run it again: training continues where it stopped, and what is finished is only shown.
+
+# %% tags=["parameters"]
+RECIPE = "published"  # "published", or "smoke": the same, shrunk for the made-up sample data
+EPOCHS = None  # None: the recipe's own number; without a GPU 15
+CLASSES = None  # None: all 200; without a GPU the first 10
+SEED = 0
+SOURCE = "auto"  # "auto" finds or downloads Tiny ImageNet; also a URL, a zip, a folder; "sample": made-up data
+DATA = None  # where the decoded images go; None: data/tiny-imagenet or data/sample
+RUN = None  # the run folder; None: runs/<recipe>-<split>-s<seed>
+FIGURES = None  # the figures are copied here, too
+DRIVE = None  # in Colab: keep runs in this folder, for example "/content/drive/MyDrive/tinylab"
+REPOSITORY = "https://github.com/OWNER/tinylab"  # where the code is fetched from if it is not here
+
+# %% [markdown]
+# ## Set-up
+#
+# Fetches the code if it is not here and installs only what is missing, so that Colab's own torch stays in place.
+
+# %%
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+places = [Path.cwd(), *Path.cwd().parents, Path.cwd() / "tinylab"]
+home = next((place for place in places if (place / "src" / "tinylab").is_dir()), None)
+if home is None:
+    if "/OWNER/" in REPOSITORY:
+        raise SystemExit("The code is not here: set REPOSITORY to the address of its repository.")
+    subprocess.run(["git", "clone", "--quiet", "--depth", "1", REPOSITORY, "tinylab"], check=True)
+    home = Path.cwd() / "tinylab"
+os.chdir(home)
+sys.path.insert(0, str(home / "src"))
+
+# %%
+packages = {
+    "albumentations": "albumentations>=2.0.8,<2.1",
+    "filelock": "filelock",
+    "pytorch_grad_cam": "grad-cam>=1.5.5",
+    "safetensors": "safetensors",
+    "torchsummary": "torchsummary",
+}
+missing = [requirement for module, requirement in packages.items() if importlib.util.find_spec(module) is None]
+if missing:
+    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", *missing], check=True)
+print("installed:", ", ".join(missing) or "nothing, everything is here")
+
+# %%
+from dataclasses import replace
+
+from IPython.display import Image
+
+from tinylab import device, explain, loader, model, plots, record
+from tinylab.augment import normalise
+from tinylab.dataset import prepare
+from tinylab.evaluate import per_class
+from tinylab.recipe import named
+from tinylab.sample import write_sample
+from tinylab.split import make_split
+from tinylab.train import schedule, train
+
+place = device.choose()
+on_cpu = place.device.type == "cpu"
+print(place, "| for a GPU in Colab: Runtime > Change runtime type > T4 GPU" if on_cpu else "")
+
+# %%
+if DRIVE and "google.colab" in sys.modules:
+    from google.colab import drive
+
+    drive.mount(DRIVE.partition("/MyDrive")[0])
+runs = Path(DRIVE or "runs")
+
+# %% [markdown]
+# ## Data
+#
+# Tiny ImageNet is 200 classes of ImageNet at 64 x 64 pixels, 500 training and 50 validation images each. The zip is read
+# where it lies and decoded once into one array on disk. The published protocol pools training and validation images and
+# splits them 70 : 30; here the split is the same on every machine, and its hash is kept with every result.
+
+# %%
+made_up = SOURCE == "sample"
+source = write_sample(Path("data/sample.zip")) if made_up else SOURCE
+dataset = prepare(str(source), Path(DATA or ("data/sample" if made_up else "data/tiny-imagenet")))
+
+# A CPU would take more than a day for all of it; a run that is finished can be shown anywhere.
+recipe, classes, epochs = named(RECIPE), CLASSES, EPOCHS
+whole = RUN or runs / record.default_folder(recipe, "merged", SEED).name
+if on_cpu and not made_up and not record.Run(Path(whole)).finished:
+    classes, epochs = (10 if CLASSES is None else CLASSES), (15 if EPOCHS is None else EPOCHS)
+recipe = recipe if epochs is None else replace(recipe, epochs=epochs)
+split = make_split(dataset, "merged", classes)
+names = dataset.names[: split.classes]
+print(f"{len(split.train):,} training and {len(split.test):,} test images of {split.classes} classes")
+print(f"split {split.sha256[:16]}")
+
+# %% [markdown]
+# ## A look at the images
+#
+# Sixteen training images with their names and the box that Tiny ImageNet gives for the object.
+
+# %%
+suffix = (f"-c{classes}" if classes else "") + (f"-e{epochs}" if epochs else "")
+run = record.Run(Path(RUN or runs / f"{record.default_folder(recipe, 'merged', SEED).name}{suffix}"))
+batches = loader.TrainingBatches(dataset, split.train, recipe, SEED)
+rows = batches.rows_at(epoch=1, step=0)[:16]
+titles = [names[label] for label in dataset.labels[rows]]
+
+
+def show(name, figure):
+    return Image(plots.save(figure, run.figures / f"{name}.png"), width=900)
+
+
+show("samples", plots.image_grid(dataset.images[rows], titles, dataset.boxes[rows]))
+
+# %% [markdown]
+# The same images as the network sees them in its first step: flipped, padded by reflection and cropped, and with a hole
+# of the mean colour, each by chance (albumentations).
+
+# %%
+augmented = batches[1, 0][0][:16].numpy()
+show("augmentation", plots.before_after(dataset.images[rows], augmented, titles))
+
+# %% [markdown]
+# ## The network
+#
+# ResNet-18 with a 3 x 3 stem of stride 1 and no max-pooling: at 64 x 64 pixels the last stage still sees 8 x 8.
+
+# %%
+print(model.summary(split.classes, recipe.width))
+
+# %% [markdown]
+# ## The recipe
+#
+# Every choice that decides the result, and the one-cycle schedule that follows from it.
+
+# %%
+for name, value in vars(recipe).items():
+    print(f"{name:<20}{value}")
+
+# %%
+_, learning_rates, momenta = zip(*schedule(recipe, len(split.train)))
+show("learning_rate", plots.learning_rate_curve(learning_rates, momenta, recipe.steps_per_epoch(len(split.train))))
+
+# %% [markdown]
+# ## Training
+#
+# Two lines per epoch: training, then all test images. The reported result is that of the last epoch, never of the best.
+# Stopping the cell saves the run first; running it again continues with the very same images. A run that is finished
+# only shows its log.
+
+# %%
+run = train(recipe, dataset, folder=run.folder, seed=SEED, limit_classes=classes)
+
+# %% [markdown]
+# ## Curves
+#
+# Loss and accuracy of training and test images. Dashed: the published run, which had 200 classes and 30 epochs.
+
+# %%
+show("curves", plots.accuracy_and_loss(run.history, record.published_history(), title=run.title))
+
+# %%
+result = run.summary
+print(f"top-1 {result['test_top1']:.2f} %, top-5 {result['test_top5']:.2f} % of {result['test_images']:,} test images")
+print(f"{result['train_seconds'] / 60:.1f} minutes of training, {result['images_per_second']:.0f} images/s, {place}")
+
+# %% [markdown]
+# ## Accuracy per class
+
+# %%
+correct, total = per_class(run.predictions["logits"], run.predictions["labels"])
+show("classes", plots.class_accuracy(names, 100 * correct / total, total))
+
+# %% [markdown]
+# ## What it gets wrong
+#
+# Ten misclassified test images, drawn at random from all of them.
+
+# %%
+network, _ = model.load_weights(run.weights, dataset.wnids[: split.classes])
+mistakes = explain.explain(
+    network,
+    images=dataset.images,
+    labels=dataset.labels,
+    boxes=dataset.boxes,
+    rows=split.test,
+    logits=run.predictions["logits"],
+    wnids=dataset.wnids[: split.classes],
+    names=names,
+    normalise=lambda images: normalise(images, recipe),
+)
+print(f"{mistakes.wrong:,} of {mistakes.tested:,} test images are wrong")
+show("misclassified", plots.misclassified(mistakes.images, mistakes.entries))
+
+# %% [markdown]
+# ## Where it looked
+#
+# Grad-CAM of the four stages for the class that the network predicted, heat map and overlay. Each map is scaled to
+# itself, so brightness cannot be compared between images or stages.
+
+# %%
+show("gradcam", plots.gradcam_stages(mistakes.images, mistakes.maps, mistakes.entries))
+
+# %% [markdown]
+# ## What is left behind
+#
+# The run folder holds recipe, environment, log, predictions, figures, and `model.safetensors`: the weights with the class
+# list, in the order of the logits, in its metadata.
+
+# %%
+run.write("explain.json", mistakes.to_json())
+if FIGURES:
+    shutil.copytree(run.figures, FIGURES, dirs_exist_ok=True)
+    record.note_figures(run, Path(FIGURES))
+kept = {".json", ".jsonl", ".npz", ".png", ".safetensors"}
+for path in sorted(run.folder.rglob("*")):
+    if path.suffix in kept:
+        print(f"{path.stat().st_size:>12,} bytes  {record.relative_to_here(path)}")

@@ -1,0 +1,126 @@
+"""The notebook: its source, what is committed, and Colab rehearsed."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+NOTEBOOK = ROOT / "notebooks" / "tiny_imagenet_resnet18.ipynb"
+sys.path.insert(0, str(ROOT / "notebooks"))
+
+import run as builder  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def committed() -> nbformat.NotebookNode:
+    return nbformat.read(NOTEBOOK, as_version=4)
+
+
+def code_cells(notebook: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def test_committed_notebook_is_its_source(committed: nbformat.NotebookNode) -> None:
+    def content(notebook: nbformat.NotebookNode) -> list[tuple]:
+        return [(cell.cell_type, cell.source, cell.metadata.get("tags")) for cell in notebook.cells]
+
+    assert content(committed) == content(builder.build())
+
+
+def test_committed_notebook_ran_from_top_to_bottom_without_errors(committed: nbformat.NotebookNode) -> None:
+    cells = code_cells(committed)
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    assert not [output for cell in cells for output in cell.outputs if output.output_type == "error"]
+    pictures = [output for cell in cells for output in cell.outputs if "image/png" in output.get("data", {})]
+    assert len(pictures) == 7
+
+
+def test_committed_notebook_renders_on_github_and_tells_nothing_of_a_machine(committed: nbformat.NotebookNode) -> None:
+    text = NOTEBOOK.read_text()
+    assert "widgets" not in committed.metadata
+    assert "application/vnd.jupyter.widget" not in text
+    outputs = json.dumps([cell.get("outputs") for cell in committed.cells])
+    without_pictures = re.sub(r'"image/png": "[^"]*"', "", outputs)
+    assert not re.findall(r"/(?:home|root|work|tmp|Users|opt)/[^\s\"]*", without_pictures)
+    assert len(text) < 6_000_000
+
+
+def test_committed_log_is_the_published_record(committed: nbformat.NotebookNode) -> None:
+    """The accuracy shown in the notebook is that of the record in results/ that its run folder names."""
+    printed = "".join(output.get("text", "") for cell in code_cells(committed) for output in cell.outputs)
+    name = re.search(r"runs/([\w.-]+) is finished", printed) or re.search(r"bytes  ([\w.-]+)/summary.json", printed)
+    summary = json.loads((ROOT / "results" / name[1] / "summary.json").read_text())
+    shown = float(re.search(r"top-1 ([\d.]+) %, top-5", printed)[1])
+    assert shown == pytest.approx(summary["test_top1"], abs=0.005)
+
+
+def test_parameters_are_one_tagged_cell_and_unknown_ones_are_refused() -> None:
+    notebook = builder.build()
+    tagged = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
+    assert len(tagged) == 1
+    for name in ("RECIPE", "EPOCHS", "SOURCE", "RUN", "DRIVE", "REPOSITORY"):
+        assert f"{name} = " in tagged[0].source
+    with pytest.raises(KeyError, match="EPOCS"):
+        builder.inject(notebook, {"EPOCS": 3})
+
+
+def test_repository_address_is_the_same_everywhere() -> None:
+    import tomllib
+
+    address = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]["repository"]
+    owner_and_name = address.removeprefix("https://github.com/")
+    for page in (builder.SOURCE, ROOT / "README.md"):
+        found = set(re.findall(r"github(?:\.com)?/([\w.-]+/tinylab)\b", page.read_text()))
+        assert found == {owner_and_name}, page.name
+
+
+def test_cells_are_thin() -> None:
+    for cell in code_cells(builder.build()):
+        assert len(cell.source.splitlines()) <= 16, cell.source
+
+
+@pytest.mark.slow
+def test_colab_rehearsed(tmp_path: Path) -> None:
+    """An empty folder, the code fetched by git, a stand-in for google.colab, "Run all" twice."""
+    origin = tmp_path / "origin"
+    listing = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    files = subprocess.run(listing, cwd=ROOT, capture_output=True, check=True)
+    for name in filter(None, files.stdout.decode().split("\0")):
+        if (ROOT / name).is_file() and not name.endswith((".png", ".ipynb")):
+            (origin / name).parent.mkdir(parents=True, exist_ok=True)
+            (origin / name).write_bytes((ROOT / name).read_bytes())
+    who = ["-c", "user.name=tests", "-c", "user.email=tests@example.org"]
+    for command in (["init", "-q"], ["add", "-A"], [*who, "commit", "-qm", "all"]):
+        subprocess.run(["git", *command], cwd=origin, check=True)
+
+    colab = tmp_path / "packages" / "google" / "colab"
+    colab.mkdir(parents=True)
+    (colab / "__init__.py").write_text("")
+    (colab / "drive.py").write_text("def mount(path):\n    print('mounted', path)\n")
+    content = tmp_path / "content"
+    content.mkdir()
+    script = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import run, nbformat; from pathlib import Path; n = run.build();"
+        "v = dict(SOURCE='sample', RECIPE='smoke', EPOCHS=1, REPOSITORY=sys.argv[2]); run.inject(n, v);"
+        "run.execute(n, Path.cwd()); Path(sys.argv[3]).write_text(nbformat.writes(n))"
+    )
+    # The packages of this environment, but not tinylab itself: the notebook has to fetch it.
+    environment = os.environ | {"PYTHONPATH": str(tmp_path / "packages"), "TINYLAB_TEST": "1"}
+    printed = []
+    for attempt in ("first", "second"):
+        out = tmp_path / f"{attempt}.ipynb"
+        arguments = [sys.executable, "-c", script, str(ROOT / "notebooks"), str(origin), str(out)]
+        subprocess.run(arguments, cwd=content, env=environment, check=True, timeout=280)
+        notebook = nbformat.read(out, as_version=4)
+        printed.append("".join(output.get("text", "") for cell in code_cells(notebook) for output in cell.outputs))
+    run_folder = content / "tinylab" / "runs" / "smoke-merged-s0"
+    assert (run_folder / "summary.json").exists()
+    assert "epoch 1/1" in printed[0]
+    assert "is finished" in printed[1]
+    assert "epoch 1/1" in printed[1]
