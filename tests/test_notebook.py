@@ -86,6 +86,7 @@ def test_cells_are_thin() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_colab_rehearsed(tmp_path: Path) -> None:
     """An empty folder, the code fetched by git, a stand-in for google.colab, "Run all" twice."""
     origin = tmp_path / "origin"
@@ -102,25 +103,32 @@ def test_colab_rehearsed(tmp_path: Path) -> None:
     colab = tmp_path / "packages" / "google" / "colab"
     colab.mkdir(parents=True)
     (colab / "__init__.py").write_text("")
-    (colab / "drive.py").write_text("def mount(path):\n    print('mounted', path)\n")
+    (colab / "drive.py").write_text(
+        "import os\ndef mount(path):\n    print('mounted', path)\n    os.makedirs(path + '/MyDrive', exist_ok=True)\n"
+    )
+    (tmp_path / "packages" / "sitecustomize.py").write_text("import google.colab\n")  # Colab has it imported, too
     content = tmp_path / "content"
     content.mkdir()
+    drive = tmp_path / "drive" / "MyDrive" / "tinylab"
     script = (
         "import sys; sys.path.insert(0, sys.argv[1]); import run, nbformat; from pathlib import Path; n = run.build();"
-        "v = dict(SOURCE='sample', RECIPE='smoke', EPOCHS=1, REPOSITORY=sys.argv[2]); run.inject(n, v);"
+        "v = dict(SOURCE='sample', RECIPE='smoke', EPOCHS=1, REPOSITORY=sys.argv[2], DRIVE=sys.argv[4]);"
+        "run.inject(n, v);"
+        "n.cells.append(nbformat.v4.new_code_cell('import tinylab; print(tinylab.__file__)'));"
         "run.execute(n, Path.cwd()); Path(sys.argv[3]).write_text(nbformat.writes(n))"
     )
-    # The packages of this environment, but not tinylab itself: the notebook has to fetch it.
-    environment = os.environ | {"PYTHONPATH": str(tmp_path / "packages"), "TINYLAB_TEST": "1"}
+    environment = os.environ | {"PYTHONPATH": str(tmp_path / "packages")}
     printed = []
     for attempt in ("first", "second"):
         out = tmp_path / f"{attempt}.ipynb"
-        arguments = [sys.executable, "-c", script, str(ROOT / "notebooks"), str(origin), str(out)]
+        arguments = [sys.executable, "-c", script, str(ROOT / "notebooks"), origin.as_uri(), str(out), str(drive)]
         subprocess.run(arguments, cwd=content, env=environment, check=True, timeout=280)
         notebook = nbformat.read(out, as_version=4)
         printed.append("".join(output.get("text", "") for cell in code_cells(notebook) for output in cell.outputs))
-    run_folder = content / "tinylab" / "runs" / "smoke-merged-s0"
-    assert (run_folder / "summary.json").exists()
-    assert "epoch 1/1" in printed[0]
+    assert (drive / "smoke-merged-s0-e1" / "summary.json").exists()
+    for text in printed:
+        assert f"mounted {tmp_path}/drive" in text
+        assert str(content / "tinylab" / "src" / "tinylab") in text  # the fetched code ran, not this checkout
+        assert "epoch 1/1" in text
+    assert "is finished" not in printed[0]
     assert "is finished" in printed[1]
-    assert "epoch 1/1" in printed[1]

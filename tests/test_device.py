@@ -1,0 +1,128 @@
+"""Where a run computes and in which number format, on machines that this one only pretends to be."""
+
+import pytest
+import torch
+
+from tinylab import device
+from tinylab.device import choose, device_name
+from tinylab.recipe import UserError
+
+
+@pytest.fixture
+def pretend(monkeypatch: pytest.MonkeyPatch):
+    """A function that makes this machine look like one with that GPU and processor."""
+
+    def call(capability: tuple[int, int] | None = None, mps: bool = False, cpu_bf16: bool = False) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "Pretended GPU")
+        # It says yes on every GPU, also where bf16 is emulated.
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: True)
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+        monkeypatch.setattr(device, "_cpu_has_bf16", lambda: cpu_bf16)
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("capability", "compiled", "precision"),
+    [
+        ((7, 5), False, "fp16"),  # T4
+        ((7, 5), True, "fp16"),
+        ((7, 0), True, "fp16"),  # V100
+        ((8, 0), False, "fp16"),  # A100
+        ((8, 0), True, "bf16"),
+        ((8, 9), True, "bf16"),  # L4
+        ((9, 0), False, "fp16"),  # H100
+        ((9, 0), True, "bf16"),
+        ((10, 0), True, "bf16"),
+    ],
+)
+def test_precision_on_cuda(pretend, capability: tuple[int, int], compiled: bool, precision: str) -> None:
+    pretend(capability)
+    place = choose(compiled=compiled)
+    assert (place.device.type, place.precision) == ("cuda", precision)
+    assert place.grad_scaler().is_enabled() == (precision == "fp16")
+
+
+@pytest.mark.parametrize(("native", "precision"), [(True, "bf16"), (False, "fp32")])
+def test_precision_on_a_processor(pretend, native: bool, precision: str) -> None:
+    pretend(cpu_bf16=native)
+    place = choose()
+    assert (place.device.type, place.precision) == ("cpu", precision)
+    assert not place.grad_scaler().is_enabled()
+
+
+def test_apple_gpus_compute_in_fp32(pretend) -> None:
+    pretend(mps=True, cpu_bf16=True)
+    place = choose()
+    assert (place.device.type, place.precision) == ("mps", "fp32")
+
+
+def test_what_is_asked_for_is_what_is_taken(pretend) -> None:
+    pretend((9, 0))
+    assert choose("cpu").device.type == "cpu"
+    for precision in ("fp32", "bf16", "fp16"):
+        assert choose("cuda", precision).precision == precision
+
+
+def test_an_absent_device_is_refused_with_what_to_do(pretend) -> None:
+    pretend()
+    with pytest.raises(UserError, match=r"no CUDA device.*--device auto or cpu.*Colab"):
+        choose("cuda")
+    with pytest.raises(UserError, match="no Apple GPU"):
+        choose("mps")
+    with pytest.raises(UserError, match=r"'tpu'.*auto, cpu, cuda, mps"):
+        choose("tpu")
+
+
+def test_an_impossible_precision_is_refused(pretend) -> None:
+    pretend()
+    pretend(mps=True)
+    for name in ("cpu", "mps"):
+        with pytest.raises(UserError, match="fp16 needs a CUDA GPU"):
+            choose(name, "fp16")
+    with pytest.raises(UserError, match=r"'fp8'.*auto, fp32, bf16, fp16"):
+        choose("cpu", "fp8")
+
+
+def test_autocast_is_on_for_16_bit_formats_only(pretend) -> None:
+    pretend(cpu_bf16=True)
+    layer, x = torch.nn.Linear(2, 2), torch.ones(1, 2)
+    with choose("cpu", "bf16").autocast():
+        assert layer(x).dtype == torch.bfloat16
+    with choose("cpu", "fp32").autocast():
+        assert layer(x).dtype == torch.float32
+
+
+def test_a_placement_explains_itself_in_one_line(pretend) -> None:
+    pretend((7, 5))
+    assert str(choose()).startswith("Pretended GPU, fp16: ")
+    pretend()
+    assert str(choose()).startswith("CPU (")
+    assert "\n" not in str(choose())
+    assert device_name(torch.device("cpu")).startswith("CPU (")
+
+
+@pytest.mark.parametrize(
+    ("flags", "native"),
+    [
+        ("flags : fpu avx512f avx512_bf16 amx_tile", True),
+        ("flags : fpu amx_bf16", True),
+        ("Features : fp asimd bf16", True),
+        ("flags : fpu avx2 avx512f avx512bw", False),
+        ("", False),
+    ],
+)
+def test_a_processors_bf16_is_read_from_its_flags(monkeypatch: pytest.MonkeyPatch, flags: str, native: bool) -> None:
+    monkeypatch.setattr(device.Path, "read_text", lambda _path: f"model name : Some CPU\n{flags}\n")
+    assert device._cpu_has_bf16() is native
+
+
+def test_without_a_list_of_flags_no_bf16_is_assumed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(_path: object) -> str:
+        raise FileNotFoundError
+
+    monkeypatch.setattr(device.Path, "read_text", missing)
+    assert device._cpu_has_bf16() is False
+    assert device_name(torch.device("cpu")).startswith("CPU (")

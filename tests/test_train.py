@@ -1,0 +1,611 @@
+"""A run is a function of its recipe, data and seed: however often it is stopped, killed or started again."""
+
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import assert_equal_runs, without_seconds
+
+from tinylab import checkpoint, loader
+from tinylab import train as train_module
+from tinylab.cli import main
+from tinylab.dataset import Dataset
+from tinylab.device import choose
+from tinylab.loader import TrainingBatches
+from tinylab.model import build_model, load_weights
+from tinylab.recipe import Recipe, UserError
+from tinylab.record import Run
+from tinylab.split import make_split
+from tinylab.train import Stopped, schedule, train
+
+TrainTiny = Callable[..., Run]
+EVALUATION_BATCH = 3
+MOMENTS = 2 * (3 + 2)
+"""Places in a run of `narrow` where a signal may arrive: per epoch 3 steps and, of 3 images each, 2 test batches."""
+
+
+@pytest.fixture
+def at_moment(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[int], None]], None]:
+    """A function whose argument is called, with a number counted from 0, in every step and before every test batch."""
+    count, hooks = iter(range(1_000_000)), []
+    step = train_module.train_step
+
+    def counted_step(*arguments: object) -> None:
+        step(*arguments)
+        for hook in hooks:
+            hook(next(count))
+
+    def counted_batches(dataset: Dataset, rows: np.ndarray, device: torch.device) -> Iterator:
+        for batch in loader.test_batches(dataset, rows, device, EVALUATION_BATCH):
+            for hook in hooks:
+                hook(next(count))
+            yield batch
+
+    def install(hook: Callable[[int], None]) -> None:
+        nonlocal count
+        count = iter(range(1_000_000))
+        hooks[:] = [hook]
+
+    monkeypatch.setattr(train_module, "train_step", counted_step)
+    monkeypatch.setattr(train_module, "test_batches", counted_batches)
+    return install
+
+
+def send(number: int) -> None:
+    os.kill(os.getpid(), number)
+
+
+# --- What a run computes ----------------------------------------------------------------------------------------------
+
+
+def test_two_runs_are_equal_in_every_bit(train_tiny: TrainTiny, finished_run: Run, tmp_path: Path) -> None:
+    torch.manual_seed(5)
+    np.random.seed(5)
+    assert_equal_runs(train_tiny(tmp_path / "again"), finished_run)
+
+
+def test_another_seed_is_another_run(train_tiny: TrainTiny, finished_run: Run, tmp_path: Path) -> None:
+    other = train_tiny(tmp_path / "other", seed=1)
+    assert other.history[0]["train_loss"] != finished_run.history[0]["train_loss"]
+
+
+def test_worker_processes_do_not_change_a_bit(train_tiny: TrainTiny, finished_run: Run, tmp_path: Path) -> None:
+    assert_equal_runs(train_tiny(tmp_path / "helped", workers=2), finished_run)
+
+
+def test_training_against_a_plain_loop(
+    tiny_dataset: Dataset, narrow: Recipe, train_tiny: TrainTiny, tmp_path: Path
+) -> None:
+    """The same optimisation written out: SGD with Nesterov momentum and weight decay by hand."""
+    recipe = replace(narrow, max_learning_rate=2e-3, weight_decay=0.5)  # small steps: rounding is not blown up
+    run = train_tiny(tmp_path / "run", recipe)
+    rows = make_split(tiny_dataset, "merged").train
+    batches = TrainingBatches(tiny_dataset, rows, recipe, seed=0)
+    model = build_model(recipe, classes=3, seed=0).train()
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    velocities = [torch.zeros_like(parameter) for parameter in model.parameters()]
+    rates = iter(schedule(recipe, len(rows)))
+    for epoch in (1, 2):
+        losses, correct = [], 0
+        for step in range(3):
+            images, labels = batches[epoch, step]
+            logits = model(((images / 255 - 0.442) / 0.278).permute(0, 3, 1, 2))
+            loss = torch.nn.functional.cross_entropy(logits, labels)
+            gradients = torch.autograd.grad(loss, list(model.parameters()))
+            _, learning_rate, momentum = next(rates)
+            with torch.no_grad():
+                for parameter, gradient, velocity in zip(model.parameters(), gradients, velocities, strict=True):
+                    pull = gradient + 0.5 * parameter
+                    velocity.mul_(momentum).add_(pull)
+                    parameter -= learning_rate * (pull + momentum * velocity)
+            losses += [loss.item()] * len(labels)
+            correct += int((logits.argmax(dim=1) == labels).sum())
+        row = run.history[epoch - 1]
+        assert row["train_loss"] == pytest.approx(np.mean(losses), rel=1e-3)
+        assert row["train_top1"] == pytest.approx(100 * correct / 12)
+    trained = load_weights(run.weights)[0].state_dict()
+    for name, parameter in model.named_parameters():
+        way = parameter.detach() - before[name]
+        assert (trained[name] - parameter.detach()).norm() < 0.1 * way.norm(), name
+    for name, buffer in model.named_buffers():
+        assert torch.allclose(trained[name], buffer, rtol=1e-2, atol=1e-3), name
+
+
+def test_a_step_counts_losses_and_hits(narrow: Recipe) -> None:
+    place = choose("cpu", "fp32")
+    state = train_module._new_state(narrow, classes=12, seed=0, steps_per_epoch=3, place=place)
+    images = torch.randint(0, 256, (9, 64, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(9)
+    expected = np.zeros(4)
+    for count in (9, 4):
+        with torch.no_grad():
+            copy = build_model(narrow, classes=12, seed=0).train()
+            copy.load_state_dict(state.model.state_dict())
+            logits = copy(((images[:count] / 255 - 0.442) / 0.278).permute(0, 3, 1, 2)).double().numpy()
+        ranking = np.argsort(-logits, axis=1)
+        hits = ranking == labels[:count, None].numpy()
+        losses = np.log(np.exp(logits).sum(axis=1)) - logits[np.arange(count), labels[:count]]
+        expected += [losses.sum(), hits[:, 0].sum(), hits[:, :5].sum(), count]
+        train_module.train_step(state, narrow, place, images[:count], labels[:count])
+    assert state.totals.tolist() == pytest.approx(expected.tolist(), rel=1e-4)
+    assert 0 < expected[2] < 13
+    assert (state.step, int(state.bad_step)) == (2, -1)
+
+
+def test_a_network_learns(train_tiny: TrainTiny, narrow: Recipe, tmp_path: Path) -> None:
+    history = train_tiny(tmp_path / "run", replace(narrow, epochs=12)).history
+    assert history[-1]["train_loss"] < 0.5 * history[0]["train_loss"]
+    assert history[-1]["test_top1"] > 80
+
+
+def test_one_step_in_all_is_a_run(tiny_dataset: Dataset, narrow: Recipe, train_tiny: TrainTiny, tmp_path: Path) -> None:
+    run = train_tiny(tmp_path / "run", replace(narrow, epochs=1, batch_size=64), limit_classes=2)
+    assert run.finished
+    assert run.summary["train_images"] == 8
+    assert len(run.history) == 1
+
+
+@pytest.mark.parametrize("epochs", [3, 4])
+def test_very_few_steps_are_a_run(train_tiny: TrainTiny, narrow: Recipe, tmp_path: Path, epochs: int) -> None:
+    assert train_tiny(tmp_path / "run", replace(narrow, epochs=epochs, batch_size=64)).finished
+
+
+def test_bf16_trains_too(train_tiny: TrainTiny, tmp_path: Path) -> None:
+    run = train_tiny(tmp_path / "run", precision="bf16")
+    assert run.identity["precision"] == "bf16"
+    tensors = load_weights(run.weights)[0].state_dict().values()
+    assert {tensor.dtype for tensor in tensors} == {torch.float32, torch.int64}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("precision", ["fp16", "fp32"])
+def test_a_step_never_waits_for_the_gpu(narrow: Recipe, precision: str) -> None:
+    place = choose("cuda", precision)
+    state = train_module._new_state(narrow, classes=3, seed=0, steps_per_epoch=3, place=place)
+    images = torch.zeros(5, 64, 64, 3, dtype=torch.uint8, device="cuda")
+    labels = torch.zeros(5, dtype=torch.int64, device="cuda")
+    for waits in ("default", "error"):  # the first step allocates and chooses algorithms
+        torch.cuda.set_sync_debug_mode(waits)
+        try:
+            train_module.train_step(state, narrow, place, images, labels)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+# --- What a run writes ------------------------------------------------------------------------------------------------
+
+
+def test_a_finished_folder_holds_what_it_should(finished_run: Run) -> None:
+    names = {path.name for path in finished_run.folder.iterdir()}
+    assert names == {
+        "recipe.json", "run.json", "environment.json", "metrics.jsonl", "checkpoints", "model.safetensors",
+        "predictions.npz", "summary.json",
+    }  # fmt: skip
+
+
+def test_metrics_have_a_line_per_epoch(finished_run: Run, narrow: Recipe) -> None:
+    lines = [json.loads(line) for line in (finished_run.folder / "metrics.jsonl").read_text().splitlines()]
+    assert lines == finished_run.history
+    rates = [rate for _, rate, _ in schedule(narrow, 12)]
+    for number, line in enumerate(lines, start=1):
+        assert set(line) == {
+            "epoch", "learning_rate", "train_loss", "train_top1", "train_top5", "test_loss", "test_top1", "test_top5",
+            "test_correct", "test_total", "train_seconds", "eval_seconds", "images_per_second",
+        }  # fmt: skip
+        assert line["epoch"] == number
+        assert line["learning_rate"] == rates[3 * (number - 1)]
+        assert line["test_top1"] == pytest.approx(100 * line["test_correct"] / 6)
+        assert line["test_total"] == 6
+        assert line["train_top5"] == 100  # of three classes
+        assert line["train_seconds"] > 0
+        assert line["images_per_second"] == pytest.approx(12 / line["train_seconds"], rel=0.05)
+
+
+def test_the_published_learning_rates_stand_in_the_history(
+    repository: Path, tiny_dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run of 30 epochs x 301 steps, but for the network."""
+
+    def step(state: train_module.TrainState, *_: object) -> None:
+        state.optimizer.step()
+        state.scheduler.step()
+        state.totals += 1
+        state.step += 1
+
+    class Loader:
+        steps = 301
+
+        def __init__(self, *_: object) -> None:
+            pass
+
+        def close(self) -> None:
+            pass
+
+        def epoch(self, _epoch: int, start_step: int) -> Iterator:
+            yield from [(None, None)] * (301 - start_step)
+
+    from tinylab.recipe import published
+
+    monkeypatch.setattr(train_module, "train_step", step)
+    monkeypatch.setattr(train_module, "TrainingLoader", Loader)
+    options = {"folder": tmp_path / "run", "device": "cpu", "precision": "fp32", "quiet": True}
+    history = train(replace(published(), width=1), tiny_dataset, **options).history
+    with open(repository / "results" / "reference" / "published_run.csv", newline="") as file:
+        logged = [float(row["lr_at_epoch_start"]) for row in csv.DictReader(file)]
+    assert [row["learning_rate"] for row in history] == logged
+
+
+def test_the_summary_follows_from_the_predictions(finished_run: Run, tiny_dataset: Dataset) -> None:
+    summary, predictions = finished_run.summary, finished_run.predictions
+    rows = make_split(tiny_dataset, "merged")
+    np.testing.assert_array_equal(predictions["rows"], rows.test)
+    np.testing.assert_array_equal(predictions["labels"], tiny_dataset.labels[rows.test])
+    assert predictions["logits"].dtype == np.float16
+    logits = predictions["logits"].astype(np.float64)
+    correct = int((logits.argmax(axis=1) == predictions["labels"]).sum())
+    own = logits[np.arange(6), predictions["labels"]]
+    assert summary["test_correct"] == correct
+    assert summary["test_top1"] == pytest.approx(100 * correct / 6)
+    assert summary["test_top5"] == 100
+    assert summary["test_loss"] == pytest.approx((np.log(np.exp(logits).sum(axis=1)) - own).mean(), rel=1e-5)
+    last = finished_run.history[-1]
+    for name in ("train_loss", "train_top1", "test_loss", "test_top1", "test_top5", "test_correct"):
+        assert summary[name] == last[name]
+    assert (summary["train_images"], summary["test_images"], summary["classes"]) == (12, 6, 3)
+    assert (summary["epochs"], summary["seed"], summary["protocol"], summary["stops"]) == (2, 0, "merged", 0)
+    seconds = [row["train_seconds"] for row in finished_run.history]
+    assert summary["train_seconds"] == pytest.approx(sum(seconds), abs=0.002)
+    assert summary["time_to_accuracy_seconds"] == pytest.approx(sum(seconds) + last["eval_seconds"], abs=0.003)
+
+
+def test_the_weights_give_the_predictions_again(finished_run: Run, tiny_dataset: Dataset, narrow: Recipe) -> None:
+    model, metadata = load_weights(finished_run.weights, tiny_dataset.wnids)
+    images = torch.from_numpy(tiny_dataset.images[finished_run.predictions["rows"]])
+    with torch.inference_mode():
+        logits = model(((images / 255 - 0.421) / 0.278).permute(0, 3, 1, 2))
+    np.testing.assert_allclose(finished_run.predictions["logits"].astype(np.float32), logits, atol=0.02)
+    assert metadata["metrics"]["test_correct"] == finished_run.summary["test_correct"]
+
+
+def test_the_log_reads_like_the_published_one(
+    train_tiny: TrainTiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = train_tiny(tmp_path / "run", quiet=False)
+    out, err = capsys.readouterr()
+    lines = out.splitlines()
+    assert lines[0].startswith("device: CPU (")
+    assert "12 training and 6 test images, 3 classes, 3 steps an epoch" in lines[1]
+    first = run.history[0]
+    assert lines[2].startswith(
+        f"epoch 1/2  learning rate {first['learning_rate']:.6f}  loss {first['train_loss']:.4f}  "
+    )
+    correct, top1 = first["test_correct"], first["test_top1"]
+    assert f"average loss {first['test_loss']:.4f}, accuracy {correct}/6 ({top1:.2f} %)" in lines[3]
+    assert err == ""  # no progress bar where nobody watches
+
+
+def test_a_quiet_run_prints_nothing(train_tiny: TrainTiny, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    train_tiny(tmp_path / "run", quiet=True)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_finished_run_returns_at_once_and_shows_its_log(
+    train_tiny: TrainTiny, finished_run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def trained_again(*_: object) -> None:
+        raise AssertionError("a finished run was trained again")
+
+    monkeypatch.setattr(train_module, "train_step", trained_again)
+    before = {path: path.stat().st_mtime_ns for path in finished_run.folder.rglob("*.*")}
+    again = train_tiny(finished_run.folder, quiet=False)
+    out = capsys.readouterr().out
+    assert again.summary == finished_run.summary
+    assert "is finished" in out
+    assert f"accuracy {finished_run.summary['test_correct']}/6" in out
+    assert out.count("epoch ") == 2
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+# --- Stopping and continuing ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def reference(train_tiny: TrainTiny, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """An undisturbed run that tests in small batches, as the disturbed ones do."""
+    with pytest.MonkeyPatch.context() as patched:
+        small = lambda dataset, rows, device: loader.test_batches(dataset, rows, device, EVALUATION_BATCH)  # noqa: E731
+        patched.setattr(train_module, "test_batches", small)
+        return train_tiny(tmp_path_factory.mktemp("reference") / "run")
+
+
+@pytest.mark.parametrize("moment", range(MOMENTS))
+def test_a_run_stopped_anywhere_ends_the_same(
+    train_tiny: TrainTiny, reference: Run, at_moment: Callable, tmp_path: Path, moment: int
+) -> None:
+    number = (signal.SIGINT, signal.SIGTERM)[moment % 2]
+    handlers = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
+    at_moment(lambda now: send(number) if now == moment else None)
+    with pytest.raises(Stopped, match=r"the same command continues") as stopped:
+        train_tiny(tmp_path / "run")
+    assert stopped.value.signal == number
+    assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == handlers
+    saved, _ = checkpoint.load(tmp_path / "run" / "checkpoints")
+    assert (saved["epoch"] - 1, saved["step"]) == (moment // 5, min(moment % 5 + 1, 3))
+
+    done = []
+    at_moment(done.append)
+    run = train_tiny(tmp_path / "run")
+    assert_equal_runs(run, reference)
+    assert run.summary["stops"] == 1
+    steps_left = 6 - 3 * (saved["epoch"] - 1) - saved["step"]
+    assert len(done) == steps_left + 2 * (2 - moment // 5), "finished work was done again"
+
+
+def test_a_run_stopped_after_every_step_ends_the_same(
+    train_tiny: TrainTiny, reference: Run, at_moment: Callable, tmp_path: Path
+) -> None:
+    steps = 0
+    for _ in range(20):
+        try:
+            saved, _ = checkpoint.load(tmp_path / "run" / "checkpoints")
+            # An evaluation starts anew each time: let it pass, or it never ends.
+            quiet = 2 if saved and saved["step"] == 3 else 0
+            at_moment(lambda now, quiet=quiet: send(signal.SIGINT) if now >= quiet else None)
+            run = train_tiny(tmp_path / "run")
+            break
+        except Stopped:
+            steps += 1
+    assert steps == 6
+    assert_equal_runs(run, reference)
+    assert run.summary["stops"] == steps
+
+
+def test_a_stop_between_the_last_epoch_and_the_end_costs_an_evaluation_only(
+    train_tiny: TrainTiny, reference: Run, at_moment: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: object) -> None:
+        raise RuntimeError("killed")
+
+    at_moment(lambda _: None)
+    with monkeypatch.context() as patched:
+        patched.setattr(train_module, "_finish", killed)
+        with pytest.raises(RuntimeError, match="killed"):
+            train_tiny(tmp_path / "run")
+    assert not Run(tmp_path / "run").finished
+    done = []
+    at_moment(done.append)
+    assert_equal_runs(train_tiny(tmp_path / "run"), reference)
+    assert len(done) == 2
+
+
+@pytest.mark.parametrize("name", ["predictions.npz", "model.safetensors", "summary.json"])
+def test_a_full_disk_at_the_very_end_can_be_repeated(
+    train_tiny: TrainTiny, finished_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    real = os.replace
+
+    def full(source: Path, target: Path) -> None:
+        if Path(target).name == name:
+            raise OSError(28, "No space left on device")
+        real(source, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "replace", full)
+        with pytest.raises(UserError, match=rf"{name}.*No space left"):
+            train_tiny(tmp_path / "run")
+    assert not Run(tmp_path / "run").finished
+    assert_equal_runs(train_tiny(tmp_path / "run"), finished_run)
+
+
+def test_a_second_signal_ends_at_once(train_tiny: TrainTiny, at_moment: Callable, tmp_path: Path) -> None:
+    at_moment(lambda now: [send(signal.SIGINT), send(signal.SIGINT)] if now == 1 else None)
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        train_tiny(tmp_path / "run")
+    assert not isinstance(stopped.value, Stopped)
+    assert checkpoint.load(tmp_path / "run" / "checkpoints") == (None, None)
+
+
+def test_a_long_epoch_is_saved_within(
+    train_tiny: TrainTiny, at_moment: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train_module, "SAVE_SECONDS", 0)
+    saved = []
+    at_moment(lambda _: saved.append(checkpoint.load(tmp_path / "run" / "checkpoints")[0]))
+    train_tiny(tmp_path / "run")
+    assert [(state["epoch"], state["step"]) for state in saved[1:5]] == [(1, 1), (1, 2), (1, 3), (1, 3)]
+
+
+def test_a_run_continues_in_a_thread(train_tiny: TrainTiny, finished_run: Run, tmp_path: Path) -> None:
+    """Python allows signal handlers in the main thread only; a run elsewhere does without."""
+    import threading
+
+    thread = threading.Thread(target=train_tiny, args=(tmp_path / "run",))
+    thread.start()
+    thread.join()
+    assert_equal_runs(Run(tmp_path / "run"), finished_run)
+
+
+def test_the_previous_checkpoint_serves_when_the_last_is_damaged(
+    train_tiny: TrainTiny, reference: Run, at_moment: Callable, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    at_moment(lambda now: send(signal.SIGINT) if now == 6 else None)  # one checkpoint after epoch 1, one within 2
+    with pytest.raises(Stopped):
+        train_tiny(tmp_path / "run")
+    newest = tmp_path / "run" / "checkpoints" / checkpoint.NEWEST
+    newest.write_bytes(newest.read_bytes()[:-100])
+    at_moment(lambda _: None)
+    assert_equal_runs(train_tiny(tmp_path / "run", quiet=False), reference)
+    out = capsys.readouterr().out
+    assert "note: last.ckpt is damaged; continuing from previous.ckpt" in out
+    assert "in epoch 2 after 0 of its steps" in out
+
+
+def test_a_metrics_line_without_its_checkpoint_goes(
+    train_tiny: TrainTiny, reference: Run, at_moment: Callable, tmp_path: Path
+) -> None:
+    at_moment(lambda now: send(signal.SIGINT) if now == 6 else None)
+    with pytest.raises(Stopped):
+        train_tiny(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    at_moment(lambda _: None)
+    assert_equal_runs(train_tiny(tmp_path / "run"), reference)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"seed": 1}, "seed 0 -> 1"),
+        ({"split": "official"}, "protocol merged -> official"),
+        ({"limit_classes": 2}, "classes 3 -> 2"),
+    ],
+)
+def test_the_folder_of_another_run_is_refused(
+    train_tiny: TrainTiny, finished_run: Run, options: dict, named: str
+) -> None:
+    with pytest.raises(UserError, match=rf"{named}.*choose another --run"):
+        train_tiny(finished_run.folder, **options)
+
+
+def test_a_longer_run_is_another_run(train_tiny: TrainTiny, finished_run: Run, narrow: Recipe) -> None:
+    with pytest.raises(UserError, match="epochs 2 -> 5"):
+        train_tiny(finished_run.folder, replace(narrow, epochs=5))
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"seed": -1}, "seed"),
+        ({"seed": 2**63}, "seed"),
+        ({"workers": -1}, "workers"),
+        ({"workers": 1000}, "workers"),
+        ({"limit_classes": 1}, "limit-classes"),
+        ({"split": "random"}, "split"),
+        ({"device": "tpu"}, "device"),
+        ({"precision": "fp16"}, "fp16"),
+    ],
+)
+def test_an_impossible_run_is_refused_before_its_folder_is_made(
+    train_tiny: TrainTiny, tmp_path: Path, options: dict, named: str
+) -> None:
+    with pytest.raises(UserError, match=named):
+        train_tiny(tmp_path / "run", **options)
+    assert not (tmp_path / "run").exists()
+
+
+# --- A loss that is no number -----------------------------------------------------------------------------------------
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(
+    train_tiny: TrainTiny, narrow: Recipe, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=r"not finite in epoch 1, step \d+: .*lower max-learning-rate"):
+        train_tiny(tmp_path / "run", replace(narrow, max_learning_rate=1e30))
+    assert not Run(tmp_path / "run").finished
+    assert checkpoint.load(tmp_path / "run" / "checkpoints") == (None, None)
+
+
+@pytest.mark.parametrize("step", [0, 1, 2])
+def test_the_checkpoint_from_before_a_bad_loss_stays_good(
+    train_tiny: TrainTiny, finished_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    real = train_module.train_step
+
+    def poisoned(state: train_module.TrainState, *arguments: object) -> None:
+        if (state.epoch, state.step) == (2, step):
+            torch.nn.init.constant_(state.model.fc.bias, float("nan"))
+        real(state, *arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(train_module, "train_step", poisoned)
+        with pytest.raises(UserError, match=rf"epoch 2, step {step}\b"):
+            train_tiny(tmp_path / "run")
+    saved, _ = checkpoint.load(tmp_path / "run" / "checkpoints")
+    assert (saved["epoch"], saved["step"]) == (2, 0)
+    assert all(torch.isfinite(tensor).all() for tensor in saved["model"].values())
+    assert_equal_runs(train_tiny(tmp_path / "run"), finished_run)
+
+
+# --- Real processes ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def start(
+    small_dataset: Dataset, subprocess_environment: dict[str, str], tmp_path: Path
+) -> Iterator[Callable[..., subprocess.Popen]]:
+    """A function that starts `tinylab train` in a process group of its own; what still runs at the end is killed."""
+    started = []
+
+    def call(*options: str) -> subprocess.Popen:
+        command = [sys.executable, "-m", "tinylab", "train", "smoke", "--data", str(small_dataset.folder)]
+        command += ["--run", str(tmp_path / "run"), "--width", "16", "--precision", "fp32", "--device", "cpu"]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        settings = {"env": subprocess_environment, "start_new_session": True} | pipes
+        started.append(subprocess.Popen([*command, *options], **settings))
+        return started[-1]
+
+    yield call
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def wait_for(path: Path, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 120
+    while not path.exists():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, f"no {path.name} after two minutes"
+        time.sleep(0.01)
+
+
+def test_a_killed_process_continues_and_ends_the_same(
+    start: Callable, small_dataset: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    killed = start("--epochs", "6")
+    wait_for(tmp_path / "run" / "checkpoints" / checkpoint.PREVIOUS, killed)
+    killed.kill()
+    killed.communicate()
+    run = Run(tmp_path / "run")
+    assert not run.finished
+    saved, _ = checkpoint.load(run.checkpoints)
+    assert saved["epoch"] > 1
+
+    assert main(killed.args[3:]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert f"continuing {run.folder} in epoch {saved['epoch']} after {saved['step']} of its steps" in out
+    assert run.summary["stops"] == 1
+    options = {"precision": "fp32", "device": "cpu", "quiet": True}
+    assert_equal_runs(run, train(run.recipe, small_dataset, folder=tmp_path / "unkilled", **options))
+
+
+@pytest.mark.parametrize(
+    ("number", "status", "workers"), [(signal.SIGINT, 130, 2), (signal.SIGTERM, 143, 2)], ids=["ctrl-c", "sigterm"]
+)
+def test_a_signal_to_the_whole_group_stops_a_process_in_one_line(
+    start: Callable, tmp_path: Path, number: int, status: int, workers: int
+) -> None:
+    """Ctrl-C in a terminal reaches the worker processes as well."""
+    process = start("--epochs", "400", "--workers", str(workers))
+    wait_for(tmp_path / "run" / "checkpoints" / checkpoint.NEWEST, process)
+    os.killpg(process.pid, number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == status, err
+    assert len(err.splitlines()) == 1, err
+    assert err.startswith("tinylab: stopped in epoch ")
+    assert "Traceback" not in out + err
+    saved, notice = checkpoint.load(tmp_path / "run" / "checkpoints")
+    assert notice is None
+    assert f"in epoch {saved['epoch']} after {saved['step']} steps" in err
+    assert without_seconds(Run(tmp_path / "run").history[0])["epoch"] == 1
