@@ -65,7 +65,7 @@ class SelfShowing(Figure):
         return buffer.getvalue()
 
 
-def save(figure: Figure, path: Path | str, dpi: int = 110) -> Path:
+def save(figure: Figure, path: Path | str, dpi: int = 100) -> Path:
     """Writes a PNG, whole or not at all, its bytes given by the picture alone. Makes folders, returns the path.
 
     Raises `OSError` where the file cannot be written.
