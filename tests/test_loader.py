@@ -72,9 +72,9 @@ def test_epochs_and_seeds_differ(tiny_dataset: Dataset, narrow: Recipe) -> None:
 
 
 def test_two_copies_of_an_image_are_augmented_differently(tiny_dataset: Dataset, narrow: Recipe) -> None:
-    batches = TrainingBatches(tiny_dataset, np.zeros(5, dtype=np.int64), narrow, seed=0)
-    images = batches[1, 0][0]
-    assert len({image.numpy().tobytes() for image in images}) == 5
+    batches = TrainingBatches(tiny_dataset, np.zeros(12, dtype=np.int64), narrow, seed=0)
+    images = torch.cat([batches[1, step][0] for step in range(3)])
+    assert len({image.numpy().tobytes() for image in images}) == 12
 
 
 @pytest.mark.parametrize("workers", [1, 2])

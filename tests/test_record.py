@@ -18,7 +18,7 @@ from tinylab.recipe import Recipe, UserError, published
 from tinylab.record import Run, default_folder, describe_environment, enter_run, relative_to_here
 
 IDENTITY = {"protocol": "merged", "classes": 3, "seed": 0, "content_sha256": "c0", "data_folder": "data/x"}
-ENVIRONMENT = {"device": "a GPU", "torch": "2.6", "threads": 1, "platform": "Linux x86_64"}
+ENVIRONMENT = {"device": "a GPU", "torch": "2.6", "threads": 1, "platform": "Linux x86_64", "content_sha256": "c0"}
 
 
 @pytest.fixture
@@ -215,3 +215,8 @@ def test_paths_below_here_are_relative(tmp_path: Path, monkeypatch: pytest.Monke
     assert relative_to_here(tmp_path / "data" / "x") == "data/x"
     assert relative_to_here(Path("data/../data/x")) == "data/x"
     assert relative_to_here(tmp_path.parent / "x") == str(tmp_path.parent / "x")
+
+
+def test_the_environment_names_data_and_split(finished_run: Run) -> None:
+    for name in ("content_sha256", "split_sha256"):
+        assert finished_run.environment[name] == finished_run.identity[name]

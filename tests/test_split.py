@@ -71,6 +71,12 @@ def test_every_class_is_split_in_the_same_proportion(protocol: str, sizes: tuple
     assert np.bincount(dataset.labels[split.test]).tolist() == [sizes[1]] * 3
 
 
+@pytest.mark.parametrize(("images", "train"), [(10, 7), (11, 8), (12, 8), (13, 9), (60, 42)])
+def test_the_share_of_training_images_is_rounded(images: int, train: int) -> None:
+    split = make_split(fake_dataset(images - 1, 1), "merged")
+    assert (len(split.train), len(split.test)) == (2 * train, 2 * (images - train))
+
+
 def test_select_holds_out_training_images_of_merged_only() -> None:
     dataset = fake_dataset(100, 10)
     merged, select = make_split(dataset, "merged"), make_split(dataset, "select")

@@ -63,7 +63,7 @@ def at_moment(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[int], None
 
 
 def send(number: int) -> None:
-    os.kill(os.getpid(), number)
+    signal.raise_signal(number)  # unlike os.kill, it waits until the signal has come
 
 
 # --- What a run computes ----------------------------------------------------------------------------------------------

@@ -164,7 +164,7 @@ def enter_run(run: Run, recipe: Recipe, identity: dict, environment: dict) -> li
 
     Raises `UserError` if the folder belongs to a run that differs in anything that decides the result, naming what.
     """
-    folder = run.folder
+    folder, environment = run.folder, environment | _hashes(identity)
     recipe_fields = json.loads(json.dumps(dataclasses.asdict(recipe)))
     if not (folder / "run.json").exists():
         own = {"recipe.json", "environment.json", "figures"}  # what a run that was cut off in its first second left
@@ -190,6 +190,11 @@ def enter_run(run: Run, recipe: Recipe, identity: dict, environment: dict) -> li
     if run.identity != identity and not run.finished:
         run.write("run.json", identity)
     return _environment_notice(run, environment)
+
+
+def _hashes(identity: dict) -> dict:
+    """The hashes of data and split stand in environment.json, too: a number is worth nothing without them."""
+    return {name: value for name, value in identity.items() if name.endswith("sha256")}
 
 
 def _environment_notice(run: Run, environment: dict) -> list[str]:
@@ -242,7 +247,7 @@ def publish_run(run: Run, results: Path) -> Path:
     records = {
         "recipe.json": run._read("recipe.json"),
         "run.json": {key: value for key, value in run.identity.items() if key != "data_folder"},
-        "environment.json": run.environment | {name: run.identity[name] for name in ("split_sha256", "content_sha256")},
+        "environment.json": run.environment | _hashes(run.identity),
         "summary.json": run.summary,
     }
     if target.finished and target.summary["model_sha256"] != run.summary["model_sha256"]:
