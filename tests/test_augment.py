@@ -210,6 +210,16 @@ def test_normalised_images_are_channels_last() -> None:
     assert normalise(images, published()).is_contiguous(memory_format=torch.channels_last)
 
 
+def test_evaluating_first_does_not_spoil_training() -> None:
+    """Whatever normalisation keeps from inference mode must serve where gradients are computed."""
+    recipe, images = replace(published(), mean=(0.11, 0.22, 0.33)), torch.zeros(1, 64, 64, 3, dtype=torch.uint8)
+    with torch.inference_mode():
+        normalise(images, recipe)
+    layer = torch.nn.Conv2d(3, 1, 3)
+    layer(normalise(images, recipe)).sum().backward()
+    assert layer.weight.grad is not None
+
+
 def test_a_hole_of_the_mean_is_about_zero_to_the_network() -> None:
     hole = torch.full((1, 64, 64, 3), FILL, dtype=torch.uint8)
     assert normalise(hole, published()).abs().max() < 0.5 / 255 / 0.278

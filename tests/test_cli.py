@@ -204,6 +204,9 @@ def test_a_run_on_other_data_is_refused(
     meta = json.loads((tmp_path / "other" / "meta.json").read_text())
     (tmp_path / "other" / "meta.json").write_text(json.dumps(meta | {"content_sha256": "d" * 64}))
     refused(["evaluate", "run", "--data", "other"], "other data.*--data")
+    run = Run(tmp_path / "run")
+    run.write("run.json", run.identity | {"split_sha256": "d" * 64})
+    refused(["evaluate", "run", "--data", str(chain / "data" / "tiny-imagenet")], "another split")
 
 
 def test_a_full_disk_is_one_line(
@@ -228,7 +231,7 @@ def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
         main(["summary"])
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+@pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="needs /dev/full")
 def test_a_full_disk_behind_stdout_is_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

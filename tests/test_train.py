@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -427,6 +428,30 @@ def test_a_long_epoch_is_saved_within(
     assert [(state["epoch"], state["step"]) for state in saved[1:5]] == [(1, 1), (1, 2), (1, 3), (1, 3)]
 
 
+def test_seconds_are_of_one_epoch_and_add_up_over_a_stop(
+    train_tiny: TrainTiny, at_moment: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [0]
+
+    def tick(_now: int) -> None:
+        """Every step and every test batch takes a second; the run is stopped after its first."""
+        clock[0] += 1
+        if clock[0] == 1:
+            send(signal.SIGINT)
+
+    monkeypatch.setattr(train_module, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    at_moment(tick)
+    with pytest.raises(Stopped):
+        train_tiny(tmp_path / "run")
+    run = train_tiny(tmp_path / "run")
+    assert [row["train_seconds"] for row in run.history] == [3, 3]
+    assert [row["eval_seconds"] for row in run.history] == [2, 2]
+    assert [row["images_per_second"] for row in run.history] == [4, 4]
+    assert (run.summary["train_seconds"], run.summary["eval_seconds"]) == (6, 4)
+    assert run.summary["time_to_accuracy_seconds"] == 6 + 2
+    assert run.summary["images_per_second"] == 4
+
+
 def test_a_run_continues_in_a_thread(train_tiny: TrainTiny, finished_run: Run, tmp_path: Path) -> None:
     """Python allows signal handlers in the main thread only; a run elsewhere does without."""
     import threading
@@ -534,6 +559,29 @@ def test_the_checkpoint_from_before_a_bad_loss_stays_good(
     saved, _ = checkpoint.load(tmp_path / "run" / "checkpoints")
     assert (saved["epoch"], saved["step"]) == (2, 0)
     assert all(torch.isfinite(tensor).all() for tensor in saved["model"].values())
+    assert_equal_runs(train_tiny(tmp_path / "run"), finished_run)
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_weights_that_are_not_finite_are_never_saved(
+    train_tiny: TrainTiny, finished_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stopped: bool
+) -> None:
+    """The last update of an epoch went wrong: no loss tells, but the test images, or the weights when it is stopped."""
+    real = train_module.train_step
+
+    def poisoned(state: train_module.TrainState, *arguments: object) -> None:
+        real(state, *arguments)
+        if (state.epoch, state.step) == (2, 3):
+            torch.nn.init.constant_(state.model.conv1.weight, float("nan"))
+            if stopped:
+                send(signal.SIGINT)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(train_module, "train_step", poisoned)
+        with pytest.raises(UserError, match=r"not finite.*epoch 2|epoch 2, step 3.*not finite"):
+            train_tiny(tmp_path / "run")
+    saved, _ = checkpoint.load(tmp_path / "run" / "checkpoints")
+    assert (saved["epoch"], saved["step"]) == (2, 0)
     assert_equal_runs(train_tiny(tmp_path / "run"), finished_run)
 
 
