@@ -159,9 +159,14 @@ def test_an_impossible_training_is_refused_in_one_line(
 def test_an_unfinished_run_is_refused(refused: Callable, narrow: Recipe, tmp_path: Path) -> None:
     run = Run(tmp_path / "runs" / "begun")
     run.folder.mkdir(parents=True)
-    enter_run(run, narrow, {"data_folder": "data"}, describe_environment(choose("cpu", "fp32")))
+    identity = {"protocol": "merged", "classes": 3, "content_sha256": "c", "split_sha256": "s", "data_folder": "data"}
+    enter_run(run, narrow, identity, describe_environment(choose("cpu", "fp32")))
     for command in ("evaluate", "explain"):
         refused([command, "runs/begun"], "not finished.*continues it")
+    run.write("summary.json", {})
+    refused(["evaluate", "runs/begun"], "summary.json lacks model_sha256, test_top1")
+    run.write("run.json", {})
+    refused(["evaluate", "runs/begun"], "run.json lacks content_sha256")
 
 
 def test_a_data_folder_of_another_format_is_refused(refused: Callable, sample_dataset: Dataset, tmp_path: Path) -> None:

@@ -112,7 +112,7 @@ def test_a_spawned_worker_gets_a_file_name_instead_of_all_images(sample_dataset:
 
 def test_test_batches_are_the_images_as_they_are_in_order(tiny_dataset: Dataset) -> None:
     rows = np.array([5, 3, 17, 0, 7])
-    loaded = list(loader.test_batches(tiny_dataset, rows, CPU, batch_size=2))
+    loaded = list(loader.evaluation_batches(tiny_dataset, rows, CPU, batch_size=2))
     assert [len(labels) for _, labels in loaded] == [2, 2, 1]
     images, labels = (torch.cat(parts) for parts in zip(*loaded, strict=True))
     assert np.array_equal(images.numpy(), tiny_dataset.images[rows])

@@ -17,8 +17,22 @@ from tinylab.device import choose
 from tinylab.recipe import Recipe, UserError, published
 from tinylab.record import Run, default_folder, describe_environment, enter_run, relative_to_here
 
-IDENTITY = {"protocol": "merged", "classes": 3, "seed": 0, "content_sha256": "c0", "data_folder": "data/x"}
-ENVIRONMENT = {"device": "a GPU", "torch": "2.6", "threads": 1, "platform": "Linux x86_64", "content_sha256": "c0"}
+IDENTITY = {
+    "protocol": "merged",
+    "classes": 3,
+    "seed": 0,
+    "content_sha256": "c0",
+    "split_sha256": "s0",
+    "data_folder": "data/x",
+}
+ENVIRONMENT = {
+    "device": "a GPU",
+    "torch": "2.6",
+    "threads": 1,
+    "platform": "Linux x86_64",
+    "content_sha256": "c0",
+    "split_sha256": "s0",
+}
 
 
 @pytest.fixture

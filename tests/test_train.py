@@ -48,7 +48,7 @@ def at_moment(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[int], None
             hook(next(count))
 
     def counted_batches(dataset: Dataset, rows: np.ndarray, device: torch.device) -> Iterator:
-        for batch in loader.test_batches(dataset, rows, device, EVALUATION_BATCH):
+        for batch in loader.evaluation_batches(dataset, rows, device, EVALUATION_BATCH):
             for hook in hooks:
                 hook(next(count))
             yield batch
@@ -59,7 +59,7 @@ def at_moment(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[int], None
         hooks[:] = [hook]
 
     monkeypatch.setattr(train_module, "train_step", counted_step)
-    monkeypatch.setattr(train_module, "test_batches", counted_batches)
+    monkeypatch.setattr(train_module, "evaluation_batches", counted_batches)
     return install
 
 
@@ -326,8 +326,8 @@ def test_a_finished_run_returns_at_once_and_shows_its_log(
 def reference(train_tiny: TrainTiny, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """An undisturbed run that tests in small batches, as the disturbed ones do."""
     with pytest.MonkeyPatch.context() as patched:
-        small = lambda dataset, rows, device: loader.test_batches(dataset, rows, device, EVALUATION_BATCH)  # noqa: E731
-        patched.setattr(train_module, "test_batches", small)
+        small = lambda dataset, rows, device: loader.evaluation_batches(dataset, rows, device, EVALUATION_BATCH)  # noqa: E731
+        patched.setattr(train_module, "evaluation_batches", small)
         return train_tiny(tmp_path_factory.mktemp("reference") / "run")
 
 

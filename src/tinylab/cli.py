@@ -166,13 +166,13 @@ class Evaluate:
         finished, dataset, rows = open_finished(self.run_folder, self.data)
         from tinylab.device import choose
         from tinylab.evaluate import compute_logits, score, with_flip
-        from tinylab.loader import test_batches
+        from tinylab.loader import evaluation_batches
         from tinylab.train import inference
 
         place = choose(self.device, self.precision)
         forward = inference(trained_model(finished, dataset).to(place.device), finished.recipe, place)
         forward = with_flip(forward) if self.tta == "flip" else forward
-        result = score(*compute_logits(forward, test_batches(dataset, rows.test, place.device)))
+        result = score(*compute_logits(forward, evaluation_batches(dataset, rows.test, place.device)))
         print(f"{len(rows.test):,} test images of {finished.folder}, {place}")
         print(json.dumps({"protocol": rows.protocol, "classes": rows.classes, "tta": self.tta, **result.numbers()}))
 
@@ -285,7 +285,7 @@ def open_finished(folder: Path, data: Path | None) -> "tuple[Run, Dataset, Split
     run = Run(folder)
     identity = run.identity
     _ = run.summary  # refuses an unfinished run
-    dataset = open_dataset(data or Path(identity["data_folder"]))
+    dataset = open_dataset(data or Path(identity.get("data_folder", DATA)))
     if dataset.content_sha256 != identity["content_sha256"]:
         raise UserError(f"{folder} was trained on other data than {dataset.folder} holds: name its folder with --data")
     rows = make_split(dataset, identity["protocol"], identity["classes"])

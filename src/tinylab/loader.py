@@ -119,11 +119,11 @@ def _start_worker(_number: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def test_batches(
+def evaluation_batches(
     dataset: Dataset,
     rows: np.ndarray,
     device: torch.device,
-    batch_size: int = 500,  # noqa: PT028 (no pytest test)
+    batch_size: int = 500,
 ) -> Iterator[Batch]:
     """The images `rows` as they are, in that order, in batches on `device`; the last one may be smaller."""
     for first in range(0, len(rows), batch_size):

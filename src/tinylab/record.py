@@ -76,7 +76,8 @@ class Run:
 
     @property
     def identity(self) -> dict:
-        return self._read("run.json")
+        """What decides the result besides the recipe. Raises `UserError` if the folder is no run."""
+        return self._read("run.json", needs=("content_sha256", "protocol", "classes", "split_sha256"))
 
     @property
     def environment(self) -> dict:
@@ -84,9 +85,8 @@ class Run:
 
     @property
     def summary(self) -> dict:
-        return self._read(
-            "summary.json", "the run is not finished: `tinylab train` with the same arguments continues it"
-        )
+        unfinished = "the run is not finished: `tinylab train` with the same arguments continues it"
+        return self._read("summary.json", unfinished, needs=("model_sha256", "test_top1"))
 
     @property
     def title(self) -> str:
@@ -127,7 +127,8 @@ class Run:
     def lock(self) -> Iterator[None]:
         """Creates the folder and holds it: one writer at a time. Raises `UserError` if that is impossible."""
         # On the local disk: the folder may lie on a mounted Google Drive, which knows no locks.
-        name = hashlib.sha256(str(self.folder.resolve()).encode()).hexdigest()[:24]
+        user = os.getuid() if hasattr(os, "getuid") else 0  # another user's lock could not be opened
+        name = hashlib.sha256(f"{user} {self.folder.resolve()}".encode()).hexdigest()[:24]
         lock = filelock.FileLock(Path(tempfile.gettempdir()) / f"tinylab-{name}.lock", blocking=False)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -141,7 +142,7 @@ class Run:
         finally:
             lock.release()
 
-    def _read(self, name: str, otherwise: str = "this folder is no run") -> dict:
+    def _read(self, name: str, otherwise: str = "this folder is no run", needs: tuple[str, ...] = ()) -> dict:
         path = self.folder / name
         try:
             value = json.loads(path.read_text(encoding="utf-8"))
@@ -151,6 +152,8 @@ class Run:
             raise UserError(f"{path} cannot be read: {error}") from error
         if not isinstance(value, dict):
             raise UserError(f"{path} is not what tinylab writes: a JSON object is expected")
+        if missing := [key for key in needs if key not in value]:
+            raise UserError(f"{path} lacks {', '.join(missing)}: this version of tinylab did not write it")
         return value
 
 
@@ -264,6 +267,8 @@ def rewrite_tables(results: Path, readme: Path) -> list[Path]:
 
     Raises `UserError` if the README has no place for them. Returns the files written.
     """
+    if not (results.is_dir() and readme.is_file()):
+        raise UserError(f"there is no {results}/ or no {readme} here: run this in the repository's folder")
     runs = [Run(path.parent) for path in sorted(results.glob("*/summary.json"))]
     rows = [_csv_row(run) for run in runs]
     columns = list(dict.fromkeys(column for row in rows for column in row))

@@ -26,7 +26,7 @@ from tinylab.augment import normalise
 from tinylab.dataset import Dataset, interactive
 from tinylab.device import Placement, choose
 from tinylab.evaluate import Evaluation, compute_logits, score
-from tinylab.loader import TrainingLoader, test_batches
+from tinylab.loader import TrainingLoader, evaluation_batches
 from tinylab.model import build_model, weights_file
 from tinylab.recipe import Recipe, UserError
 from tinylab.record import Run, default_folder, describe_environment, enter_run, relative_to_here
@@ -330,7 +330,7 @@ def _evaluate(
 
     started = time.perf_counter()
     try:
-        evaluation = score(*compute_logits(stoppable, test_batches(dataset, rows.test, place.device)))
+        evaluation = score(*compute_logits(stoppable, evaluation_batches(dataset, rows.test, place.device)))
     except UserError as error:
         raise UserError(f"after epoch {state.epoch}, step {state.step}: {error}") from error
     return evaluation, time.perf_counter() - started
