@@ -8,6 +8,7 @@ is whole or absent; if a cell fails, the notebook so far is kept as OUT.failed.i
 
 import argparse
 import ast
+import asyncio
 import os
 import re
 import signal
@@ -64,12 +65,24 @@ def execute(notebook: nbformat.NotebookNode, folder: Path) -> None:
     )
     client.km = client.create_kernel_manager()
 
-    def pass_on(*_: object) -> None:
-        # Ctrl-C is for the cell that runs: training saves and stops. (nbclient would kill the kernel after seconds.)
+    received = []
+
+    def pass_on(number: int, _frame: object) -> None:
+        received.append(number)
         os.kill(client.km.provisioner.pid, signal.SIGINT)
 
-    client.on_cell_execute = lambda **_: signal.signal(signal.SIGINT, pass_on)
-    client.execute()
+    def take_over(**_: object) -> None:
+        # Ctrl-C is for the cell that runs: training saves and stops. nbclient's own handler would kill the kernel.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            asyncio.get_running_loop().remove_signal_handler(number)
+            signal.signal(number, pass_on)
+
+    client.on_cell_execute = take_over
+    try:
+        client.execute()
+    except CellExecutionError as error:
+        error.signal = received[0] if received else None
+        raise
     notebook.metadata.pop("widgets", None)
     for cell in notebook.cells:  # a progress bar that is gone leaves blanks behind
         outputs = cell.get("outputs", [])
@@ -90,7 +103,6 @@ def parameter(text: str) -> tuple[str, object]:
 
 
 def write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
@@ -104,10 +116,14 @@ def main() -> int:
     options = parser.parse_intermixed_args()
     notebook = build()
     try:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
         inject(notebook, dict(options.values)) if options.values else None
         execute(notebook, HERE.parent)
     except KeyError as error:
         print(f"{parser.prog}: {error.args[0]}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"{parser.prog}: cannot write {options.out}: {error.strerror}", file=sys.stderr)
         return 2
     except CellExecutionError as error:
         failed = options.out.with_suffix(".failed.ipynb")
@@ -115,9 +131,9 @@ def main() -> int:
         if error.ename == "UserError":
             print(f"{parser.prog}: {error.evalue}", file=sys.stderr)
             return 2
-        if error.ename in ("Stopped", "KeyboardInterrupt"):
-            print(f"{parser.prog}: {error.evalue}", file=sys.stderr)
-            return 130
+        if error.signal:
+            print(f"{parser.prog}: {error.evalue or 'stopped'}", file=sys.stderr)
+            return 128 + error.signal
         print(f"{parser.prog}: a cell failed: {error.ename}: {error.evalue}; see {failed}", file=sys.stderr)
         return 1
     write(options.out, nbformat.writes(notebook))

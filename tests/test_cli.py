@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -53,7 +54,14 @@ PARSING = {
     "train smoke --precision fp8": "precision",
     "schedule": "which recipe",
     "schedule nope": "unknown recipe 'nope'",
-    "schedule published --images 0": "images must be at least 1",
+    "schedule published --images 0": "images must be from 1",
+    "schedule published --images 10000000000000000000000": "images must be from 1",
+    "schedule published --epochs 99999999999999999999": "epochs must be at most",
+    "train smoke --width 1000000": "width must be at most",
+    "summary --classes 99999999999999": "classes must be from 1",
+    "prepare --source ~nobody-of-that-name/x.zip --data new/d": "no zip file and no folder",
+    "sample /dev/null": "no regular file",
+    "table": "run this in the repository's folder",
     "schedule published --images 1e5": "images",
     "schedule published --epochs 0": "epochs",
     "summary --classes 0": "classes",
@@ -410,3 +418,26 @@ def test_ctrl_c_in_a_command_without_a_run_is_one_line(
     assert done.stderr.splitlines()[-1] == "tinylab: stopped"
     assert "Traceback" not in done.stderr
     assert not tree(tmp_path)
+
+
+@pytest.mark.skipif(not hasattr(os, "killpg"), reason="needs process groups")
+def test_terminating_preparation_leaves_nothing(
+    sample_zip: Path, tmp_path: Path, subprocess_environment: dict[str, str]
+) -> None:
+    slow = (
+        "import sys, time; from tinylab import dataset; from tinylab.cli import main\n"
+        "def write(*arguments):\n    open('writing', 'w').close(); time.sleep(30)\n"
+        "dataset._write_images = write; sys.exit(main(['prepare', '--source', sys.argv[1], '--data', 'data']))"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", slow, str(sample_zip)], cwd=tmp_path, env=subprocess_environment, stderr=subprocess.PIPE
+    )
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "writing").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 143, err
+    assert len(err.decode().splitlines()) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data.lock", "writing"]

@@ -3,8 +3,10 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import nbformat
@@ -132,3 +134,30 @@ def test_colab_rehearsed(tmp_path: Path) -> None:
         assert "epoch 1/1" in text
     assert "is finished" not in printed[0]
     assert "is finished" in printed[1]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_the_notebook_trains_saves_and_the_same_command_continues(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    values = ["SOURCE=sample", "RECIPE=smoke", "EPOCHS=1", f"DATA={tmp_path}/data", f"RUN={tmp_path}/run"]
+    command = [sys.executable, str(ROOT / "notebooks" / "run.py"), str(tmp_path / "out.ipynb"), *values]
+    stderr = tmp_path / "stderr"
+    with open(stderr, "w") as file:
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=file, start_new_session=True)
+        deadline = time.monotonic() + 120
+        while not (tmp_path / "run" / "run.json").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        time.sleep(1.5)  # into the first epoch
+        process.send_signal(number)
+        assert process.wait(timeout=60) == 128 + number
+    lines = [line for line in stderr.read_text().splitlines() if "IPKernelApp" not in line]
+    assert len(lines) == 1, lines
+    assert "the same command continues" in lines[0]
+    assert (tmp_path / "run" / "checkpoints" / "last.ckpt").exists()
+    assert not (tmp_path / "run" / "summary.json").exists()
+    subprocess.run(command, check=True, timeout=120)
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["stops"] == 1

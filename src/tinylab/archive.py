@@ -450,7 +450,9 @@ def find(source: str | Path = "auto", data_root: Path = Path("data"), urls: Sequ
 
 
 def _existing(named: str | Path, statement: str) -> Path:
-    path = Path(named).expanduser()
+    path = Path(named)
+    with contextlib.suppress(RuntimeError):  # of a user who is not known here
+        path = path.expanduser()
     if not (path.is_file() or path.is_dir()):
         raise UserError(f"{statement}, but there is no zip file and no folder of that name: correct it or leave it out")
     return path

@@ -14,6 +14,8 @@ import os
 import re
 import signal
 import sys
+import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from tinylab.split import Split
 
 DATA = Path("data/tiny-imagenet")
+RESULTS, README = Path("results"), Path("README.md")
 DeviceName = Literal["auto", "cpu", "cuda", "mps"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 RecipeFields = Annotated[Recipe, tyro.conf.arg(name="", help="")]
@@ -121,8 +124,8 @@ class Schedule:
     """Training images; 77,000 are those of the merged split."""
 
     def run(self) -> None:
-        if self.images < 1:
-            raise UserError(f"images must be at least 1, not {self.images}")
+        if not 1 <= self.images <= 10**9:
+            raise UserError(f"images must be from 1 to 1,000,000,000, not {self.images}")
         from tinylab.train import schedule
 
         print("step,learning_rate,momentum")
@@ -140,8 +143,8 @@ class Summary:
     """Channels of the first stage."""
 
     def run(self) -> None:
-        if self.classes < 1 or self.width < 1:
-            raise UserError("classes and width must be at least 1")
+        if not (1 <= self.classes <= 100_000 and 1 <= self.width <= 1024):
+            raise UserError("classes must be from 1 to 100,000 and width from 1 to 1,024")
         from tinylab.model import summary
 
         sys.stdout.write(summary(self.classes, self.width))
@@ -199,7 +202,7 @@ class Explain:
         from tinylab.explain import explain
         from tinylab.record import note_figures
 
-        recipe = finished.recipe
+        recipe, target = finished.recipe, self.figures or finished.figures
         explanation = explain(
             trained_model(finished, dataset),
             images=dataset.images,
@@ -220,9 +223,13 @@ class Explain:
         drawn["gradcam"] = plots.gradcam_stages(
             explanation.images, explanation.maps, explanation.entries, method=method
         )
+        try:
+            target.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot write figures to {target}: {error.strerror}") from error
         finished.write("explain.json", explanation.to_json())
         for name, figure in drawn.items():
-            print(plots.save(figure, (self.figures or finished.figures) / f"{name}.png"))
+            print(plots.save(figure, target / f"{name}.png"))
         if self.figures:
             note_figures(finished, self.figures)
         print(f"{explanation.wrong:,} of {explanation.tested:,} test images are wrong; {finished.folder}/explain.json")
@@ -254,7 +261,10 @@ class Publish:
     def run(self) -> None:
         from tinylab.record import Run, publish_run
 
-        print(publish_run(Run(self.run_folder), Path("results")))
+        run = Run(self.run_folder)
+        _ = run.identity, run.summary  # refuses what is no finished run
+        require_repository()
+        print(publish_run(run, RESULTS))
         Table().run()
 
 
@@ -265,7 +275,8 @@ class Table:
     def run(self) -> None:
         from tinylab.record import rewrite_tables
 
-        for path in rewrite_tables(Path("results"), Path("README.md")):
+        require_repository()
+        for path in rewrite_tables(RESULTS, README):
             print(path)
 
 
@@ -274,6 +285,12 @@ COMMANDS = {
     for command in (Sample, Prepare, Train, Evaluate, Explain, Schedule, Summary, Verify, Publish, Table)
 }
 WITH_RECIPE = ("train", "schedule")
+
+
+def require_repository() -> None:
+    """Raises `UserError` unless the working folder is a checkout of the repository."""
+    if not (RESULTS.is_dir() and README.is_file()):
+        raise UserError(f"there is no {RESULTS}/ or no {README} here: run this in the repository's folder")
 
 
 def open_finished(folder: Path, data: Path | None) -> "tuple[Run, Dataset, Split]":
@@ -364,6 +381,29 @@ def _one_line(framed: str) -> str:
     return (" ".join(said) or "the options do not parse") + hint
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM came: what was begun is cleaned up as after Ctrl-C."""
+
+    signal = signal.SIGTERM
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """While entered, SIGTERM raises `Terminated`. (Training puts its own handler in place, which saves first.)"""
+
+    def terminate(*_: object) -> None:
+        raise Terminated("terminated")
+
+    if threading.current_thread() is not threading.main_thread():  # Python allows handlers nowhere else
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def usage() -> str:
     """What `tinylab --help` prints."""
     lines = ["usage: tinylab COMMAND [options]      tinylab COMMAND --help tells them", ""]
@@ -379,8 +419,9 @@ def main(arguments: list[str] | None = None) -> int:
         print(usage())
         return 0 if arguments else 2
     try:
-        parse(list(arguments)).run()
-        sys.stdout.flush()
+        with _terminable():
+            parse(list(arguments)).run()
+            sys.stdout.flush()
     except UserError as error:
         print(f"tinylab: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

@@ -98,6 +98,8 @@ def open_dataset(folder: Path = FOLDER) -> Dataset:
         wnids, names = tuple(meta["wnids"]), tuple(meta["names"])
         train_count, count = int(meta["train_count"]), int(meta["train_count"]) + int(meta["val_count"])
         content = str(meta["content_sha256"])
+        if not all(isinstance(text, str) for text in (*wnids, *names)):
+            raise TypeError("class names that are no text")
     except (KeyError, TypeError, ValueError) as error:
         raise _damaged(folder, "meta.json is incomplete") from error
     if not wnids or list(wnids) != sorted(set(wnids)) or len(names) != len(wnids):
@@ -115,7 +117,9 @@ def verify(dataset: Dataset) -> None:
 
     Raises `UserError` naming the file that has changed since it was prepared.
     """
-    expected = _read_meta(dataset.folder).get("sha256", {})
+    expected = _read_meta(dataset.folder).get("sha256")
+    if not isinstance(expected, dict):
+        raise _damaged(dataset.folder, "meta.json has no hashes")
     for name in _ARRAYS:
         with open(dataset.folder / name, "rb") as file:
             if hashlib.file_digest(file, "sha256").hexdigest() != expected.get(name):
@@ -129,12 +133,12 @@ def _read_meta(folder: Path) -> dict:
         raise UserError(f"no data set in {folder}: run `tinylab prepare --data {folder}`") from error
     except OSError as error:
         raise UserError(f"cannot read {folder / 'meta.json'}: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise _damaged(folder, "meta.json is not JSON") from error
     version = meta.get("format_version") if isinstance(meta, dict) else None
     if version != FORMAT_VERSION:
         raise UserError(
-            f"{folder} has format version {version}, this tinylab reads version {FORMAT_VERSION}: delete it and run "
+            f"{folder} has format version {version!r}, this tinylab reads version {FORMAT_VERSION}: delete it and run "
             f"`tinylab prepare --data {folder}`"
         )
     return meta
@@ -209,6 +213,8 @@ def _lock(folder: Path) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except Timeout:
+        if not Path(lock.lock_file).exists():  # no other process: the place itself refuses files
+            raise UserError(f"cannot write {folder}: choose another place with --data") from None
         print(f"another process is preparing {folder}; waiting for it", file=sys.stderr)
         lock.acquire()
     try:
@@ -369,7 +375,8 @@ _decoder: _Decoder | None = None  # of this worker process
 
 def _start_worker(source: Members, target: Path) -> None:
     global _decoder
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the first one ends the others
+    for number in (signal.SIGINT, signal.SIGTERM):  # they may reach all processes; the first one ends the others
+        signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_die_with_parent, daemon=True).start()
     source.reopen()
     _decoder = _Decoder(source, target)
@@ -386,7 +393,11 @@ def _decode_in_worker(names: Sequence[str], offset: int) -> list[str]:
 
 
 def _decode(jpeg: bytes, name: str) -> np.ndarray:
-    """uint8 (64, 64, 3), RGB. Raises `UserError` naming the file when it is anything but a sound JPEG."""
+    """The image, uint8 (64, 64, 3), RGB. Raises `UserError` naming the file when it cannot be decoded.
+
+    Small damage inside the picture data goes through, as libjpeg mends it silently: zips tell it by their CRC-32, and
+    Tiny ImageNet by its content hash.
+    """
     try:
         with Image.open(io.BytesIO(jpeg), formats=["JPEG"]) as image:
             if image.size != (IMAGE_SIDE, IMAGE_SIDE):

@@ -29,6 +29,8 @@ class TrainingBatches(TorchDataset):
     """
 
     def __init__(self, dataset: Dataset, rows: np.ndarray, recipe: Recipe, seed: int) -> None:
+        if not (isinstance(seed, int) and 0 <= seed < 2**63):
+            raise UserError(f"seed must be a whole number from 0 to 2**63 - 1, not {seed}")
         self.images, self.labels, self.rows = dataset.images, dataset.labels, rows
         self.recipe, self.seed = recipe, seed
         self._transform = None

@@ -66,8 +66,9 @@ class Recipe:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             _require_type(self, field)
-        for field in ("epochs", "batch_size", "width"):
+        for field, most in (("epochs", 100_000), ("batch_size", 1_000_000), ("width", 1024)):
             _require(self, field, getattr(self, field) >= 1, "at least 1")
+            _require(self, field, getattr(self, field) <= most, f"at most {most:,}")
         for field in ("max_learning_rate", "start_divisor", "final_divisor"):
             _require(self, field, getattr(self, field) > 0, "above 0")
         _require(self, "warmup_share", 0 < self.warmup_share < 1, "between 0 and 1, both excluded")

@@ -159,6 +159,8 @@ def write_sample(target: Path, *, classes: int = 10, per_class: int = 60, seed: 
     """
     if not 2 <= classes <= len(KINDS):
         raise UserError(f"the sample can have from 2 to {len(KINDS)} classes, not {classes}")
+    if os.path.exists(target) and not (target.is_file() or target.is_dir()):
+        raise UserError(f"{target} is no regular file: choose another place")  # a device would be replaced
     if per_class < 2:
         raise UserError(f"each class needs at least 2 images, one for train/ and one for val/, not {per_class}")
     if seed < 0:

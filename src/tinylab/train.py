@@ -57,8 +57,6 @@ def train(
     """
     clock = time.perf_counter()
     say = _silent if quiet else _say
-    if not 0 <= seed < 2**63:
-        raise UserError(f"seed must be from 0 to 2**63 - 1, not {seed}")
     place = choose(device, precision)
     rows = make_split(dataset, split, limit_classes)
     loader = TrainingLoader(dataset, rows.train, recipe, seed, place.device, workers)
@@ -301,7 +299,7 @@ def _check_finite(state: TrainState) -> None:
     if bad_step >= 0:
         raise UserError(
             f"the loss is not finite in epoch {state.epoch}, step {bad_step}: the run has diverged; "
-            "the last checkpoint is from before it; start another run with a lower max-learning-rate"
+            "what was saved is from before it; start another run with a lower max-learning-rate"
         )
     if state.scaler.is_enabled() and state.scaler.get_scale() < 1:
         raise UserError(
