@@ -66,7 +66,6 @@ REFERENCE = [
 
 FIGURES = {
     "curves": lambda names: plots.accuracy_and_loss(history(3), REFERENCE, title=names[0], label=names[0]),
-    "gap": lambda names: plots.train_versus_test(history(3), title=names[0]),
     "schedule": lambda names: plots.learning_rate_curve([0.1, 0.2, 0.1], [0.9, 0.8, 0.9], 1),
     "grid": lambda names: plots.image_grid(IMAGES, names, [[0, 0, 63, 63]] * 4, title=names[0]),
     "augmentation": lambda names: plots.before_after(IMAGES, 255 - IMAGES, names, title=names[0]),
@@ -220,17 +219,11 @@ def test_curves_of_one_epoch_no_epoch_and_gaps() -> None:
     assert "this run 5.00 %" in words(figure)
     assert [tick for tick in figure.axes[2].get_xticks() if tick != int(tick)] == []
     assert "No epoch is finished yet" in words(plots.accuracy_and_loss([]))
-    assert "No epoch is finished yet" in words(plots.train_versus_test([]))
     unevaluated = history(3)
     unevaluated[2] |= {"test_top1": None, "test_loss": math.nan}
     figure = plots.accuracy_and_loss(unevaluated)
     draw(figure)
     assert "this run 27.50 %" in words(figure), "the last value there is"
-    draw(plots.train_versus_test(unevaluated))
-
-
-def test_gap_between_training_and_test_is_named() -> None:
-    assert "gap 8.3 points" in words(plots.train_versus_test(history(3)))
 
 
 def test_learning_rate_in_steps_or_epochs() -> None:

@@ -120,32 +120,6 @@ def accuracy_and_loss(
     return figure
 
 
-def train_versus_test(history: Sequence[Mapping], title: str = "") -> Figure:
-    """Accuracy of training and test images per epoch in one picture, the gap between them shaded.
-
-    `history`: one mapping per epoch with `epoch`, `train_top1`, `test_top1`, `test_top5` (percent).
-    """
-    if not history:
-        return message("No epoch is finished yet: nothing to draw.")
-    with _style():
-        figure = _figure(3.6, title)
-        (ax,) = _subplots(figure)
-        epochs, train, test = (_column(history, key) for key in ("epoch", "train_top1", "test_top1"))
-        ax.fill_between(epochs, train, test, color=GRID, alpha=0.7, linewidth=0)
-        _line(ax, epochs, train, "train top-1", VERMILION)
-        _line(ax, epochs, test, "test top-1", BLUE)
-        _line(ax, epochs, _column(history, "test_top5"), "test top-5", BLUE, dashed=True)
-        _whole_numbers(ax)
-        _from_zero([ax])
-        _label_ends(ax, unit=" %")
-        ax.set(xlabel="epoch", ylabel="accuracy, %")
-        gap = train[-1] - test[-1]
-        if abs(gap) > 0.08 * ax.get_ylim()[1]:
-            place = (epochs[-1], test[-1] + 0.3 * gap)
-            _note(ax, f"gap {gap:.1f} points", place, (-12, 0), MUTED, "right", va="center", size=8.5)
-    return figure
-
-
 def learning_rate_curve(
     learning_rates: Sequence[float], momenta: Sequence[float] | None = None, steps_per_epoch: int | None = None
 ) -> Figure:
