@@ -190,7 +190,9 @@ def prepare(
                 for stray in folder.parent.glob(f"{glob.escape(folder.name)}.building-*"):
                     shutil.rmtree(stray)  # whoever built there is gone: the lock is ours
                 with archive.open_archive(archive.find(source, folder.parent)) as opened:
-                    _build(opened, folder, workers or _default_workers(), progress, str(source) in ("auto", *URLS))
+                    _build(
+                        opened, folder, workers or min(available_cores(), 8), progress, str(source) in ("auto", *URLS)
+                    )
     except OSError as error:
         raise UserError(
             f"cannot write {folder}: {error.strerror or error}; choose another place with --data"
@@ -412,6 +414,8 @@ def _decode(jpeg: bytes, name: str) -> np.ndarray:
         raise UserError(f"{name} is not a sound JPEG file; use an unmodified copy of the archive") from error
 
 
-def _default_workers() -> int:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(cores, 8)
+def available_cores() -> int:
+    """Cores this process may use (a container's or a batch system's share, not the whole machine's)."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
 from tinylab.augment import Stream, augment, build_transform, generator
-from tinylab.dataset import Dataset
+from tinylab.dataset import Dataset, available_cores
 from tinylab.recipe import Recipe, UserError
 
 Batch = tuple[torch.Tensor, torch.Tensor]
@@ -133,10 +133,3 @@ def evaluation_batches(
         images = torch.from_numpy(np.ascontiguousarray(dataset.images[part]))
         labels = torch.from_numpy(dataset.labels[part].astype(np.int64))
         yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-
-
-def available_cores() -> int:
-    """Cores this process may use (a container's or a batch system's share, not the whole machine's)."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

@@ -234,9 +234,8 @@ def train_step(state: TrainState, recipe: Recipe, place: Placement, images: torc
 
     with torch.no_grad():
         hits = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
-        images_seen = torch.full_like(
-            loss, len(labels)
-        )  # not a tensor from a number: copying that to a GPU waits for it
+        # Filled, not made from a number: copying that to a GPU would wait for it.
+        images_seen = torch.full_like(loss, len(labels))
         state.totals += torch.stack([loss * len(labels), hits[:, 0].sum(), hits.sum(), images_seen])
         state.bad_step.masked_fill_((state.bad_step < 0) & ~torch.isfinite(loss), state.step)
     state.step += 1
