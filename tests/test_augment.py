@@ -165,16 +165,23 @@ def test_switched_off_parts_do_nothing() -> None:
         assert np.array_equal(augment(transform, chart(), generator(0, Stream.AUGMENT, 1, i)), chart())
 
 
-def test_an_argument_the_library_does_not_know_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    def renamed(**_: object) -> None:
-        message = "Argument(s) 'num_holes_range' are not valid for transform CoarseDropout"
-        warnings.warn(message, UserWarning, stacklevel=2)
-
-    monkeypatch.setattr(albumentations, "CoarseDropout", renamed)
+@pytest.mark.parametrize("name", ["HorizontalFlip", "PadIfNeeded", "RandomCrop", "CoarseDropout"])
+def test_an_argument_the_library_does_not_know_is_an_error(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library itself only warns, and goes on without it."""
+    real = getattr(albumentations, name)
+    monkeypatch.setattr(albumentations, name, lambda *args, **options: real(*args, **options, renamed=1))
     with warnings.catch_warnings():
-        warnings.simplefilter("default")
-        with pytest.raises(UserWarning, match="not valid for transform"):
+        warnings.simplefilter("ignore")
+        with pytest.raises(UserWarning, match="'renamed' are not valid for transform"):
             build_transform(published())
+
+
+def test_images_keep_the_size_they_have_whatever_the_network_sees() -> None:
+    """`resolution` comes after augmentation."""
+    small, image = build_transform(replace(published(), resolution=32)), chart()
+    key = (0, Stream.AUGMENT, 1)
+    expected = augment(build_transform(published()), image, generator(*key))
+    assert np.array_equal(augment(small, image, generator(*key)), expected)
 
 
 def test_building_the_transform_asks_no_network(subprocess_environment: dict[str, str]) -> None:

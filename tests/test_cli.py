@@ -27,8 +27,8 @@ from tinylab.train import train
 PARSING = {
     "frobnicate": "unknown command 'frobnicate'.*train",
     "--version": "unknown command",
-    "train": "which recipe.*published, smoke",
-    "train nope": "unknown recipe 'nope'.*published, smoke",
+    "train": "which recipe.*published, accurate, speedrun, official, smoke",
+    "train nope": "unknown recipe 'nope'.*published, accurate, speedrun, official, smoke",
     "train --epochs 3": "which recipe",
     "train smoke --epocs 3": "epocs.*--epochs",
     "train smoke 17": "17",
@@ -48,7 +48,21 @@ PARSING = {
     "train smoke --std 0.2 0 0.2": "std",
     "train smoke --anneal cubic": "anneal",
     "train smoke --name ../x": "name",
-    "train smoke --resolution 32": "resolution",
+    "train smoke --resolution 60": "resolution must be a multiple of 8 from 8 to 256, not 60",
+    "train smoke --test-resolution 0": "test_resolution must be a multiple of 8",
+    "train speedrun --ramp 42 0.5": "ramp must be of resolutions that are multiples of 8",
+    "train speedrun --ramp 40 0.6 48 0.6": "ramp must be of shares that leave some",
+    "train accurate --ema-decay 0": "ema_decay must be between 0 and 1",
+    "train accurate --ema-decay 1": "ema_decay must be between 0 and 1",
+    "train accurate --ema-decay -0.5": "ema_decay must be between 0 and 1",
+    "train accurate --ema-decay 1.5": "ema_decay must be between 0 and 1",
+    "train accurate --mixup-probability 1.5": "mixup_probability must be between 0 and 1",
+    "train accurate --mixup-probability 0.9 --cutmix-probability 0.9": "mixing_probability must be 1 or less",
+    "train accurate --label-smoothing 1": "label_smoothing must be at least 0 and below 1",
+    "train accurate --optimizer adam": "optimizer",
+    "train published --mixup-probability 0.3": "mixup_probability must be left alone unless augmentation is 'batched'",
+    "train accurate --augmentation albumentations": "must be left alone unless augmentation is 'batched'",
+    "train smoke --micro-batch many": "micro-batch",
     "train smoke --split random": "split",
     "train smoke --device tpu": "device",
     "train smoke --precision fp8": "precision",
@@ -94,6 +108,11 @@ TRAINING = {
     "--limit-classes 11": "limit-classes must be from 2 to 10",
     "--workers -1": "workers",
     "--precision fp16 --device cpu": "fp16 needs a CUDA GPU",
+    "--batch-size 421": "batch-size 421 is more than the 420 training images",
+    "--micro-batch 0": "micro-batch must be auto or at least 1",
+    "--augmentation batched --mixup-probability 0.5 --limit-classes 1": "limit-classes must be from 2",
+    "--augmentation batched --workers 2": "workers run albumentations",
+    "--compile --device cpu": "--compile needs a compiler",
     "--run file": "file",
     "--run file/run": "file",
     "--run foreign": "foreign is not empty and no run",
@@ -157,8 +176,10 @@ def test_a_bad_command_is_refused_in_one_line(refused: Callable, line: str) -> N
 
 @pytest.mark.parametrize("line", TRAINING)
 def test_an_impossible_training_is_refused_in_one_line(
-    refused: Callable, sample_dataset: Dataset, tmp_path: Path, line: str
+    refused: Callable, sample_dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str
 ) -> None:
+    monkeypatch.setenv("PATH", "")  # no compiler
+    monkeypatch.delenv("CXX", raising=False)
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / "thesis.txt").write_text("mine")
     refused(["train", "smoke", "--data", str(sample_dataset.folder), *line.split()], TRAINING[line])

@@ -45,6 +45,45 @@ def test_precision_on_cuda(pretend, capability: tuple[int, int], compiled: bool,
     assert place.grad_scaler().is_enabled() == (precision == "fp16")
 
 
+@pytest.mark.parametrize("name", ["cpu", "cuda"])
+def test_compiling_without_a_compiler_is_refused(pretend, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend((9, 0))
+    monkeypatch.setattr(device.importlib.util, "find_spec", lambda _name: object())
+    for variable in ("CC", "CXX"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr(device.shutil, "which", lambda command: f"bin/{command}" if "clang" in command else None)
+    assert choose(name, compiled=True).device.type == name
+    monkeypatch.setattr(device.shutil, "which", lambda _command: None)
+    with pytest.raises(UserError, match="--compile needs a compiler"):
+        choose(name, compiled=True)
+    assert choose(name).device.type == name
+    monkeypatch.setattr(device.shutil, "which", lambda command: command)
+    monkeypatch.setenv("CC" if name == "cuda" else "CXX", "nowhere/cc -O2")
+    assert choose(name, compiled=True).device.type == name
+    monkeypatch.setattr(device.shutil, "which", lambda command: None if "nowhere" in command else command)
+    with pytest.raises(UserError, match=r"no nowhere/cc"):
+        choose(name, compiled=True)
+
+
+def test_compiling_for_a_gpu_needs_triton(pretend, monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend((9, 0))
+    monkeypatch.setattr(device.importlib.util, "find_spec", lambda _name: None)
+    with pytest.raises(UserError, match="Triton"):
+        choose(compiled=True)
+    pretend(mps=True)
+    with pytest.raises(UserError, match="--compile is for CPUs and CUDA"):
+        choose(compiled=True)
+
+
+def test_convolutions_are_measured_only_while_training_on_a_gpu(pretend) -> None:
+    before = torch.backends.cudnn.benchmark
+    pretend((9, 0))
+    for name, expected in (("cuda", True), ("cpu", before)):
+        with device.fastest_convolutions(choose(name)):
+            assert torch.backends.cudnn.benchmark is expected
+        assert torch.backends.cudnn.benchmark is before
+
+
 @pytest.mark.parametrize(("native", "precision"), [(True, "bf16"), (False, "fp32")])
 def test_precision_on_a_processor(pretend, native: bool, precision: str) -> None:
     pretend(cpu_bf16=native)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,8 @@ import torch
 import torchvision
 from torch import nn
 
-from tinylab.model import ResNet18, build_model, load_weights, summary, weights_file
-from tinylab.recipe import Recipe, UserError
+from tinylab.model import BasicBlock, ResNet18, build_model, load_weights, summary, weights_file
+from tinylab.recipe import RECIPES, Recipe, UserError, accurate, named, published
 
 WNIDS, NAMES = ("n1", "n2", "n3"), ("cat", "dog", "hen, biddy")
 
@@ -79,11 +80,84 @@ def test_weights_are_a_function_of_the_seed_and_nothing_else(narrow: Recipe) -> 
     assert not torch.equal(first["conv1.weight"], other["conv1.weight"])
 
 
-def test_global_randomness_is_left_alone(narrow: Recipe) -> None:
+def test_published_weights_are_pytorchs_own_to_the_last_bit(narrow: Recipe) -> None:
+    torch.manual_seed(5)
+    expected = ResNet18(classes=3, width=16).state_dict()
+    model = build_model(narrow, classes=3, seed=5)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
+    assert {module.momentum for module in model.modules() if isinstance(module, nn.BatchNorm2d)} == {0.1}
+    bound = (3 * 3 * 16) ** -0.5  # uniform by fan-in, written by hand
+    weights = model.layer1[0].conv1.weight
+    assert 0.98 * bound < weights.abs().max() <= bound
+
+
+def test_he_initialisation_is_normal_by_fan_out(narrow: Recipe) -> None:
+    model = build_model(replace(narrow, initialisation="kaiming"), classes=3, seed=5)
+    plain = build_model(narrow, classes=3, seed=5).state_dict()
+    convolutions = 0
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv2d):
+            convolutions += 1
+            weights, (height, width) = module.weight, module.kernel_size
+            expected = (2 / (module.out_channels * height * width)) ** 0.5
+            spread = 5 / (2 * weights.numel()) ** 0.5  # five standard errors of a standard deviation
+            assert weights.std().item() == pytest.approx(expected, rel=spread), name
+            assert abs(weights.mean().item()) < 5 * expected / weights.numel() ** 0.5, name
+            assert weights.is_contiguous(memory_format=torch.channels_last), name
+    assert convolutions == 20
+    values = model.layer4[1].conv2.weight.flatten()
+    assert values.abs().max() > 3.5 * values.std()  # normal, not uniform
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, plain[name]) == (tensor.ndim != 4), name
+
+
+def test_every_block_can_start_as_its_shortcut(narrow: Recipe) -> None:
+    model = build_model(replace(narrow, zero_init_residual=True), classes=3, seed=5)
+    plain = build_model(narrow, classes=3, seed=5).state_dict()
+    different = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, plain[name])}
+    assert different == {f"layer{stage}.{block}.bn2.weight" for stage in (1, 2, 3, 4) for block in (0, 1)}
+    blocks = [module for module in model.modules() if isinstance(module, BasicBlock)]
+    for block in blocks:
+        images = torch.randn(2, block.conv1.in_channels, 8, 8)
+        shortcut = images if block.downsample is None else block.downsample(images)
+        assert torch.equal(block(images), shortcut.relu())
+
+
+def test_batch_norm_takes_its_momentum_from_the_recipe(narrow: Recipe) -> None:
+    model = build_model(replace(narrow, bn_momentum=0.3), classes=3, seed=5)
+    layers = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    assert len(layers) == 20
+    assert {layer.momentum for layer in layers} == {0.3}
+    images = torch.randn(4, 3, 16, 16) + 5
+    model(images)
+    assert torch.allclose(layers[0].running_mean, 0.3 * model.conv1(images).mean((0, 2, 3)), atol=1e-6)
+
+
+@pytest.mark.parametrize("name", sorted(RECIPES))
+def test_weights_of_every_recipe_can_be_loaded(tmp_path: Path, name: str) -> None:
+    recipe = replace(named(name), width=16)
+    model = build_model(recipe, classes=3, seed=0)
+    loaded, metadata = load_weights(write_weights(tmp_path / "model.safetensors", model, recipe), WNIDS)
+    expected = model.state_dict()
+    assert all(torch.equal(tensor, expected[key]) for key, tensor in loaded.state_dict().items())
+    assert metadata["recipe"]["name"] == name
+
+
+def test_weights_whose_recipe_is_older_or_newer_than_this_version_can_be_loaded(tmp_path: Path, narrow: Recipe) -> None:
+    path = write_weights(tmp_path / "whole", build_model(narrow, 3, seed=0), narrow)
+    with safetensors.safe_open(path, framework="pt") as file:
+        metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    for known in ({"width": 16}, json.loads(metadata["recipe"]) | {"unheard_of": 1}):
+        safetensors.torch.save_file(tensors, tmp_path / "other", metadata | {"recipe": json.dumps(known)})
+        assert load_weights(tmp_path / "other", WNIDS)[1]["recipe"] == known
+
+
+@pytest.mark.parametrize("recipe", [published(), accurate()], ids=["published", "accurate"])
+def test_global_randomness_is_left_alone(recipe: Recipe) -> None:
     torch.manual_seed(0)
     expected = torch.rand(4)
     torch.manual_seed(0)
-    build_model(narrow, classes=3, seed=5)
+    build_model(replace(recipe, width=16), classes=3, seed=5)
     summary(classes=3, width=2)
     assert torch.equal(torch.rand(4), expected)
 

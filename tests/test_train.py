@@ -23,17 +23,19 @@ from tinylab import train as train_module
 from tinylab.cli import main
 from tinylab.dataset import Dataset
 from tinylab.device import choose
-from tinylab.loader import TrainingBatches
+from tinylab.loader import Batch, TrainingBatches
 from tinylab.model import build_model, load_weights
-from tinylab.recipe import Recipe, UserError
+from tinylab.recipe import Recipe, UserError, accurate
 from tinylab.record import Run
 from tinylab.split import make_split
+from tinylab.step import TrainState, inference, new_state, train_step
 from tinylab.train import Stopped, schedule, train
 
 TrainTiny = Callable[..., Run]
 EVALUATION_BATCH = 3
-MOMENTS = 2 * (3 + 2)
-"""Places in a run of `narrow` where a signal may arrive: per epoch 3 steps and, of 3 images each, 2 test batches."""
+MOMENTS = 2 * (3 + 2) + 2
+"""Places in a run of `narrow` where a signal may arrive: per epoch 3 steps and, of 3 images each, 2 test batches, and
+these once more, mirrored, at the end."""
 
 
 @pytest.fixture
@@ -47,8 +49,8 @@ def at_moment(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[int], None
         for hook in hooks:
             hook(next(count))
 
-    def counted_batches(dataset: Dataset, rows: np.ndarray, device: torch.device) -> Iterator:
-        for batch in loader.evaluation_batches(dataset, rows, device, EVALUATION_BATCH):
+    def counted_batches(dataset: Dataset, rows: np.ndarray, device: torch.device, images: loader.Images) -> Iterator:
+        for batch in loader.evaluation_batches(dataset, rows, device, EVALUATION_BATCH, images):
             for hook in hooks:
                 hook(next(count))
             yield batch
@@ -125,7 +127,7 @@ def test_training_against_a_plain_loop(
 
 def test_a_step_counts_losses_and_hits(narrow: Recipe) -> None:
     place = choose("cpu", "fp32")
-    state = train_module._new_state(narrow, classes=12, seed=0, steps_per_epoch=3, place=place)
+    state = new_state(narrow, classes=12, seed=0, steps_per_epoch=3, place=place)
     images = torch.randint(0, 256, (9, 64, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     labels = torch.arange(9)
     expected = np.zeros(4)
@@ -138,7 +140,7 @@ def test_a_step_counts_losses_and_hits(narrow: Recipe) -> None:
         hits = ranking == labels[:count, None].numpy()
         losses = np.log(np.exp(logits).sum(axis=1)) - logits[np.arange(count), labels[:count]]
         expected += [losses.sum(), hits[:, 0].sum(), hits[:, :5].sum(), count]
-        train_module.train_step(state, narrow, place, images[:count], labels[:count])
+        train_step(state, narrow, place, Batch(images[:count], labels[:count]))
     assert state.totals.tolist() == pytest.approx(expected.tolist(), rel=1e-4)
     assert 0 < expected[2] < 13
     assert (state.step, int(state.bad_step)) == (2, -1)
@@ -151,7 +153,7 @@ def test_a_network_learns(train_tiny: TrainTiny, narrow: Recipe, tmp_path: Path)
 
 
 def test_one_step_in_all_is_a_run(tiny_dataset: Dataset, narrow: Recipe, train_tiny: TrainTiny, tmp_path: Path) -> None:
-    run = train_tiny(tmp_path / "run", replace(narrow, epochs=1, batch_size=64), limit_classes=2)
+    run = train_tiny(tmp_path / "run", replace(narrow, epochs=1, batch_size=8), limit_classes=2)
     assert run.finished
     assert run.summary["train_images"] == 8
     assert len(run.history) == 1
@@ -159,7 +161,7 @@ def test_one_step_in_all_is_a_run(tiny_dataset: Dataset, narrow: Recipe, train_t
 
 @pytest.mark.parametrize("epochs", [3, 4])
 def test_very_few_steps_are_a_run(train_tiny: TrainTiny, narrow: Recipe, tmp_path: Path, epochs: int) -> None:
-    assert train_tiny(tmp_path / "run", replace(narrow, epochs=epochs, batch_size=64)).finished
+    assert train_tiny(tmp_path / "run", replace(narrow, epochs=epochs, batch_size=12)).finished
 
 
 def test_bf16_trains_too(train_tiny: TrainTiny, tmp_path: Path) -> None:
@@ -174,13 +176,13 @@ def test_bf16_trains_too(train_tiny: TrainTiny, tmp_path: Path) -> None:
 @pytest.mark.parametrize("precision", ["fp16", "fp32"])
 def test_a_step_never_waits_for_the_gpu(narrow: Recipe, precision: str) -> None:
     place = choose("cuda", precision)
-    state = train_module._new_state(narrow, classes=3, seed=0, steps_per_epoch=3, place=place)
+    state = new_state(narrow, classes=3, seed=0, steps_per_epoch=3, place=place)
     images = torch.zeros(5, 64, 64, 3, dtype=torch.uint8, device="cuda")
     labels = torch.zeros(5, dtype=torch.int64, device="cuda")
     for waits in ("default", "error"):  # the first step allocates and chooses algorithms
         torch.cuda.set_sync_debug_mode(waits)
         try:
-            train_module.train_step(state, narrow, place, images, labels)
+            train_step(state, narrow, place, Batch(images, labels))
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
@@ -228,9 +230,6 @@ def test_the_published_learning_rates_stand_in_the_history(
     class Loader:
         steps = 301
 
-        def __init__(self, *_: object) -> None:
-            pass
-
         def close(self) -> None:
             pass
 
@@ -240,7 +239,8 @@ def test_the_published_learning_rates_stand_in_the_history(
     from tinylab.recipe import published
 
     monkeypatch.setattr(train_module, "train_step", step)
-    monkeypatch.setattr(train_module, "TrainingLoader", Loader)
+    monkeypatch.setattr(train_module, "make_loader", lambda *_: Loader())
+    monkeypatch.setattr(train_module, "_check", lambda *_: None)  # fewer images than a batch
     options = {"folder": tmp_path / "run", "device": "cpu", "precision": "fp32", "quiet": True}
     history = train(replace(published(), width=1), tiny_dataset, **options).history
     with open(repository / "results" / "reference" / "published_run.csv", newline="") as file:
@@ -288,12 +288,13 @@ def test_the_log_reads_like_the_published_one(
     lines = out.splitlines()
     assert lines[0].startswith("device: CPU (")
     assert "12 training and 6 test images, 3 classes, 3 steps an epoch" in lines[1]
+    assert lines[2].startswith("this CPU trains ")
     first = run.history[0]
-    assert lines[2].startswith(
+    assert lines[3].startswith(
         f"epoch 1/2  learning rate {first['learning_rate']:.6f}  loss {first['train_loss']:.4f}  "
     )
     correct, top1 = first["test_correct"], first["test_top1"]
-    assert f"average loss {first['test_loss']:.4f}, accuracy {correct}/6 ({top1:.2f} %)" in lines[3]
+    assert f"average loss {first['test_loss']:.4f}, accuracy {correct}/6 ({top1:.2f} %)" in lines[4]
     assert err == ""  # no progress bar where nobody watches
 
 
@@ -326,7 +327,10 @@ def test_a_finished_run_returns_at_once_and_shows_its_log(
 def reference(train_tiny: TrainTiny, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """An undisturbed run that tests in small batches, as the disturbed ones do."""
     with pytest.MonkeyPatch.context() as patched:
-        small = lambda dataset, rows, device: loader.evaluation_batches(dataset, rows, device, EVALUATION_BATCH)  # noqa: E731
+
+        def small(*arguments: object, images: loader.Images) -> Iterator:
+            return loader.evaluation_batches(*arguments, EVALUATION_BATCH, images)
+
         patched.setattr(train_module, "evaluation_batches", small)
         return train_tiny(tmp_path_factory.mktemp("reference") / "run")
 
@@ -343,7 +347,7 @@ def test_a_run_stopped_anywhere_ends_the_same(
     assert stopped.value.signal == number
     assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == handlers
     saved, _ = checkpoint.load(tmp_path / "run" / "checkpoints")
-    assert (saved["epoch"] - 1, saved["step"]) == (moment // 5, min(moment % 5 + 1, 3))
+    assert (saved["epoch"] - 1, saved["step"]) == ((2, 0) if moment >= 10 else (moment // 5, min(moment % 5 + 1, 3)))
 
     done = []
     at_moment(done.append)
@@ -351,7 +355,8 @@ def test_a_run_stopped_anywhere_ends_the_same(
     assert_equal_runs(run, reference)
     assert run.summary["stops"] == 1
     steps_left = 6 - 3 * (saved["epoch"] - 1) - saved["step"]
-    assert len(done) == steps_left + 2 * (2 - moment // 5), "finished work was done again"
+    tests_left = max(2 - moment // 5, 1) + 1
+    assert len(done) == steps_left + 2 * tests_left, "finished work was done again"
 
 
 def test_a_run_stopped_after_every_step_ends_the_same(
@@ -363,6 +368,7 @@ def test_a_run_stopped_after_every_step_ends_the_same(
             saved, _ = checkpoint.load(tmp_path / "run" / "checkpoints")
             # An evaluation starts anew each time: let it pass, or it never ends.
             quiet = 2 if saved and saved["step"] == 3 else 0
+            quiet = 4 if saved and saved["epoch"] == 2 and saved["step"] == 3 else quiet
             at_moment(lambda now, quiet=quiet: send(signal.SIGINT) if now >= quiet else None)
             run = train_tiny(tmp_path / "run")
             break
@@ -388,7 +394,7 @@ def test_a_stop_between_the_last_epoch_and_the_end_costs_an_evaluation_only(
     done = []
     at_moment(done.append)
     assert_equal_runs(train_tiny(tmp_path / "run"), reference)
-    assert len(done) == 2
+    assert len(done) == 4
 
 
 @pytest.mark.parametrize("name", ["predictions.npz", "model.safetensors", "summary.json"])
@@ -519,6 +525,9 @@ def test_a_longer_run_is_another_run(train_tiny: TrainTiny, finished_run: Run, n
         ({"split": "random"}, "split"),
         ({"device": "tpu"}, "device"),
         ({"precision": "fp16"}, "fp16"),
+        ({"micro_batch": 0}, "micro-batch"),
+        ({"micro_batch": -3}, "micro-batch"),
+        ({"micro_batch": 2.5}, "micro-batch"),
     ],
 )
 def test_an_impossible_run_is_refused_before_its_folder_is_made(
@@ -526,6 +535,176 @@ def test_an_impossible_run_is_refused_before_its_folder_is_made(
 ) -> None:
     with pytest.raises(UserError, match=named):
         train_tiny(tmp_path / "run", **options)
+    assert not (tmp_path / "run").exists()
+
+
+# --- Everything that the target recipes are made of ------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def rich(narrow: Recipe) -> Recipe:
+    """The `accurate` recipe's ingredients and a ramp, on a narrow network: 2 epochs of 3 steps of 4 images."""
+    shape = {"name": "rich", "epochs": 2, "batch_size": 4, "width": 16, "ramp": ((32, 0.5),)}
+    mixing = {"cutmix_probability": 0.3, "mixup_probability": 0.2, "resizemix_probability": 0.2, "unmixed_epochs": 0}
+    return replace(accurate(), **shape, **mixing, max_learning_rate=0.05, ema_decay=0.6, ema_bn_batches=2)
+
+
+@pytest.fixture(scope="module", params=["sgd", "muon"])
+def rich_reference(
+    request: pytest.FixtureRequest, train_tiny: TrainTiny, rich: Recipe, tmp_path_factory: pytest.TempPathFactory
+) -> Run:
+    """An undisturbed rich run with either optimiser."""
+    return train_tiny(tmp_path_factory.mktemp("rich") / "run", replace(rich, optimizer=request.param))
+
+
+def test_rich_runs_are_equal_in_every_bit(train_tiny: TrainTiny, rich_reference: Run, tmp_path: Path) -> None:
+    assert_equal_runs(train_tiny(tmp_path / "again", rich_reference.recipe), rich_reference)
+
+
+@pytest.mark.parametrize("step", range(6))
+def test_a_rich_run_stopped_after_any_step_ends_the_same(
+    train_tiny: TrainTiny, rich_reference: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    """The average, Muon's momentum, mixing and the ramp continue, too."""
+    real, count = train_module.train_step, iter(range(100))
+
+    def stopping(*arguments: object) -> None:
+        real(*arguments)
+        if next(count) == step:
+            send(signal.SIGTERM)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(train_module, "train_step", stopping)
+        with pytest.raises(Stopped):
+            train_tiny(tmp_path / "run", rich_reference.recipe)
+    run = train_tiny(tmp_path / "run", rich_reference.recipe)
+    assert run.summary["stops"] == 1
+    assert_equal_runs(run, rich_reference)
+
+
+def test_the_weights_saved_are_the_average_with_its_own_statistics(
+    train_tiny: TrainTiny, rich: Recipe, tiny_dataset: Dataset, tmp_path: Path
+) -> None:
+    run = train_tiny(tmp_path / "run", rich)
+    saved, _ = checkpoint.load(run.checkpoints)
+    weights = load_weights(run.weights)[0].state_dict()
+    assert torch.equal(weights["conv1.weight"], saved["average"]["module.conv1.weight"])
+    assert not torch.equal(weights["conv1.weight"], saved["model"]["conv1.weight"])
+    assert not torch.allclose(weights["bn1.running_mean"], saved["model"]["bn1.running_mean"], rtol=1e-3)
+    rows = run.predictions["rows"]
+    network = load_weights(run.weights)[0]
+    with torch.no_grad():
+        images = torch.from_numpy(tiny_dataset.images[rows])
+        logits = network(((images / 255 - torch.tensor(rich.mean)) / torch.tensor(rich.std)).permute(0, 3, 1, 2))
+    assert np.allclose(run.predictions["logits"], logits.numpy(), atol=2e-3)
+
+
+def test_a_micro_batch_is_another_run_only_where_it_cuts(
+    train_tiny: TrainTiny, finished_run: Run, tmp_path: Path
+) -> None:
+    """Batch norm sees the pieces, so a cut run differs and its folder says so; one that needs no cut is the same."""
+    assert_equal_runs(train_tiny(tmp_path / "whole", micro_batch="auto"), finished_run)
+    cut = train_tiny(tmp_path / "cut", micro_batch=2)
+    assert cut.identity["micro_batch"] == 2
+    assert cut.history[0]["train_loss"] != finished_run.history[0]["train_loss"]
+    with pytest.raises(UserError, match="micro_batch 2 -> None"):
+        train_tiny(tmp_path / "cut")
+    assert_equal_runs(train_tiny(tmp_path / "again", micro_batch=2), cut)
+
+
+def test_a_run_out_of_memory_says_what_to_do(
+    train_tiny: TrainTiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = train_module.train_step
+
+    def exhausted(state: TrainState, *arguments: object) -> None:
+        if state.step == 1 and state.micro_batch is None:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        real(state, *arguments)
+
+    monkeypatch.setattr(train_module, "train_step", exhausted)
+    with pytest.raises(UserError, match=r"out of memory on cpu with 5 images per step: --micro-batch auto"):
+        train_tiny(tmp_path / "run")
+
+
+def test_auto_finds_the_micro_batch_and_a_stopped_run_keeps_it(
+    train_tiny: TrainTiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(train_module, "fit_micro_batch", lambda *_: 2)
+        count, real = iter(range(100)), train_module.train_step
+
+        def stopping(*arguments: object) -> None:
+            real(*arguments)
+            if next(count) == 1:
+                send(signal.SIGINT)
+
+        patched.setattr(train_module, "train_step", stopping)
+        with pytest.raises(Stopped):
+            train_tiny(tmp_path / "run", micro_batch="auto", quiet=False)
+    assert "micro-batch: 2" in capsys.readouterr().out
+    run = train_tiny(tmp_path / "run", micro_batch="auto")  # here all would fit
+    assert run.identity["micro_batch"] == 2
+    assert_equal_runs(run, train_tiny(tmp_path / "reference", micro_batch=2))
+
+
+def test_a_run_on_a_processor_says_what_it_will_cost(
+    train_tiny: TrainTiny, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train_module, "seconds_per_image", lambda *_: 600.0)
+    train_tiny(tmp_path / "run", quiet=False)
+    lines = capsys.readouterr().out.splitlines()
+    # 2 epochs of 12 training images and of 6 test images at a third of the price: 28 x 10 minutes.
+    told = [line for line in lines if "images/s: about" in line]
+    assert told == [
+        "this CPU trains 0 images/s: about 4.7 hours; a GPU is far faster, "
+        "and --limit-classes, --epochs and --width make it less"
+    ]
+    assert lines.index(told[0]) < next(number for number, line in enumerate(lines) if line.startswith("epoch"))
+
+
+def test_images_left_out_of_an_epoch_are_not_counted(train_tiny: TrainTiny, narrow: Recipe, tmp_path: Path) -> None:
+    run = train_tiny(tmp_path / "run", replace(narrow, drop_last=True))
+    for row in run.history:
+        assert row["images_per_second"] * row["train_seconds"] == pytest.approx(10, rel=0.2)
+    assert run.summary["images_per_second"] * run.summary["train_seconds"] == pytest.approx(20, rel=0.2)
+
+
+def test_the_mirrored_test_is_reported_apart(train_tiny: TrainTiny, finished_run: Run, tiny_dataset: Dataset) -> None:
+    network, recipe = load_weights(finished_run.weights)[0], finished_run.recipe
+    forward = inference(network, recipe, choose("cpu", "fp32"))
+    rows = finished_run.predictions["rows"]
+    images = torch.from_numpy(tiny_dataset.images[rows])
+    with torch.no_grad():
+        logits = ((forward(images) + forward(images.flip(2))) / 2).numpy()
+    expected = 100 * (logits.argmax(axis=1) == finished_run.predictions["labels"]).mean()
+    assert finished_run.summary["flip_tta_top1"] == pytest.approx(expected)
+
+
+@pytest.mark.slow
+def test_a_compiled_run_trains_and_leaves_no_trace_of_its_warm_up(
+    train_tiny: TrainTiny, finished_run: Run, tmp_path: Path
+) -> None:
+    """The compiled network computes what the eager one does, to rounding; its weights carry no prefix."""
+    run = train_tiny(tmp_path / "run", compiled=True)
+    assert run.identity["compiled"] is True
+    assert run.history[0]["train_loss"] == pytest.approx(finished_run.history[0]["train_loss"], rel=1e-2)
+    assert run.history[0]["learning_rate"] == finished_run.history[0]["learning_rate"]
+    assert not any(name.startswith("_orig_mod") for name in load_weights(run.weights)[0].state_dict())
+    assert_equal_runs(train_tiny(tmp_path / "again", compiled=True), run)
+
+
+def test_a_batch_larger_than_the_split_is_refused(train_tiny: TrainTiny, narrow: Recipe, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="batch-size 13 is more than the 12 training images"):
+        train_tiny(tmp_path / "run", replace(narrow, batch_size=13))
+    assert not (tmp_path / "run").exists()
+
+
+def test_more_graphs_than_the_compiler_keeps_are_refused(train_tiny: TrainTiny, narrow: Recipe, tmp_path: Path) -> None:
+    ramp = tuple((8 * size, 0.1) for size in range(1, 8))
+    recipe = replace(narrow, epochs=20, ramp=ramp)
+    with pytest.raises(UserError, match=r"--compile serves at most 8 shapes"):
+        train_tiny(tmp_path / "run", recipe, compiled=True)
     assert not (tmp_path / "run").exists()
 
 

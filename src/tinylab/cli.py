@@ -80,8 +80,9 @@ class Train:
     recipe: RecipeFields
     data: Path = DATA
     """The data folder that `tinylab prepare` made."""
-    run_folder: Annotated[Path | None, tyro.conf.arg(name="run")] = None
-    """The run folder; by default runs/<recipe>-<protocol>-s<seed>."""
+    run_folder: Annotated[Path | None, tyro.conf.arg(name="run", aliases=("--run-folder",))] = None
+    """The run folder; by default runs/<recipe>-<protocol>-s<seed>. (Under torchrun, whose Python 3.11 takes --run for
+    its own, the longer name.)"""
     seed: int = 0
     """Decides the first weights, the order of the images and their augmentation."""
     split: Literal["merged", "official", "select"] = "merged"
@@ -92,8 +93,13 @@ class Train:
     """Where to compute."""
     precision: Precision = "auto"
     """Number format of convolutions and matrix products."""
+    compiled: Annotated[bool, tyro.conf.arg(name="compile")] = False
+    """Run the training step under torch.compile: minutes of set-up, then faster steps on a GPU."""
+    micro_batch: int | Literal["auto"] | None = None
+    """Most images in one forward pass, where memory is short; the optimiser's steps stay the same. auto: halve until it
+    fits."""
     workers: int | None = None
-    """Processes that augment; they do not change the result."""
+    """Processes that run albumentations; they do not change the result."""
 
     def run(self) -> None:
         from tinylab.dataset import open_dataset
@@ -108,8 +114,12 @@ class Train:
             limit_classes=self.limit_classes,
             device=self.device,
             precision=self.precision,
+            compiled=self.compiled,
+            micro_batch=self.micro_batch,
             workers=self.workers,
         )
+        if int(os.environ.get("RANK", 0)) > 0:
+            return  # one of several processes, of which the first tells the result
         final = finished.summary
         accuracy = f"{final['test_top1']:.2f} % top-1, {final['test_top5']:.2f} % top-5"
         print(f"{finished.folder}: {accuracy}, {final['train_seconds'] / 60:.1f} minutes of training")
@@ -126,7 +136,7 @@ class Schedule:
     def run(self) -> None:
         if not 1 <= self.images <= 10**9:
             raise UserError(f"images must be from 1 to 1,000,000,000, not {self.images}")
-        from tinylab.train import schedule
+        from tinylab.optim import schedule
 
         print("step,learning_rate,momentum")
         for row in schedule(self.recipe, self.images):
@@ -170,7 +180,7 @@ class Evaluate:
         from tinylab.device import choose
         from tinylab.evaluate import compute_logits, score, with_flip
         from tinylab.loader import evaluation_batches
-        from tinylab.train import inference
+        from tinylab.step import inference
 
         place = choose(self.device, self.precision)
         forward = inference(trained_model(finished, dataset).to(place.device), finished.recipe, place)
@@ -326,8 +336,8 @@ def figures_of_training(run: "Run", dataset: "Dataset", rows: "Split") -> dict:
     from tinylab import plots
     from tinylab.evaluate import per_class
     from tinylab.loader import TrainingBatches
+    from tinylab.optim import schedule
     from tinylab.record import published_history
-    from tinylab.train import schedule
 
     recipe, names = run.recipe, dataset.names[: rows.classes]
     batches = TrainingBatches(dataset, rows.train, recipe, run.identity["seed"])
@@ -412,6 +422,13 @@ def usage() -> str:
     return "\n".join([*lines, "", f"recipes: {', '.join(RECIPES)}"])
 
 
+def _complain(error: BaseException) -> None:
+    """One line on stderr. Of the processes that torchrun starts, one on each machine says what all of them know."""
+    only_here = type(error).__name__ == "RankError"  # without importing torch to know the type
+    if os.environ.get("LOCAL_RANK", "0") == "0" or only_here:
+        print(f"tinylab: {' '.join(str(error).split()) or 'stopped'}", file=sys.stderr)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command and returns the exit status: 0, 2 for what a user can mend, 130 or 143 after a signal."""
     arguments = sys.argv[1:] if arguments is None else arguments
@@ -423,10 +440,10 @@ def main(arguments: list[str] | None = None) -> int:
             parse(list(arguments)).run()
             sys.stdout.flush()
     except UserError as error:
-        print(f"tinylab: {' '.join(str(error).split())}", file=sys.stderr)
+        _complain(error)
         return 2
     except KeyboardInterrupt as stop:
-        print(f"tinylab: {' '.join(str(stop).split()) or 'stopped'}", file=sys.stderr)
+        _complain(stop)
         return 128 + getattr(stop, "signal", signal.SIGINT)
     except BrokenPipeError:  # the reader, `head` perhaps, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,7 +1,11 @@
 """Where a run computes and in which number format: chosen once, explained in one line."""
 
 import contextlib
+import importlib.util
+import os
 import platform
+import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,7 +48,8 @@ class Placement:
 def choose(device: str = "auto", precision: str = "auto", *, compiled: bool = False) -> Placement:
     """The placement for `device` ("auto", "cpu", "cuda", "mps") and `precision` ("auto", "fp32", "bf16", "fp16").
 
-    `compiled`: the step runs under torch.compile. Raises `UserError` for what this machine does not have.
+    `compiled`: the step runs under torch.compile. Raises `UserError` for what this machine does not have, a compiler
+    among it.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -60,6 +65,8 @@ def choose(device: str = "auto", precision: str = "auto", *, compiled: bool = Fa
         raise UserError(f"unknown precision '{precision}'; there are: auto, {', '.join(PRECISIONS)}")
     if precision == "fp16" and device != "cuda":
         raise UserError("fp16 needs a CUDA GPU; use --precision auto, fp32 or bf16")
+    if compiled:
+        _require_compiler(device)
     chosen, reason = _suitable_precision(device, compiled) if precision == "auto" else (precision, "as asked for")
     return Placement(torch.device(device), chosen, reason)
 
@@ -76,6 +83,33 @@ def _suitable_precision(device: str, compiled: bool) -> tuple[str, str]:
             return "bf16", "this processor computes bf16 natively"
         return "fp32", "this processor has no native 16-bit format"
     return "fp32", "16-bit formats are not trusted on Apple GPUs yet"
+
+
+def _require_compiler(device: str) -> None:
+    """Raises `UserError` where torch.compile has nothing to compile with: C++ on a CPU, Triton (which needs C for its
+    launchers) on CUDA."""
+    if device == "mps":
+        raise UserError("--compile is for CPUs and CUDA GPUs; leave it out")
+    if device == "cuda" and importlib.util.find_spec("triton") is None:
+        raise UserError("--compile needs Triton, which is not installed here; leave it out")
+    variable, names = ("CXX", ("g++", "clang++", "cl")) if device == "cpu" else ("CC", ("gcc", "clang", "cc", "cl"))
+    wanted = (os.environ[variable],) if os.environ.get(variable) else names
+    if not any(shutil.which(name.split()[0]) for name in wanted):
+        raise UserError(f"--compile needs a compiler, and there is no {' or '.join(wanted)} here; leave it out")
+
+
+@contextlib.contextmanager
+def fastest_convolutions(place: Placement) -> Iterator[None]:
+    """While entered, cuDNN measures which algorithm is fastest for each new shape (and torch's setting is as before
+    afterwards). Training has a few shapes only."""
+    if place.device.type != "cuda":
+        yield
+        return
+    before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 def _cpu_has_bf16() -> bool:

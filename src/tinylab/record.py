@@ -68,9 +68,7 @@ class Run:
         """Raises `UserError` if the folder is no run, or was written by another version of the recipe."""
         fields = self._read("recipe.json")
         try:
-            return Recipe(
-                **{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
-            )
+            return Recipe(**{name: _as_tuple(value) for name, value in fields.items()})
         except TypeError as error:
             raise UserError(f"{self.folder}/recipe.json is not a recipe of this version of tinylab: {error}") from error
 
@@ -157,6 +155,11 @@ class Run:
         return value
 
 
+def _as_tuple(value: object) -> object:
+    """JSON's lists as the tuples that they were."""
+    return tuple(map(_as_tuple, value)) if isinstance(value, list) else value
+
+
 def default_folder(recipe: Recipe, protocol: str, seed: int) -> Path:
     """runs/<recipe>-<protocol>-s<seed>."""
     return Path("runs") / f"{recipe.name}-{protocol}-s{seed}"
@@ -177,7 +180,7 @@ def enter_run(run: Run, recipe: Recipe, identity: dict, environment: dict) -> li
         run.write("environment.json", environment)
         run.write("run.json", identity)  # last: a folder that has it is complete
         return []
-    before = run._read("recipe.json") | run.identity
+    before = json.loads(json.dumps(dataclasses.asdict(run.recipe))) | run.identity
     now = recipe_fields | identity
     where = {"data_folder"}  # may move; the content hash says whether it is the same data
     if run.finished:

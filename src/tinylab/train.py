@@ -1,6 +1,6 @@
 """The experiment: a recipe and a data set go in, a finished run folder comes out.
 
-`train` reads from top to bottom and one optimiser step is `train_step`. Inside an epoch nothing waits for the device
+`train` reads from top to bottom; one optimiser step is `step.train_step`. Inside an epoch nothing waits for the device
 but the progress bar, a few times a second.
 """
 
@@ -8,31 +8,56 @@ import contextlib
 import hashlib
 import io
 import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from enum import IntEnum
 from pathlib import Path
+from typing import Literal, TypeVar
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import nn
-from torch.optim.lr_scheduler import OneCycleLR
 from tqdm import tqdm
 
 from tinylab import checkpoint
-from tinylab.augment import normalise
+from tinylab.augment import normalise, resize
+from tinylab.average import reestimate_batch_norm
 from tinylab.dataset import Dataset, interactive
-from tinylab.device import Placement, choose
-from tinylab.evaluate import Evaluation, compute_logits, score
-from tinylab.loader import TrainingLoader, evaluation_batches
-from tinylab.model import build_model, weights_file
+from tinylab.device import Placement, choose, fastest_convolutions
+from tinylab.distributed import RankError, World, agree, from_rank_0, gather_rows, highest, join, share, sum_over_ranks
+from tinylab.evaluate import Evaluation, compute_logits, score, with_flip
+from tinylab.loader import (
+    EVALUATION_BATCH,
+    BatchedLoader,
+    Images,
+    TrainingLoader,
+    evaluation_batches,
+    make_loader,
+    statistics_batches,
+)
+from tinylab.model import weights_file
+from tinylab.optim import schedule as schedule  # also under this name, beside `train`
 from tinylab.recipe import Recipe, UserError
 from tinylab.record import Run, default_folder, describe_environment, enter_run, relative_to_here
 from tinylab.split import Split, make_split
+from tinylab.step import (
+    TrainState,
+    fit_micro_batch,
+    inference,
+    new_state,
+    out_of_memory,
+    relative_cost,
+    seconds_per_image,
+    shapes,
+    train_step,
+    warm_up,
+)
+from tinylab.stop import Stopped, StopRequest
 
 SAVE_SECONDS = 300  # an epoch that takes longer is saved within, too
+MOST_GRAPHS = 8  # torch.compile's own limit, beyond which it silently does without
+
+Item = TypeVar("Item")
 
 
 def train(
@@ -45,308 +70,347 @@ def train(
     limit_classes: int | None = None,
     device: str = "auto",
     precision: str = "auto",
+    compiled: bool = False,
+    micro_batch: int | Literal["auto"] | None = None,
     workers: int | None = None,
     quiet: bool = False,
 ) -> Run:
     """Trains by `recipe`, tests after every epoch, and returns the finished run. A run that was stopped continues.
 
     split: "merged", "official" or "select". folder: the run folder; None: runs/<recipe>-<protocol>-s<seed>.
-    limit_classes: only the first so many classes. workers: processes that augment; they do not change the result.
-    quiet: no log, no progress bar.
+    limit_classes: only the first so many classes. compiled: the step runs under torch.compile. micro_batch: most images
+    in one forward pass, with the same number per optimiser step; "auto" halves until it fits into memory. workers:
+    processes that run albumentations; they do not change the result. quiet: no log, no progress bar.
+    Started by torchrun, every process calls this and trains its share; the first one writes the run.
     Raises `UserError` if the run cannot be made or its loss is no longer finite, `Stopped` after SIGINT or SIGTERM.
     """
-    clock = time.perf_counter()
-    say = _silent if quiet else _say
-    place = choose(device, precision)
+    started = time.perf_counter()
+    place = choose(device, precision, compiled=compiled)
     rows = make_split(dataset, split, limit_classes)
-    loader = TrainingLoader(dataset, rows.train, recipe, seed, place.device, workers)
     run = Run(Path(folder or default_folder(recipe, split, seed)))
-    with run.lock(), contextlib.closing(loader), StopRequest() as stop:
-        identity = _identity(dataset, rows, seed, place)
-        for notice in enter_run(run, recipe, identity, describe_environment(place)):
-            say(f"note: {notice}")
-        if run.finished:
-            say(f"{run.folder} is finished; this is its log")
-            for row in run.history:
-                say(log_lines(row, recipe.epochs))
-            return run
-
-        state = _new_state(recipe, rows.classes, seed, loader.steps, place)
-        _continue(state, run, say)
-        state.set_up_seconds += time.perf_counter() - clock
-        say(f"device: {place}")
-        counts = f"{len(rows.train):,} training and {len(rows.test):,} test images, {rows.classes} classes"
-        say(f"{counts}, {loader.steps} steps an epoch")
-
-        evaluation = None
-        while state.epoch <= recipe.epochs:
-            _train_epoch(state, recipe, loader, place, run, stop, say)
-            evaluation, seconds = _evaluate(state, recipe, dataset, rows, place, run, stop)
-            state.history.append(_history_row(state, evaluation, seconds, len(rows.train)))
-            state.next_epoch()
-            checkpoint.save(run.checkpoints, state.to_checkpoint())
-            run.write_history(state.history)
-            say(log_lines(state.history[-1], recipe.epochs))
-        if evaluation is None:  # stopped after the last epoch was saved, before the run was finished
-            evaluation, _ = _evaluate(state, recipe, dataset, rows, place, run, stop)
-        _finish(run, state, recipe, dataset, rows, evaluation)
+    with join(place.device) as world, fastest_convolutions(place), StopRequest(patient=world.several) as stop:
+        place = replace(place, device=world.device(place.device))
+        _check(recipe, rows, world, compiled, micro_batch)
+        images = Images(dataset.images, dataset.labels, place.device)
+        loader = make_loader(dataset, rows.train, recipe, seed, place.device, workers, world, images)
+        say = _silent if quiet or not world.writes else _say
+        job = _Job(recipe, dataset, images, rows, seed, place, world, run, loader, stop, say)
+        with contextlib.closing(loader), _one_writer(run, world), _memory_hint(recipe, place, world):
+            state = new_state(recipe, rows.classes, seed, loader.steps, place, world, compiled)
+            state.micro_batch = _micro_batch(job, state, micro_batch)
+            identity = _identity(job, compiled, state.micro_batch)
+            for notice in from_rank_0(world, lambda: _enter(job, identity)):
+                say(f"note: {notice}")
+            if from_rank_0(world, lambda: run.finished):
+                say(f"{run.folder} is finished; this is its log")
+                for row in run.history if world.writes else ():
+                    say(log_lines(row, recipe.epochs))
+                return run
+            _set_up(job, state, compiled, started)
+            _train(job, state)
     return run
 
 
-def make_optimizer(
-    parameters: list[nn.Parameter], recipe: Recipe, total_steps: int, fused: bool = False
-) -> tuple[torch.optim.SGD, OneCycleLR]:
-    """SGD and its one-cycle schedule over `total_steps` optimiser steps (Smith, Topin, "Super-Convergence", 2018).
+@dataclass(frozen=True)
+class _Job:
+    """What stays the same while a run is trained."""
 
-    fused: one kernel for all parameters, which on CUDA also spares loss scaling a wait for the device in every step.
-    """
-    optimizer = torch.optim.SGD(
-        parameters,
-        lr=recipe.max_learning_rate,  # the schedule sets the real one
-        momentum=recipe.max_momentum,
-        nesterov=recipe.nesterov,
-        weight_decay=recipe.weight_decay,
-        fused=fused,
-    )
-    for parameter in parameters:
-        # A fused step that loss scaling skips would leave the first momentum uninitialised; zero is where it starts.
-        optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-    warmup_share = recipe.warmup_share
-    if warmup_share * total_steps == 1:  # the one length of a run for which OneCycleLR divides by zero
-        warmup_share *= 1 + 1e-9
-    scheduler = OneCycleLR(
-        optimizer,
-        max_lr=recipe.max_learning_rate,
-        total_steps=total_steps,
-        pct_start=warmup_share,
-        anneal_strategy=recipe.anneal,
-        cycle_momentum=True,
-        base_momentum=recipe.base_momentum,
-        max_momentum=recipe.max_momentum,
-        div_factor=recipe.start_divisor,
-        final_div_factor=recipe.final_divisor,
-    )
-    return optimizer, scheduler
+    recipe: Recipe
+    dataset: Dataset
+    images: Images
+    rows: Split
+    seed: int
+    place: Placement
+    world: World
+    run: Run
+    loader: TrainingLoader | BatchedLoader
+    stop: StopRequest
+    say: Callable[[str], None]
 
 
-def schedule(recipe: Recipe, images: int) -> Iterator[tuple[int, float, float]]:
-    """(step from 0, learning rate, momentum) of every optimiser step of a run on `images` training images."""
-    total_steps = recipe.epochs * recipe.steps_per_epoch(images)
-    optimizer, scheduler = make_optimizer([nn.Parameter(torch.zeros(1))], recipe, total_steps)
-    for step in range(total_steps):
-        group = optimizer.param_groups[0]
-        yield step, group["lr"], group["momentum"]
-        optimizer.step()
-        scheduler.step()
+def _train(job: _Job, state: TrainState) -> None:
+    """All epochs that are left, each with its test and its checkpoint, then the final records."""
+    evaluation = None
+    while state.epoch <= job.recipe.epochs:
+        _train_epoch(job, state)
+        evaluation, seconds = _evaluate(job, state)
+        state.history.append(_history_row(job, state, evaluation, seconds))
+        state.next_epoch()
+        _save(job, state)
+        if job.world.writes:
+            job.run.write_history(state.history)
+        job.say(log_lines(state.history[-1], job.recipe.epochs))
+    if evaluation is None:  # stopped after the last epoch was saved, before the run was finished
+        evaluation, _ = _evaluate(job, state)
+    flipped = _score(job, state, with_flip)
+    if job.world.writes:
+        _finish(job, state, evaluation, flipped)
 
 
-@dataclass
-class TrainState:
-    """Everything that changes while training, and so everything a checkpoint holds. Randomness is not among it."""
-
-    model: nn.Module
-    optimizer: torch.optim.SGD
-    scheduler: OneCycleLR
-    scaler: torch.amp.GradScaler
-    totals: torch.Tensor
-    """float32 (4,), on the device, over the epoch so far: sum of losses, top-1 hits, top-5 hits, images."""
-    bad_step: torch.Tensor
-    """int64, on the device: first step of the epoch whose loss was not finite, or -1."""
-    epoch: int = 1
-    """The epoch being trained, from 1."""
-    step: int = 0
-    """Optimiser steps done in it."""
-    epoch_learning_rate: float = 0.0
-    """Learning rate of its first step."""
-    epoch_seconds: float = 0.0
-    set_up_seconds: float = 0.0
-    stops: int = 0
-    """How often the run was continued after a stop."""
-    history: list[dict] = field(default_factory=list)
-
-    def next_epoch(self) -> None:
-        self.epoch, self.step, self.epoch_seconds = self.epoch + 1, 0, 0.0
-        self.totals.zero_()
-
-    def to_checkpoint(self) -> dict:
-        """Tensors and plain values. The schedule is its step count: everything else follows from the recipe."""
-        numbers = ("epoch", "step", "epoch_learning_rate", "epoch_seconds", "set_up_seconds", "stops", "history")
-        return {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scheduler_step": self.scheduler.last_epoch,
-            "scaler": self.scaler.state_dict(),
-            "totals": self.totals,
-            **{name: getattr(self, name) for name in numbers},
-        }
-
-    def load_checkpoint(self, saved: dict) -> None:
-        """Puts everything back; the optimiser last: a schedule touched later would overwrite its learning rate."""
-        self.model.load_state_dict(saved.pop("model"))
-        self.scheduler.last_epoch = saved.pop("scheduler_step")
-        self.scaler.load_state_dict(saved.pop("scaler"))
-        self.totals.copy_(saved.pop("totals"))
-        self.optimizer.load_state_dict(saved.pop("optimizer"))
-        for name, value in saved.items():
-            setattr(self, name, value)
-        self.stops += 1
+# --- Before the first step --------------------------------------------------------------------------------------------
 
 
-def _new_state(recipe: Recipe, classes: int, seed: int, steps_per_epoch: int, place: Placement) -> TrainState:
-    model = build_model(recipe, classes, seed).to(place.device)
-    fused = place.device.type == "cuda"
-    optimizer, scheduler = make_optimizer(list(model.parameters()), recipe, recipe.epochs * steps_per_epoch, fused)
-    return TrainState(
-        model=model,
-        optimizer=optimizer,
-        scheduler=scheduler,
-        scaler=place.grad_scaler(),
-        totals=torch.zeros(4, device=place.device),
-        bad_step=torch.tensor(-1, device=place.device),
-    )
+def _check(recipe: Recipe, rows: Split, world: World, compiled: bool, micro_batch: int | str | None) -> None:
+    """Raises `UserError` for what cannot be trained, before anything is made."""
+    images = len(rows.train)
+    if recipe.batch_size > images:
+        raise UserError(f"batch-size {recipe.batch_size} is more than the {images} training images of this split")
+    smallest = min(recipe.batch_size, (0 if recipe.drop_last else images % recipe.batch_size) or recipe.batch_size)
+    if world.size > smallest:
+        raise UserError(
+            f"{world.size} processes, but the smallest batch of an epoch has {smallest} images: "
+            "start fewer, or choose another --batch-size or --drop-last"
+        )
+    if micro_batch is not None and micro_batch != "auto" and not (isinstance(micro_batch, int) and micro_batch >= 1):
+        raise UserError(f"micro-batch must be auto or at least 1, not {micro_batch}")
+    if micro_batch == "auto" and world.several:
+        raise UserError("micro-batch auto serves a single process; with several give the number of images")
+    if compiled and world.several:
+        raise UserError("--compile serves a single process: batch norm over several processes does not compile")
+    if compiled and shapes(recipe, images, cut=micro_batch is not None) > MOST_GRAPHS:
+        raise UserError(f"--compile serves at most {MOST_GRAPHS} shapes of batches: use a shorter ramp or --drop-last")
 
 
-def _continue(state: TrainState, run: Run, say: Callable[[str], None]) -> None:
+def _micro_batch(job: _Job, state: TrainState, asked: int | str | None) -> int | None:
+    """The images per forward pass: as asked, as a run that continues had it, or as many as memory holds."""
+    if asked != "auto":
+        return None if asked is None or asked >= job.recipe.batch_size else int(asked)
+    if (job.run.folder / "run.json").exists():
+        return job.run.identity.get("micro_batch")
+    found = fit_micro_batch(state, job.recipe, job.place)
+    job.say(f"micro-batch: {found or 'the whole batch fits into memory'}")
+    return found
+
+
+def _identity(job: _Job, compiled: bool, micro_batch: int | None) -> dict:
+    """What decides the result besides the recipe; a run folder belongs to one such set."""
+    unusual = {"compiled": compiled or None, "micro_batch": micro_batch}
+    return {
+        "protocol": job.rows.protocol,
+        "classes": job.rows.classes,
+        "seed": job.seed,
+        "precision": job.place.precision,
+        "device": job.place.device.type,
+        **{name: value for name, value in unusual.items() if value is not None},
+        "content_sha256": job.dataset.content_sha256,
+        "split_sha256": job.rows.sha256,
+        "data_folder": relative_to_here(job.dataset.folder),
+    }
+
+
+def _enter(job: _Job, identity: dict) -> list[str]:
+    environment = describe_environment(job.place) | {"processes": job.world.size}
+    return enter_run(job.run, job.recipe, identity, environment)
+
+
+@contextlib.contextmanager
+def _one_writer(run: Run, world: World) -> Iterator[None]:
+    """The first process holds the run folder's lock; a refusal ends all of them."""
+    with contextlib.ExitStack() as held:
+        from_rank_0(world, lambda: held.enter_context(run.lock()))
+        yield
+
+
+@contextlib.contextmanager
+def _memory_hint(recipe: Recipe, place: Placement, world: World) -> Iterator[None]:
+    """Says what to do when memory runs out, in place of a traceback from the depths of a library."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        kind = UserError if world.writes else RankError
+        raise kind(
+            f"out of memory on {place.device} with {recipe.batch_size} images per step: --micro-batch auto trains the "
+            "same batch in pieces that fit; --batch-size or --width make it smaller"
+        ) from error
+
+
+def _set_up(job: _Job, state: TrainState, compiled: bool, started: float) -> None:
+    """Puts back what a stopped run had reached, says what is to be done, and takes all that is slow only once out of
+    the training's time."""
+    job.say(f"device: {job.place}{', compiled' if compiled else ''}{_processes(job.world)}")
+    train_images, test_images = len(job.rows.train), len(job.rows.test)
+    counts = f"{train_images:,} training and {test_images:,} test images, {job.rows.classes} classes"
+    job.say(f"{counts}, {job.loader.steps} steps an epoch")
+    _continue(job, state)
+    if compiled or job.place.device.type == "cuda":
+        warm_up(state, job.recipe, job.place, train_images, test_images)
+    if job.place.device.type == "cpu" and state.epoch <= job.recipe.epochs:
+        job.say(_cost(job, state))
+    state.set_up_seconds += time.perf_counter() - started
+
+
+def _processes(world: World) -> str:
+    return f", {world.size} processes" if world.several else ""
+
+
+def _continue(job: _Job, state: TrainState) -> None:
     """Puts the newest checkpoint into `state`, if there is one, and shows the log so far."""
-    saved, notice = checkpoint.load(run.checkpoints)
+    saved, notice = from_rank_0(job.world, lambda: checkpoint.load(job.run.checkpoints))
     if notice:
-        say(f"note: {notice}")
+        job.say(f"note: {notice}")
     if saved is None:
         return
-    state.load_checkpoint(saved)
-    run.write_history(state.history)  # a line whose checkpoint was lost goes, too
+    state.load_checkpoint(saved | {"totals": _own_totals(saved["totals"], job.world)})
+    state.stops += 1
+    if job.world.writes:
+        job.run.write_history(state.history)  # a line whose checkpoint was lost goes, too
     for row in state.history:
-        say(log_lines(row, run.recipe.epochs))
-    say(f"continuing {run.folder} in epoch {state.epoch} after {state.step} of its steps")
+        job.say(log_lines(row, job.recipe.epochs))
+    job.say(f"continuing {job.run.folder} in epoch {state.epoch} after {state.step} of its steps")
 
 
-def train_step(state: TrainState, recipe: Recipe, place: Placement, images: torch.Tensor, labels: torch.Tensor) -> None:
-    """One optimiser update on images uint8 (B, 64, 64, 3) and labels int64 (B,); adds to the epoch's totals."""
-    with place.autocast():
-        logits = state.model(normalise(images, recipe))
-    logits = logits.float()
-    loss = F.cross_entropy(logits, labels)
-    state.optimizer.zero_grad(set_to_none=True)
-    state.scaler.scale(loss).backward()
-    state.scaler.step(state.optimizer)
-    state.scaler.update()
-    state.scheduler.step()
-
-    with torch.no_grad():
-        hits = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
-        # Filled, not made from a number: copying that to a GPU would wait for it.
-        images_seen = torch.full_like(loss, len(labels))
-        state.totals += torch.stack([loss * len(labels), hits[:, 0].sum(), hits.sum(), images_seen])
-        state.bad_step.masked_fill_((state.bad_step < 0) & ~torch.isfinite(loss), state.step)
-    state.step += 1
+def _own_totals(saved: torch.Tensor, world: World) -> torch.Tensor:
+    """This process's share of a checkpoint's totals: its own, or, if it was written by another number of processes, all
+    of them for the first one."""
+    rows = saved.reshape(-1, 4)
+    if len(rows) == world.size:
+        return rows[world.rank]
+    return rows.sum(dim=0) * world.writes
 
 
-def _train_epoch(
-    state: TrainState,
-    recipe: Recipe,
-    loader: TrainingLoader,
-    place: Placement,
-    run: Run,
-    stop: "StopRequest",
-    say: Callable[[str], None],
-) -> None:
+def _cost(job: _Job, state: TrainState) -> str:
+    """What the rest of the run will cost on this CPU, from one measured step."""
+    recipe, epochs = job.recipe, range(state.epoch, job.recipe.epochs + 1)
+    per_image = seconds_per_image(state, recipe, job.place)
+    tested = (recipe.test_resolution / 64) ** 2 / 3 * len(job.rows.test)  # a forward pass is a third of a step
+    images = sum(relative_cost(recipe, epoch) * len(job.rows.train) + tested for epoch in epochs)
+    advice = "; a GPU is far faster, and --limit-classes, --epochs and --width make it less"
+    seconds = images * per_image
+    about = f"about {seconds / 3600:.1f} hours" if seconds >= 5400 else f"about {max(1, round(seconds / 60))} min"
+    return f"this CPU trains {1 / per_image:,.0f} images/s: {about}{advice if seconds > 600 else ''}"
+
+
+# --- An epoch ---------------------------------------------------------------------------------------------------------
+
+
+class _Wish(IntEnum):
+    """What a process wants after a step. All do what the highest wish says, so that they stop at the same step."""
+
+    GO = 0
+    SAVE = 1
+    STOP = 2
+    ABORT = 3
+
+
+def _train_epoch(job: _Job, state: TrainState) -> None:
     """Trains from the state's step to the end of its epoch. Saves now and then, and when asked to stop."""
     state.model.train()
     if state.step == 0:
         state.epoch_learning_rate = state.optimizer.param_groups[0]["lr"]
-    place.synchronise()
+    job.place.synchronise()
     before, started, shown, saved = state.epoch_seconds, time.perf_counter(), 0.0, time.perf_counter()
     bar = tqdm(
-        desc=f"epoch {state.epoch}/{recipe.epochs}",
-        total=loader.steps,
+        desc=f"epoch {state.epoch}/{job.recipe.epochs}",
+        total=job.loader.steps,
         initial=state.step,
         unit="step",
         leave=False,
         mininterval=0.5,
-        disable=say is _silent or not interactive(),
+        disable=job.say is _silent or not interactive(),
     )
-    with bar, contextlib.closing(loader.epoch(state.epoch, state.step)) as batches:
-        for images, labels in batches:
-            train_step(state, recipe, place, images, labels)
+    with bar, contextlib.closing(job.loader.epoch(state.epoch, state.step)) as batches:
+        for batch in batches:
+            train_step(state, job.recipe, job.place, batch)
             bar.update()
-            now = time.perf_counter()
+            now, trouble = time.perf_counter(), None
             if now - shown > 0.5:
-                shown = now
-                _check_finite(state)
-                loss, top1, _ = _means(state)
+                shown, trouble = now, state.trouble()
+                loss, top1, _ = _means(state.totals)
                 bar.set_postfix_str(f"loss {loss:.4f}, accuracy {top1:.2f} %", refresh=False)
-            if stop.received or now - saved > SAVE_SECONDS:
+            wish = highest(job.world, _wish(job, trouble, now - saved))
+            if wish == _Wish.ABORT:
+                agree(job.world, trouble)
+            if wish:
                 saved = now
                 state.epoch_seconds = before + now - started
-                _save_within(state, run, stop)
-    _check_finite(state)
-    place.synchronise()
+                _save_within(job, state, stopping=wish == _Wish.STOP)
+    agree(job.world, state.trouble())
+    job.place.synchronise()
     state.epoch_seconds = before + time.perf_counter() - started
 
 
-def _save_within(state: TrainState, run: Run, stop: "StopRequest") -> None:
+def _wish(job: _Job, trouble: UserError | None, since_saved: float) -> _Wish:
+    if trouble:
+        return _Wish.ABORT
+    if job.stop.received:
+        return _Wish.STOP
+    return _Wish.SAVE if since_saved > SAVE_SECONDS else _Wish.GO
+
+
+def _save_within(job: _Job, state: TrainState, stopping: bool) -> None:
     """Saves in the middle of an epoch, and ends the run there if that was asked for."""
-    _check_finite(state)
+    agree(job.world, state.trouble())
     if not all(bool(torch.isfinite(parameter).all()) for parameter in state.model.parameters()):
         raise UserError(f"weights are not finite in epoch {state.epoch} after step {state.step}: the run has diverged")
-    checkpoint.save(run.checkpoints, state.to_checkpoint())
-    stop.obey(f"stopped in epoch {state.epoch} after {state.step} steps; the same command continues {run.folder}")
+    _save(job, state)
+    if stopping:
+        where = f"stopped in epoch {state.epoch} after {state.step} steps"
+        raise Stopped(f"{where}; the same command continues {job.run.folder}", job.stop.received or signal.SIGTERM)
 
 
-def _check_finite(state: TrainState) -> None:
-    bad_step = int(state.bad_step)
-    if bad_step >= 0:
-        raise UserError(
-            f"the loss is not finite in epoch {state.epoch}, step {bad_step}: the run has diverged; "
-            "what was saved is from before it; start another run with a lower max-learning-rate"
-        )
-    if state.scaler.is_enabled() and state.scaler.get_scale() < 1:
-        raise UserError(
-            f"the gradients are not finite in epoch {state.epoch}, step {state.step}, however small the loss is "
-            "scaled: start another run with --precision fp32"
-        )
+def _save(job: _Job, state: TrainState) -> None:
+    totals = gather_rows(job.world, state.totals[None]).squeeze(0)  # a row for each of several processes
+    if job.world.writes:
+        checkpoint.save(job.run.checkpoints, state.to_checkpoint() | {"totals": totals})
 
 
-def _means(state: TrainState) -> tuple[float, float, float]:
+def _means(totals: torch.Tensor) -> tuple[float, float, float]:
     """Mean loss, top-1 and top-5 in percent over the epoch so far."""
-    loss, top1, top5, images = state.totals.tolist()
+    loss, top1, top5, images = totals.tolist()
     return loss / images, 100 * top1 / images, 100 * top5 / images
 
 
-def _evaluate(
-    state: TrainState, recipe: Recipe, dataset: Dataset, rows: Split, place: Placement, run: Run, stop: "StopRequest"
-) -> tuple[Evaluation, float]:
-    """The test images' scores, and the seconds that took. A stop asked for meanwhile is obeyed: the epoch is saved."""
-
-    forward = inference(state.model, recipe, place)
-
-    def stoppable(images: torch.Tensor) -> torch.Tensor:
-        if stop.received:
-            _save_within(state, run, stop)
-        return forward(images)
-
+def _evaluate(job: _Job, state: TrainState) -> tuple[Evaluation, float]:
+    """The test images' scores, and the seconds that took, new batch-norm statistics of averaged weights included."""
     started = time.perf_counter()
+    if state.average is not None:
+        plain = statistics_batches(job.images, job.rows.train, job.recipe, job.seed, state.epoch, job.world)
+        network_input = (normalise(resize(images, job.recipe.test_resolution), job.recipe) for images in plain)
+        with job.place.autocast():
+            reestimate_batch_norm(state.average.module, _stoppable(job, state, network_input))
     try:
-        evaluation = score(*compute_logits(stoppable, evaluation_batches(dataset, rows.test, place.device)))
+        evaluation = _score(job, state)
     except UserError as error:
         raise UserError(f"after epoch {state.epoch}, step {state.step}: {error}") from error
     return evaluation, time.perf_counter() - started
 
 
-def inference(model: nn.Module, recipe: Recipe, place: Placement) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The model, put into eval mode, as a function from images uint8 (B, 64, 64, 3) to logits fp32 (B, classes)."""
-    model.eval()
+def _score(job: _Job, state: TrainState, view: Callable = lambda forward: forward) -> Evaluation:
+    """The test images' scores, of the network as `view` makes it see them. With several processes each tests its share
+    of the batches, of which no image is counted twice, and all get the scores of all."""
+    rows, world = job.rows.test, job.world
+    mine = share(-(-len(rows) // EVALUATION_BATCH), world)
+    rows = rows[mine.start * EVALUATION_BATCH : mine.stop * EVALUATION_BATCH]
+    batches = evaluation_batches(job.dataset, rows, job.place.device, images=job.images)
+    forward = view(inference(state.tested, job.recipe, job.place))
+    if len(rows):
+        logits, labels = compute_logits(forward, _stoppable(job, state, batches))
+    else:  # more processes than batches
+        logits = torch.empty(0, job.rows.classes, device=job.place.device)
+        labels = torch.empty(0, dtype=torch.int64, device=job.place.device)
+    if world.several:
+        logits, labels = gather_rows(world, logits), gather_rows(world, labels)
+    return score(logits, labels)
 
-    def forward(images: torch.Tensor) -> torch.Tensor:
-        with place.autocast():
-            return model(normalise(images, recipe)).float()
 
-    return forward
+def _stoppable(job: _Job, state: TrainState, batches: Iterable[Item]) -> Iterator[Item]:
+    """The batches. A stop asked for meanwhile is obeyed at once: the state is as it was after the last step. (Several
+    processes have different numbers of batches; they stop together after the next step.)"""
+    for batch in batches:
+        if job.stop.received and not job.world.several:
+            _save_within(job, state, stopping=True)
+        yield batch
 
 
-def _history_row(state: TrainState, evaluation: Evaluation, eval_seconds: float, train_images: int) -> dict:
+# --- Records ----------------------------------------------------------------------------------------------------------
+
+
+def _history_row(job: _Job, state: TrainState, evaluation: Evaluation, eval_seconds: float) -> dict:
     """One line of metrics.jsonl: accuracies in percent, losses in nats per image."""
-    loss, top1, top5 = _means(state)
+    totals = sum_over_ranks(job.world, state.totals)
+    loss, top1, top5 = _means(totals)
     return {
         "epoch": state.epoch,
         "learning_rate": state.epoch_learning_rate,
@@ -356,7 +420,7 @@ def _history_row(state: TrainState, evaluation: Evaluation, eval_seconds: float,
         **evaluation.numbers(),
         "train_seconds": round(state.epoch_seconds, 3),
         "eval_seconds": round(eval_seconds, 3),
-        "images_per_second": round(train_images / state.epoch_seconds, 1),
+        "images_per_second": round(totals[3].item() / state.epoch_seconds, 1),
     }
 
 
@@ -373,36 +437,16 @@ def log_lines(row: dict, epochs: int) -> str:
     )
 
 
-def _finish(run: Run, state: TrainState, recipe: Recipe, dataset: Dataset, rows: Split, evaluation: Evaluation) -> None:
+def _finish(job: _Job, state: TrainState, evaluation: Evaluation, flipped: Evaluation) -> None:
     """Writes predictions, weights and, last, the summary that says the run is finished."""
+    recipe, dataset, rows, run = job.recipe, job.dataset, job.rows, job.run
     predictions = io.BytesIO()
     np.savez_compressed(predictions, rows=rows.test, labels=evaluation.labels, logits=evaluation.logits)
     checkpoint.write_atomically(run.folder / "predictions.npz", predictions.getvalue())
 
-    last = state.history[-1]
-    train_seconds = sum(row["train_seconds"] for row in state.history)
-    summary = {
-        "recipe": recipe.name,
-        "protocol": rows.protocol,
-        "classes": rows.classes,
-        "seed": run.identity["seed"],
-        "epochs": recipe.epochs,
-        "train_images": len(rows.train),
-        "test_images": len(rows.test),
-        **{
-            name: last[name]
-            for name in ("train_loss", "train_top1", "test_loss", "test_top1", "test_top5", "test_correct")
-        },
-        "parameters": sum(parameter.numel() for parameter in state.model.parameters()),
-        "set_up_seconds": round(state.set_up_seconds, 3),
-        "train_seconds": round(train_seconds, 3),
-        "eval_seconds": round(sum(row["eval_seconds"] for row in state.history), 3),
-        "time_to_accuracy_seconds": round(train_seconds + last["eval_seconds"], 3),
-        "images_per_second": round(len(rows.train) * recipe.epochs / train_seconds, 1),
-        "stops": state.stops,
-    }
+    summary = _summary(job, state) | {"flip_tta_top1": flipped.top1}
     weights = weights_file(
-        state.model,
+        state.tested,
         recipe,
         dataset.wnids[: rows.classes],
         dataset.names[: rows.classes],
@@ -413,56 +457,31 @@ def _finish(run: Run, state: TrainState, recipe: Recipe, dataset: Dataset, rows:
     run.write("summary.json", summary | {"model_sha256": hashlib.sha256(weights).hexdigest()})
 
 
-def _identity(dataset: Dataset, rows: Split, seed: int, place: Placement) -> dict:
-    """What decides the result besides the recipe; a run folder belongs to one such set."""
+def _summary(job: _Job, state: TrainState) -> dict:
+    """The final numbers. Time to accuracy is all training and the one last test, warm; cold has the set-up, too."""
+    last, rows, recipe = state.history[-1], job.rows, job.recipe
+    train_seconds = sum(row["train_seconds"] for row in state.history)
+    images = min(len(rows.train), job.loader.steps * recipe.batch_size) * recipe.epochs
+    warm = train_seconds + last["eval_seconds"]
+    tested = ("train_loss", "train_top1", "test_loss", "test_top1", "test_top5", "test_correct")
     return {
+        "recipe": recipe.name,
         "protocol": rows.protocol,
         "classes": rows.classes,
-        "seed": seed,
-        "precision": place.precision,
-        "device": place.device.type,
-        "content_sha256": dataset.content_sha256,
-        "split_sha256": rows.sha256,
-        "data_folder": relative_to_here(dataset.folder),
+        "seed": job.seed,
+        "epochs": recipe.epochs,
+        "train_images": len(rows.train),
+        "test_images": len(rows.test),
+        **{name: last[name] for name in tested},
+        "parameters": sum(parameter.numel() for parameter in state.model.parameters()),
+        "set_up_seconds": round(state.set_up_seconds, 3),
+        "train_seconds": round(train_seconds, 3),
+        "eval_seconds": round(sum(row["eval_seconds"] for row in state.history), 3),
+        "time_to_accuracy_seconds": round(warm, 3),
+        "cold_time_to_accuracy_seconds": round(warm + state.set_up_seconds, 3),
+        "images_per_second": round(images / train_seconds, 1),
+        "stops": state.stops,
     }
-
-
-class Stopped(KeyboardInterrupt):
-    """A signal asked the run to stop; it was saved first. `signal` is the signal's number."""
-
-    def __init__(self, message: str, signal_number: int) -> None:
-        super().__init__(message)
-        self.signal = signal_number
-
-
-class StopRequest:
-    """While entered, SIGINT (Ctrl-C, a notebook's stop button) and SIGTERM only leave a note, so that no optimiser step
-    is cut in two; the loop obeys between steps. A second signal takes its usual effect at once.
-    """
-
-    def __init__(self) -> None:
-        self.received: int | None = None
-        self._before: dict[int, object] = {}
-
-    def __enter__(self) -> "StopRequest":
-        if threading.current_thread() is threading.main_thread():  # Python allows handlers nowhere else
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._note)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def obey(self, message: str) -> None:
-        """Raises `Stopped` if a signal has come."""
-        if self.received is not None:
-            raise Stopped(message, self.received)
-
-    def _note(self, number: int, _frame: object) -> None:
-        self.received = number
-        for each, handler in self._before.items():
-            signal.signal(each, handler)
 
 
 def _say(line: str) -> None:

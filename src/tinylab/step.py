@@ -1,0 +1,323 @@
+"""One optimiser step, and everything that changes while training.
+
+`train_step` is the step; inside it nothing waits for the device. `TrainState` is what a checkpoint holds.
+"""
+
+import contextlib
+import copy
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.optim.lr_scheduler import OneCycleLR
+from torch.optim.swa_utils import AveragedModel
+
+from tinylab.augment import normalise, resize
+from tinylab.average import make_average
+from tinylab.device import Placement
+from tinylab.distributed import ALONE, World, share, synchronise_batch_norm, wrap
+from tinylab.loader import EVALUATION_BATCH, Batch
+from tinylab.model import build_model
+from tinylab.optim import make_optimizer
+from tinylab.recipe import SIZE, Recipe, UserError
+
+
+@dataclass
+class TrainState:
+    """Everything that changes while training, and so everything a checkpoint holds. Randomness is not among it."""
+
+    model: nn.Module
+    """The network whose weights the optimiser moves."""
+    network: Callable[[torch.Tensor], torch.Tensor]
+    """What training calls: the same network, compiled or with its gradients averaged over processes if so asked."""
+    average: AveragedModel | None
+    """The running average of the weights, if the recipe has one."""
+    optimizer: torch.optim.Optimizer
+    scheduler: OneCycleLR
+    scaler: torch.amp.GradScaler
+    totals: torch.Tensor
+    """float32 (4,), on the device, over the epoch so far, of this process's images: sum of losses, top-1 hits, top-5
+    hits, images."""
+    bad_step: torch.Tensor
+    """int64, on the device: first step of the epoch whose loss was not finite, or -1."""
+    world: World = ALONE
+    micro_batch: int | None = None
+    """Most images of this process in one forward pass; None: all of the batch."""
+    epoch: int = 1
+    """The epoch being trained, from 1."""
+    step: int = 0
+    """Optimiser steps done in it."""
+    epoch_learning_rate: float = 0.0
+    """Learning rate of its first step."""
+    epoch_seconds: float = 0.0
+    set_up_seconds: float = 0.0
+    stops: int = 0
+    """How often the run was continued after a stop."""
+    history: list[dict] = field(default_factory=list)
+
+    @property
+    def tested(self) -> nn.Module:
+        """The network that is tested and saved: the average if there is one."""
+        return self.model if self.average is None else self.average.module
+
+    def next_epoch(self) -> None:
+        self.epoch, self.step, self.epoch_seconds = self.epoch + 1, 0, 0.0
+        self.totals.zero_()
+
+    def to_checkpoint(self) -> dict:
+        """Tensors and plain values. The schedule is its step count: everything else follows from the recipe."""
+        numbers = ("epoch", "step", "epoch_learning_rate", "epoch_seconds", "set_up_seconds", "stops", "history")
+        return {
+            "model": self.model.state_dict(),
+            "average": None if self.average is None else self.average.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler_step": self.scheduler.last_epoch,
+            "scaler": self.scaler.state_dict(),
+            "totals": self.totals,
+            **{name: getattr(self, name) for name in numbers},
+        }
+
+    def load_checkpoint(self, saved: dict) -> None:
+        """Puts everything back; the optimiser last: a schedule touched later would overwrite its learning rate."""
+        saved = dict(saved)
+        self.model.load_state_dict(saved.pop("model"))
+        average = saved.pop("average", None)
+        if self.average is not None:
+            self.average.load_state_dict(average)
+        self.scheduler.last_epoch = saved.pop("scheduler_step")
+        self.scaler.load_state_dict(saved.pop("scaler"))
+        self.totals.copy_(saved.pop("totals"))
+        self.optimizer.load_state_dict(saved.pop("optimizer"))
+        for name, value in saved.items():
+            setattr(self, name, value)
+
+    def trouble(self) -> UserError | None:
+        """What is wrong with the run, if its numbers are no longer finite. Waits for the device."""
+        bad_step = int(self.bad_step)
+        if bad_step >= 0:
+            return UserError(
+                f"the loss is not finite in epoch {self.epoch}, step {bad_step}: the run has diverged; "
+                "what was saved is from before it; start another run with a lower max-learning-rate"
+            )
+        if self.scaler.is_enabled() and self.scaler.get_scale() < 1:
+            return UserError(
+                f"the gradients are not finite in epoch {self.epoch}, step {self.step}, however small the loss is "
+                "scaled: start another run with --precision fp32"
+            )
+        return None
+
+
+def new_state(
+    recipe: Recipe,
+    classes: int,
+    seed: int,
+    steps_per_epoch: int,
+    place: Placement,
+    world: World = ALONE,
+    compiled: bool = False,
+) -> TrainState:
+    """The state before the first step: weights from `seed`, schedule over all steps of the run."""
+    model = build_model(recipe, classes, seed)
+    average = make_average(model, recipe)
+    model = synchronise_batch_norm(model, world).to(place.device)
+    if average is not None:
+        average.module = synchronise_batch_norm(average.module, world).to(place.device)
+    fused = place.device.type == "cuda"
+    optimizer, scheduler = make_optimizer(model, recipe, recipe.epochs * steps_per_epoch, fused)
+    return TrainState(
+        model=model,
+        # One graph per shape: a graph for any shape is slower, and a run has few.
+        network=torch.compile(model, dynamic=False) if compiled else wrap(model, world),
+        average=average,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        scaler=place.grad_scaler(),
+        totals=torch.zeros(4, device=place.device),
+        bad_step=torch.tensor(-1, device=place.device),
+        world=world,
+    )
+
+
+def train_step(state: TrainState, recipe: Recipe, place: Placement, batch: Batch) -> None:
+    """One optimiser update, one step of the schedule and of the average; adds to the epoch's totals."""
+    _update(state, recipe, place, batch, recipe.resolution_at(state.epoch))
+    state.scheduler.step()
+    state.step += 1
+
+
+def _update(state: TrainState, recipe: Recipe, place: Placement, batch: Batch, resolution: int) -> None:
+    """Gradients of the mean loss over the whole batch, however it is cut, and the weights moved by them."""
+    state.optimizer.zero_grad(set_to_none=True)
+    parts = list(_parts(batch, state))
+    for number, part in enumerate(parts):
+        last = number == len(parts) - 1
+        with contextlib.nullcontext() if last or not state.world.several else state.network.no_sync():
+            with place.autocast():
+                logits = state.network(normalise(resize(part.images, resolution), recipe))
+            logits = logits.float()
+            loss = _loss(logits, part, recipe.label_smoothing)
+            # Gradients of several processes are averaged, not added: `size` makes the average a sum again.
+            state.scaler.scale(loss * (state.world.size / batch.size)).backward()
+        _count(state, loss.detach(), logits.detach(), part)
+    state.scaler.step(state.optimizer)
+    state.scaler.update()
+    if state.average is not None:
+        state.average.update_parameters(state.model)
+
+
+def _parts(batch: Batch, state: TrainState) -> Iterator[Batch]:
+    """The batch in pieces of at most `micro_batch` images; as many in every process, whose batch norms wait for
+    each other."""
+    largest = math.ceil(batch.size / state.world.size)
+    pieces = 1 if state.micro_batch is None else math.ceil(largest / state.micro_batch)
+    if pieces == 1:
+        yield batch
+        return
+    tensors = (batch.images, batch.labels, batch.partners)
+    cut = [[None] * pieces if tensor is None else tensor.tensor_split(pieces) for tensor in tensors]
+    for images, labels, partners in zip(*cut, strict=True):
+        yield Batch(images, labels, partners, batch.share, batch.size)
+
+
+def _loss(logits: torch.Tensor, batch: Batch, label_smoothing: float) -> torch.Tensor:
+    """Sum over images of the cross-entropy, in nats; of a mixed batch, its two labels' by their weights."""
+
+    def against(labels: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(logits, labels, reduction="sum", label_smoothing=label_smoothing)
+
+    if batch.partners is None:
+        return against(batch.labels)
+    return batch.share * against(batch.labels) + (1 - batch.share) * against(batch.partners)
+
+
+@torch.no_grad()
+def _count(state: TrainState, loss: torch.Tensor, logits: torch.Tensor, batch: Batch) -> None:
+    """Adds to the totals. A hit on a mixed image is a hit on the label that weighs more."""
+    labels = batch.labels if batch.partners is None or batch.share >= 0.5 else batch.partners
+    hits = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
+    # Filled, not made from a number: copying that to a GPU would wait for it.
+    images = torch.full_like(loss, len(labels))
+    state.totals += torch.stack([loss, hits[:, 0].sum(), hits.sum(), images])
+    state.bad_step.masked_fill_((state.bad_step < 0) & ~torch.isfinite(loss), state.step)
+
+
+def inference(model: nn.Module, recipe: Recipe, place: Placement) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The model, put into eval mode, as a function from images uint8 (B, 64, 64, 3) to logits fp32 (B, classes)."""
+    model.eval()
+
+    def forward(images: torch.Tensor) -> torch.Tensor:
+        with place.autocast():
+            return model(normalise(resize(images, recipe.test_resolution), recipe)).float()
+
+    return forward
+
+
+@contextlib.contextmanager
+def _rehearsal(state: TrainState) -> Iterator[None]:
+    """What happens inside leaves the state as it was, to the last bit."""
+    saved, bad_step = copy.deepcopy(state.to_checkpoint()), state.bad_step.clone()
+    state.model.train()
+    try:
+        yield
+    finally:
+        state.optimizer.zero_grad(set_to_none=True)
+        state.load_checkpoint(saved)
+        state.bad_step.copy_(bad_step)
+
+
+def warm_up(state: TrainState, recipe: Recipe, place: Placement, train_images: int, test_images: int) -> None:
+    """A step and a test of every shape the run will have, on made-up images, before the clock starts: compilation, the
+    choice of convolution algorithms, the first allocation of memory. The state is as before afterwards."""
+    sizes = _batch_sizes(recipe, train_images)
+    with _rehearsal(state):
+        for resolution in _resolutions(recipe):
+            for size in sizes:
+                for _ in range(2):  # with the second step come kernels that the first, without momentum, has not met
+                    _update(state, recipe, place, _made_up(size, place, state.world), resolution)
+        forward = inference(state.tested, recipe, place)
+        with torch.inference_mode():
+            for size in {min(EVALUATION_BATCH, test_images), test_images % EVALUATION_BATCH} - {0}:
+                forward(_made_up(size, place, ALONE).images)
+        place.synchronise()
+
+
+def _resolutions(recipe: Recipe) -> list[int]:
+    return list(dict.fromkeys(recipe.resolution_at(epoch) for epoch in range(1, recipe.epochs + 1)))
+
+
+def _batch_sizes(recipe: Recipe, train_images: int) -> set[int]:
+    """Images per step, as they occur: the recipe's, and what is left over for the last step of an epoch."""
+    left = 0 if recipe.drop_last else train_images % recipe.batch_size
+    return {recipe.batch_size, left} - {0}
+
+
+def shapes(recipe: Recipe, train_images: int, cut: bool = False) -> int:
+    """How many shapes of batches, or of pieces of two sizes if they are `cut`, the run's training has at most; a
+    compiled network has a graph for each."""
+    return len(_resolutions(recipe)) * len(_batch_sizes(recipe, train_images)) * (2 if cut else 1)
+
+
+def fit_micro_batch(state: TrainState, recipe: Recipe, place: Placement) -> int | None:
+    """The largest micro-batch, halving from the whole batch, with which a step fits into memory; None if all of it
+    does. Raises `UserError` if not even one image does."""
+    size = recipe.batch_size
+    while not _fits(state, recipe, place, size):
+        if size == 1:
+            raise UserError("not even one image at a time fits into memory: use a smaller --width or --resolution")
+        size = math.ceil(size / 2)
+    return None if size == recipe.batch_size else size
+
+
+def _fits(state: TrainState, recipe: Recipe, place: Placement, micro_batch: int) -> bool:
+    """Whether a step at the largest resolution has enough memory. Of the pieces two are tried: with the second one the
+    gradients of the first are there, too."""
+    before, state.micro_batch = state.micro_batch, micro_batch
+    try:
+        with _rehearsal(state):
+            batch = _made_up(min(2 * micro_batch, recipe.batch_size), place, state.world)
+            _update(state, recipe, place, batch, max(_resolutions(recipe)))
+            place.synchronise()
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        return False
+    finally:
+        state.micro_batch = before
+        if place.device.type == "cuda":
+            torch.cuda.empty_cache()
+    return True
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether that is what the error says; on a CPU torch has no type for it."""
+    said = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED")
+    known = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    return known or (isinstance(error, RuntimeError) and any(words in str(error) for words in said))
+
+
+def seconds_per_image(state: TrainState, recipe: Recipe, place: Placement) -> float:
+    """Seconds of training per image at 64 x 64 pixels, measured in one step on at most 32 made-up images."""
+    batch = _made_up(min(max(32, state.world.size), recipe.batch_size), place, state.world)
+    with _rehearsal(state):
+        for _ in range(2):  # the first one is slower
+            started = time.perf_counter()
+            _update(state, recipe, place, batch, SIZE)
+            place.synchronise()
+    return (time.perf_counter() - started) / batch.size
+
+
+def relative_cost(recipe: Recipe, epoch: int) -> float:
+    """What an image costs in that epoch, measured by one of 64 x 64 pixels: the network's arithmetic goes by area."""
+    return (recipe.resolution_at(epoch) / SIZE) ** 2
+
+
+def _made_up(images: int, place: Placement, world: World) -> Batch:
+    """This process's share of a batch of made-up images, all with label 0. No generator is touched."""
+    mine = len(share(images, world))
+    pixels = torch.arange(mine * SIZE * SIZE * 3, device=place.device).remainder(251).to(torch.uint8)
+    labels = torch.zeros(mine, dtype=torch.int64, device=place.device)
+    return Batch(pixels.view(mine, SIZE, SIZE, 3), labels, total=images)

@@ -1,0 +1,41 @@
+"""How a run is asked to stop: a signal leaves a note, and the training loop obeys it between steps."""
+
+import signal
+import threading
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal asked the run to stop; it was saved first. `signal` is the signal's number."""
+
+    def __init__(self, message: str, signal_number: int) -> None:
+        super().__init__(message)
+        self.signal = signal_number
+
+
+class StopRequest:
+    """While entered, SIGINT (Ctrl-C, a notebook's stop button) and SIGTERM only leave a note, so that no optimiser step
+    is cut in two; the loop obeys between steps. A second signal takes its usual effect at once, unless `patient`: a
+    launcher of several processes forwards what each has already received, and one that ended at once would leave the
+    others waiting.
+    """
+
+    def __init__(self, patient: bool = False) -> None:
+        self.received: int | None = None
+        self._patient = patient
+        self._before: dict[int, object] = {}
+
+    def __enter__(self) -> "StopRequest":
+        if threading.current_thread() is threading.main_thread():  # Python allows handlers nowhere else
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _frame: object) -> None:
+        self.received = self.received or number
+        if not self._patient:
+            for each, handler in self._before.items():
+                signal.signal(each, handler)
