@@ -82,7 +82,7 @@ def test_the_average_is_the_loop_written_by_hand(decay: float) -> None:
     """Starts as the first weights it sees, not as those it was made from."""
     model = ResNet18(classes=3, width=2).double()
     average, expected = make_average(model, averaged(decay)), None
-    for step in range(6):
+    for step in range(20):
         move(model, seed=step)
         average.update_parameters(model)
         weights = [parameter.detach().clone() for parameter in model.parameters()]
@@ -90,10 +90,21 @@ def test_the_average_is_the_loop_written_by_hand(decay: float) -> None:
             expected = weights
         else:
             pairs = zip(expected, weights, strict=True)
-            expected = [decay * mean + (1 - decay) * weight for mean, weight in pairs]
+            kept = min(decay, (1 + step) / (10 + step))  # 2/11, 3/12, ..: 0.5 from the ninth update on
+            expected = [kept * mean + (1 - kept) * weight for mean, weight in pairs]
         for mean, parameter in zip(expected, average.module.parameters(), strict=True):
             assert torch.allclose(parameter, mean, rtol=1e-12, atol=1e-14)
-    assert int(average.n_averaged) == 6
+    assert int(average.n_averaged) == 20
+
+
+def test_the_first_weights_fade_from_a_short_run() -> None:
+    """150 steps of a decay of 0.997: kept from the start, the first weights would make up 64 % of the average."""
+    model = ResNet18(classes=3, width=2)
+    average = make_average(model, averaged(0.997))
+    for step in range(150):
+        torch.nn.init.constant_(model.fc.bias, float(step > 0))
+        average.update_parameters(model)
+    assert 0.999 < average.module.fc.bias[0].item() <= 1
 
 
 def test_buffers_are_copied_not_averaged() -> None:
@@ -108,7 +119,8 @@ def test_buffers_are_copied_not_averaged() -> None:
 
 
 def test_pytorchs_own_average_is_the_same(model: ResNet18) -> None:
-    recipe = averaged(0.9)
+    """With a decay that has risen to its end from the second update on."""
+    recipe = averaged(0.15)
     ours = make_average(model, recipe)
     theirs = torch.optim.swa_utils.AveragedModel(
         model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(recipe.ema_decay)

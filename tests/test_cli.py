@@ -57,7 +57,7 @@ PARSING = {
     "train accurate --ema-decay -0.5": "ema_decay must be between 0 and 1",
     "train accurate --ema-decay 1.5": "ema_decay must be between 0 and 1",
     "train accurate --mixup-probability 1.5": "mixup_probability must be between 0 and 1",
-    "train accurate --mixup-probability 0.9 --cutmix-probability 0.9": "mixing_probability must be 1 or less",
+    "train accurate --mixup-probability 0.9 --cutmix-probability 0.9": "resizemix_probability must add up to 1 or less",
     "train accurate --label-smoothing 1": "label_smoothing must be at least 0 and below 1",
     "train accurate --optimizer adam": "optimizer",
     "train published --mixup-probability 0.3": "mixup_probability must be left alone unless augmentation is 'batched'",

@@ -352,8 +352,9 @@ def test_a_synchronised_network_holds_the_same_as_a_plain_one_and_tests_alone(tw
 
 
 def one_step(world: World, recipe: Recipe, images: torch.Tensor, labels: torch.Tensor, leave_out: str = "") -> dict:
-    """Gradients and weights after one plain SGD step on this process's share."""
-    model = build_model(recipe, 3, seed=world.rank)  # the others start from the first one's weights
+    """Gradients and weights after one plain SGD step on this process's share, in float64: in float32 the network's own
+    rounding flips a ReLU here and there, with one process as with several, and gradients differ by some per cent."""
+    model = build_model(recipe, 3, seed=world.rank).double()  # the others start from the first one's weights
     if leave_out != "batch norm":
         model = synchronise_batch_norm(model, world)
     network = wrap(model, world)
@@ -378,14 +379,15 @@ def largest_difference(ours: dict, reference: dict) -> float:
 
 def test_a_step_of_several_processes_is_the_step_of_one(two: Processes, three: Processes, narrow: Recipe) -> None:
     generator = torch.Generator().manual_seed(1)
-    images, labels = torch.randn(5, 3, 64, 64, generator=generator), torch.tensor([0, 2, 1, 1, 0])
+    images = torch.randn(5, 3, 64, 64, generator=generator, dtype=torch.float64)
+    labels = torch.tensor([0, 2, 1, 1, 0])
     alone = one_step(ALONE, narrow, images, labels)
     for processes in (two, three):  # 3 + 2 and 2 + 2 + 1 images
         answers = processes(one_step, narrow, images, labels)
         for answer in answers:
-            assert answer["loss"] == pytest.approx(alone["loss"], rel=1e-6)
-            assert largest_difference(answer["grads"], alone["grads"]) < 5e-5
-            assert largest_difference(answer["state"], alone["state"]) < 1e-5
+            assert answer["loss"] == pytest.approx(alone["loss"], rel=1e-12)
+            assert largest_difference(answer["grads"], alone["grads"]) < 1e-11
+            assert largest_difference(answer["state"], alone["state"]) < 1e-12
             for name, tensor in answer["state"].items():
                 assert torch.equal(tensor, answers[0]["state"][name])
     for left_out in ("batch norm", "scaling"):  # each of them is needed
@@ -501,7 +503,7 @@ OVERRIDES = {"epochs": 4, "batch_size": 9, "width": 16, "ema_decay": 0.5, "max_l
 def arguments_of(dataset: Dataset, folder: Path) -> list[str]:
     overrides = [text for name, value in OVERRIDES.items() for text in (f"--{name.replace('_', '-')}", str(value))]
     places = ["--data", str(dataset.folder), "--run", str(folder), "--device", "cpu", "--precision", "fp32"]
-    return ["-m", "tinylab", "train", "accurate", *places, *overrides]
+    return ["-m", "--", "tinylab", "train", "accurate", *places, *overrides]
 
 
 @pytest.fixture(scope="module")

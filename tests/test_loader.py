@@ -8,10 +8,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from tinylab.distributed import ALONE, World
 
 from tinylab import loader
 from tinylab.dataset import Dataset
+from tinylab.distributed import ALONE, World
 from tinylab.loader import (
     Batch,
     BatchedLoader,

@@ -192,11 +192,11 @@ def test_a_cut_batch_is_one_step_of_optimiser_schedule_and_average(place: Placem
 
 
 def test_the_average_follows_the_weights(place: Placement, wide: Recipe) -> None:
-    state, expected = state_of(wide, place), None
+    state, expected = state_of(replace(wide, ema_decay=0.15), place), None
     for number in range(4):
         train_step(state, wide, place, made_batch(seed=number))
         now = state.model.fc.weight.detach().clone()
-        expected = now if expected is None else 0.5 * expected + 0.5 * now
+        expected = now if expected is None else 0.15 * expected + 0.85 * now
     assert torch.allclose(state.tested.fc.weight, expected, atol=1e-6)
     assert not torch.allclose(state.model.fc.weight, expected, atol=1e-6)
 

@@ -44,13 +44,19 @@ class WeightAverage(AveragedModel):
 def make_average(model: nn.Module, recipe: Recipe) -> AveragedModel | None:
     """The running average of the weights of `model`, on its device and in its memory format, or None if the recipe has
     none. `average.module` is a network like `model`; after n updates its weights are a mean of the last
-    1 / (1 - ema_decay), if n is several times as many.
+    1 / (1 - ema_decay), if n is several times as many, and before that of about the last ninth of all: a constant decay
+    would leave the first weights in a short run's average (the rising one is TensorFlow's and timm's).
 
     Its state dict holds the averaged network under "module." and the number of updates: tensors only.
     """
     if recipe.ema_decay is None:
         return None
-    return WeightAverage(model, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema_decay))
+
+    def follow(averaged: list[torch.Tensor], current: list[torch.Tensor], updates: torch.Tensor) -> None:
+        rising = (1 + int(updates)) / (10 + int(updates))
+        get_ema_multi_avg_fn(min(recipe.ema_decay, rising))(averaged, current, updates)
+
+    return WeightAverage(model, multi_avg_fn=follow)
 
 
 def reestimate_batch_norm(model: nn.Module, batches: Iterable[torch.Tensor]) -> None:

@@ -73,7 +73,12 @@ def _parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict]:
     groups = [
         {"params": [each for each in parameters if id(each) not in apart]},
         {"params": flat, "weight_decay": 0.0},
-        {"params": orthogonal, "lr": recipe.muon_learning_rate},
+        {
+            "params": orthogonal,
+            "lr": recipe.muon_learning_rate,
+            # Decay acts by its product with the learning rate: so the recipe's time constant holds at another rate.
+            "weight_decay": recipe.weight_decay * recipe.max_learning_rate / recipe.muon_learning_rate,
+        },
     ]
     if recipe.optimizer == "muon":
         for group in groups:
