@@ -88,12 +88,13 @@ def train(
     place = choose(device, precision, compiled=compiled)
     rows = make_split(dataset, split, limit_classes)
     run = Run(Path(folder or default_folder(recipe, split, seed)))
-    with join(place.device) as world, fastest_convolutions(place), StopRequest(patient=world.several) as stop:
+    with join(place.device) as world, fastest_convolutions(place):
         place = replace(place, device=world.device(place.device))
         _check(recipe, rows, world, compiled, micro_batch)
         images = Images(dataset.images, dataset.labels, place.device)
         loader = make_loader(dataset, rows.train, recipe, seed, place.device, workers, world, images)
         say = _silent if quiet or not world.writes else _say
+        stop = StopRequest(patient=world.several)
         job = _Job(recipe, dataset, images, rows, seed, place, world, run, loader, stop, say)
         with contextlib.closing(loader), _one_writer(run, world), _memory_hint(recipe, place, world):
             state = new_state(recipe, rows.classes, seed, loader.steps, place, world, compiled)
@@ -107,7 +108,8 @@ def train(
                     say(log_lines(row, recipe.epochs))
                 return run
             _set_up(job, state, compiled, started)
-            _train(job, state)
+            with stop:  # until here a signal ends the run at once: there is nothing to save
+                _train(job, state)
     return run
 
 
@@ -154,7 +156,9 @@ def _check(recipe: Recipe, rows: Split, world: World, compiled: bool, micro_batc
     """Raises `UserError` for what cannot be trained, before anything is made."""
     images = len(rows.train)
     if recipe.batch_size > images:
-        raise UserError(f"batch-size {recipe.batch_size} is more than the {images} training images of this split")
+        raise UserError(
+            f"batch-size {recipe.batch_size} is more than the {images} training images of this split; lower it"
+        )
     smallest = min(recipe.batch_size, (0 if recipe.drop_last else images % recipe.batch_size) or recipe.batch_size)
     if world.size > smallest:
         raise UserError(
