@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from bench_loader import alternate, conditions, evenly, find_data, make_parser, print_conditions, spread
+from bench_loader import alternate, conditions, evenly, find_data, is_steady, make_parser, print_conditions, spread
 from pytorch_grad_cam import GradCAM
 from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 
@@ -109,7 +109,8 @@ def report(rows: dict[str, dict], found: dict[str, object]) -> None:
     for name, row in rows.items():
         rate = row["images_per_second"]
         print(f"  {name:24}{rate['median']:>10,.2f}  {rate['min']:>8,.2f}  {rate['max']:>8,.2f}  {ratios[name]:>7.2f}x")
-    print(json.dumps({"benchmark": "explain", **found, "ways": rows, "ratios": ratios}))
+    steady = is_steady([row["images_per_second"] for row in rows.values()])
+    print(json.dumps({"benchmark": "explain", **found, "ways": rows, "ratios": ratios, "steady": steady}))
 
 
 if __name__ == "__main__":

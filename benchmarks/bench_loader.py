@@ -51,6 +51,8 @@ from tinylab.split import make_split
 TARGET = 5.0
 """Batched loading should be at least so many times as fast as ImageFolder, on two cores."""
 JPEG_QUALITY = 90
+UNSTEADY = 1.5
+"""If the fastest round is so many times as fast as the slowest, something else was at work."""
 
 Pass = Callable[[], Iterator[torch.Tensor]]
 """Begins one pass over the images and yields its batches, float32 (B, 3, 64, 64) on the device."""
@@ -105,6 +107,14 @@ def alternate(contenders: dict[str, Callable[[], float]], repeat: int) -> dict[s
 def spread(values: list[float]) -> dict[str, float]:
     """Median, smallest and largest of the rounds."""
     return {"median": round(statistics.median(values), 4), "min": round(min(values), 4), "max": round(max(values), 4)}
+
+
+def is_steady(spreads: list[dict[str, float]]) -> bool:
+    """Whether the rounds of every contender agree well enough for a comparison; says so if they do not."""
+    worst = max(found["max"] / found["min"] for found in spreads)
+    if worst > UNSTEADY:
+        print(f"note: rounds of one and the same differ by a factor of {worst:.1f}: repeat this on an idle machine")
+    return worst <= UNSTEADY
 
 
 def conditions(place: Placement, data: str) -> dict[str, object]:
@@ -346,7 +356,8 @@ def report(rows: dict[str, dict], found: dict[str, object]) -> None:
     reached = ratios["ImageFolder"] >= TARGET
     print(f"  target: batched at least {TARGET:g} x ImageFolder: {'reached' if reached else 'missed'}")
     result = {"benchmark": "loader", **found, "loaders": rows, "ratios": ratios, "target": TARGET, "reached": reached}
-    print(json.dumps(result))
+    steady = is_steady([row["images_per_second"] for row in rows.values()])
+    print(json.dumps(result | {"steady": steady}))
 
 
 if __name__ == "__main__":

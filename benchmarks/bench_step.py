@@ -4,7 +4,7 @@ A step is forward pass, loss, backward pass, optimiser and schedule, on one batc
 real network at 64 x 64 pixels. The loops take turns, `--repeat` times, in this one process.
 
     ours               `published` through `step.train_step`: the number format that `device.choose` picks,
-                       channels-last, batch norm's and the loss's own precision; from uint8 images
+                       channels-last; from uint8 images, normalisation included
     ours, accurate     the same with what `accurate` adds: averaged weights, label smoothing, no decay of vectors
     plain              the published notebook's loop: fp32, NCHW, SGD and cross-entropy as they come, and the loss and
                        the hits fetched to the host in every step; from normalised images
@@ -19,6 +19,7 @@ an addition count as two) against the median of large `torch.matmul` in the same
 """
 
 import contextlib
+import itertools
 import json
 import statistics
 import tempfile
@@ -33,7 +34,7 @@ import timm
 import torch
 import torch.nn.functional as F
 import torchvision
-from bench_loader import alternate, conditions, evenly, find_data, make_parser, print_conditions, spread
+from bench_loader import alternate, conditions, evenly, find_data, is_steady, make_parser, print_conditions, spread
 from timm.loss import LabelSmoothingCrossEntropy
 from timm.optim import create_optimizer_v2
 from torch import nn
@@ -172,7 +173,7 @@ def measure_epoch(
     state = new_state(recipe, CLASSES, 0, STEPS, place, compiled=compiled)
     state.model.train()
     resident = next(iter(loader.epoch(1)))
-    numbers = iter(range(1, recipe.epochs))
+    numbers = itertools.cycle(range(1, recipe.epochs))
 
     def batches(number: int) -> Iterator[Batch]:
         return (resident for _ in range(loader.steps)) if number == 0 else loader.epoch(number)
@@ -272,6 +273,8 @@ def report(loops: dict[str, dict], epoch: dict, peak: float, found: dict[str, ob
     applies = ["plain", "epoch"] if on_gpu else ["plain"] if found["precision"] == "bf16" else []
     for name in applies:
         print(f"  target against {name}: {TARGETS[name]:g}: {'reached' if reached[name] else 'missed'}")
+    spreads = [row["images_per_second"] for row in loops.values()]
+    spreads += [epoch["epoch_images_per_second"], epoch["bare_images_per_second"]]
     result = {
         "benchmark": "step",
         **found,
@@ -282,6 +285,7 @@ def report(loops: dict[str, dict], epoch: dict, peak: float, found: dict[str, ob
         "share_of_peak": round(share_of_peak, 4),
         "targets": {name: TARGETS[name] for name in applies},
         "reached": {name: reached[name] for name in applies},
+        "steady": is_steady(spreads),
     }
     print(json.dumps(result))
 

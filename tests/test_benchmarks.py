@@ -124,6 +124,15 @@ def test_contenders_take_turns(benchmark_module: Callable) -> None:
     assert rounds == {"a": [1.0] * 3, "b": [2.0] * 3}
 
 
+@pytest.mark.parametrize(("slowest", "steady"), [(90.0, True), (50.0, False)])
+def test_rounds_that_disagree_are_pointed_out(
+    benchmark_module: Callable, capsys: pytest.CaptureFixture, slowest: float, steady: bool
+) -> None:
+    loader = benchmark_module("loader")
+    assert loader.is_steady([loader.spread([10.0, 10.0]), loader.spread([slowest, 100.0])]) is steady
+    assert ("factor of 2.0" in capsys.readouterr().out) is not steady
+
+
 def test_imagefolder_gets_the_published_augmentation(benchmark_module: Callable) -> None:
     """On a chart of columns, rows and 255: flips, crops of the padded image, and one 32 x 32 hole of the mean."""
     rows, columns = np.mgrid[:64, :64]
