@@ -48,7 +48,7 @@ PARSING = {
     "train smoke --std 0.2 0 0.2": "std",
     "train smoke --anneal cubic": "anneal",
     "train smoke --name ../x": "name",
-    "train smoke --resolution 60": "resolution must be a multiple of 8 from 8 to 256, not 60",
+    "train smoke --resolution 60": "resolution must be a multiple of 8 from 16 to 256, not 60",
     "train smoke --test-resolution 0": "test_resolution must be a multiple of 8",
     "train speedrun --ramp 42 0.5": "ramp must be of resolutions that are multiples of 8",
     "train speedrun --ramp 40 0.6 48 0.6": "ramp must be of shares that leave some",

@@ -333,10 +333,10 @@ def test_every_field_has_an_impossible_value() -> None:
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("resolution", 8),
+        ("resolution", 16),
         ("resolution", 256),
         ("test_resolution", 80),
-        ("ramp", ((8, 0.1), (256, 0.2), (24, 0.6))),
+        ("ramp", ((16, 0.1), (256, 0.2), (24, 0.6))),
         ("crop_min_area", 1.0),
         ("brightness", 1.0),
         ("cutmix_probability", 1.0),

@@ -700,8 +700,19 @@ def test_a_batch_larger_than_the_split_is_refused(train_tiny: TrainTiny, narrow:
     assert not (tmp_path / "run").exists()
 
 
+def test_a_compiler_that_fails_is_refused_in_one_line(
+    train_tiny: TrainTiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise torch._dynamo.exc.TorchDynamoException("g++: no space\nand much more")
+
+    monkeypatch.setattr(train_module, "warm_up", fail)
+    with pytest.raises(UserError, match=r"^torch.compile fails here \(g\+\+: no space\): leave --compile out$"):
+        train_tiny(tmp_path / "run", compiled=True)
+
+
 def test_more_graphs_than_the_compiler_keeps_are_refused(train_tiny: TrainTiny, narrow: Recipe, tmp_path: Path) -> None:
-    ramp = tuple((8 * size, 0.1) for size in range(1, 8))
+    ramp = tuple((8 * size, 0.1) for size in range(2, 9))
     recipe = replace(narrow, epochs=20, ramp=ramp)
     with pytest.raises(UserError, match=r"--compile serves at most 8 shapes"):
         train_tiny(tmp_path / "run", recipe, compiled=True)

@@ -90,18 +90,17 @@ def join(device: torch.device) -> Iterator[World]:
         dist.init_process_group("nccl" if cuda else "gloo", timeout=PATIENCE)
         control = dist.new_group(backend="gloo", timeout=PATIENCE)
     except (RuntimeError, ValueError) as error:
-        _leave()
+        _leave_in_trouble()
         raise UserError(f"the {size} processes did not find each other: {str(error).splitlines()[0]}") from error
     try:
         yield World(rank, size, local_rank, control)
-    except RuntimeError as error:
+    except BaseException as error:
+        _leave_in_trouble()
         if not _lost_another(error):
             raise
-        raise UserError("another process of this run has ended, which should have said why: this one ends, too") from (
-            error
-        )
-    finally:
-        _leave()
+        message = "another process of this run has ended, which should have said why: this one ends, too"
+        raise UserError(message) from error
+    dist.destroy_process_group()
 
 
 def _environment(name: str, default: int | None = None, below: int | None = None) -> int:
@@ -127,8 +126,8 @@ def _end_with_launcher() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
 
-def _leave() -> None:
-    """Closes the connections. In a thread of its own, which nobody has to wait for: after an error NCCL may wait for
+def _leave_in_trouble() -> None:
+    """Closes the connections, but does not wait for it any longer than it should take: after an error NCCL may wait for
     work that the other processes will never do."""
     if dist.is_initialized():
         thread = threading.Thread(target=dist.destroy_process_group, name="leave", daemon=True)
@@ -136,10 +135,11 @@ def _leave() -> None:
         thread.join(timeout=10)
 
 
-def _lost_another(error: RuntimeError) -> bool:
+def _lost_another(error: BaseException) -> bool:
     """Whether a collective failed because a process is gone or silent; Gloo has no type for that."""
     signs = ("closed by peer", "reset by peer", "roken pipe", "imed out waiting", "pair closure")
-    return isinstance(error, dist.DistError) or any(sign in str(error) for sign in signs)
+    by_text = isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
+    return by_text or isinstance(error, dist.DistError)
 
 
 # --- Dividing and agreeing --------------------------------------------------------------------------------------------

@@ -62,7 +62,7 @@ class Recipe:
     """Channels of the first stage; the others have 2, 4 and 8 times as many. 64 is ResNet-18."""
     resolution: int = 64
     """Pixels per side of what the network sees in training (at its end, with a `ramp`); augmentation comes before it,
-    at the data set's 64. A multiple of 8."""
+    at the data set's 64. A multiple of 8, and at least 16: of 8 the last stage would leave a single value."""
 
     # From here on the defaults are what the published run did: it had none of this.
     ramp: tuple[tuple[int, float], ...] = ()
@@ -136,7 +136,7 @@ class Recipe:
         for field in ("flip_probability", "hole_probability"):
             _require(self, field, 0 <= getattr(self, field) <= 1, "between 0 and 1")
         for field in ("resolution", "test_resolution"):
-            _require(self, field, _is_resolution(getattr(self, field)), "a multiple of 8 from 8 to 256")
+            _require(self, field, _is_resolution(getattr(self, field)), "a multiple of 8 from 16 to 256")
         _require(self, "pad_to", SIZE <= self.pad_to < 3 * SIZE, "from 64 to 191")
         _require(self, "hole_size", 0 <= self.hole_size <= SIZE, "from 0 to 64")
         _require(self, "mean", all(0 <= m <= 1 for m in self.mean), "three numbers between 0 and 1")
@@ -201,7 +201,7 @@ def _check_augmentation(recipe: Recipe) -> None:
 
 def _check_ramp(recipe: Recipe) -> None:
     for resolution, share in recipe.ramp:
-        _require(recipe, "ramp", _is_resolution(resolution), "of resolutions that are multiples of 8 from 8 to 256")
+        _require(recipe, "ramp", _is_resolution(resolution), "of resolutions that are multiples of 8 from 16 to 256")
         _require(recipe, "ramp", 0 < share < 1, "of shares between 0 and 1")
     left = 1 - sum(share for _, share in recipe.ramp)
     _require(recipe, "ramp", left > 1e-9, "of shares that leave some for the last")
@@ -219,7 +219,7 @@ def _check_optimisation(recipe: Recipe) -> None:
 
 
 def _is_resolution(value: object) -> bool:
-    return type(value) is int and 8 <= value <= 256 and value % 8 == 0
+    return type(value) is int and 16 <= value <= 256 and value % 8 == 0
 
 
 def _require_type(recipe: Recipe, field: dataclasses.Field) -> None:

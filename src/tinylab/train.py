@@ -100,6 +100,9 @@ def train(
             state = new_state(recipe, rows.classes, seed, loader.steps, place, world, compiled)
             state.micro_batch = _micro_batch(job, state, micro_batch)
             identity = _identity(job, compiled, state.micro_batch)
+            begun = from_rank_0(world, lambda: (run.folder / "run.json").exists())
+            if not begun:  # what fails on this machine fails before the folder is this run's
+                _warm_up(job, state, compiled)
             for notice in from_rank_0(world, lambda: _enter(job, identity)):
                 say(f"note: {notice}")
             if from_rank_0(world, lambda: run.finished):
@@ -107,7 +110,12 @@ def train(
                 for row in run.history if world.writes else ():
                     say(log_lines(row, recipe.epochs))
                 return run
-            _set_up(job, state, compiled, started)
+            if begun:
+                _warm_up(job, state, compiled)
+            _continue(job, state)
+            if place.device.type == "cpu" and state.epoch <= recipe.epochs:
+                say(_cost(job, state))
+            state.set_up_seconds += time.perf_counter() - started
             with stop:  # until here a signal ends the run at once: there is nothing to save
                 _train(job, state)
     return run
@@ -230,23 +238,23 @@ def _memory_hint(recipe: Recipe, place: Placement, world: World) -> Iterator[Non
         ) from error
 
 
-def _set_up(job: _Job, state: TrainState, compiled: bool, started: float) -> None:
-    """Puts back what a stopped run had reached, says what is to be done, and takes all that is slow only once out of
-    the training's time."""
-    job.say(f"device: {job.place}{', compiled' if compiled else ''}{_processes(job.world)}")
+def _warm_up(job: _Job, state: TrainState, compiled: bool) -> None:
+    """Says what is to be done, and takes all that is slow only once out of the training's time."""
+    several = f", {job.world.size} processes" if job.world.several else ""
     train_images, test_images = len(job.rows.train), len(job.rows.test)
+    job.say(f"device: {job.place}{', compiled' if compiled else ''}{several}")
     counts = f"{train_images:,} training and {test_images:,} test images, {job.rows.classes} classes"
     job.say(f"{counts}, {job.loader.steps} steps an epoch")
-    _continue(job, state)
-    if compiled or job.place.device.type == "cuda":
+    if not compiled and job.place.device.type != "cuda":
+        return
+    try:
         warm_up(state, job.recipe, job.place, train_images, test_images)
-    if job.place.device.type == "cpu" and state.epoch <= job.recipe.epochs:
-        job.say(_cost(job, state))
-    state.set_up_seconds += time.perf_counter() - started
-
-
-def _processes(world: World) -> str:
-    return f", {world.size} processes" if world.several else ""
+    except Exception as error:
+        # A compiler that is there may still fail, and its own traceback has a hundred lines.
+        if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"torch.compile fails here ({reason}): leave --compile out") from error
 
 
 def _continue(job: _Job, state: TrainState) -> None:
