@@ -462,3 +462,25 @@ def test_terminating_preparation_leaves_nothing(
     assert process.returncode == 143, err
     assert len(err.decode().splitlines()) == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data.lock", "writing"]
+
+
+@pytest.mark.parametrize(
+    ("environment", "tells"),
+    [
+        ({}, True),
+        ({"RANK": "some batch system's", "LOCAL_RANK": "3"}, True),
+        ({"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"}, True),
+        ({"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}, True),
+        ({"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}, False),
+        ({"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "0"}, True),  # the first on the second machine
+    ],
+)
+def test_of_torchruns_processes_one_on_each_machine_complains(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], environment: dict, tells: bool
+) -> None:
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert main(["train", "nope"]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == tells

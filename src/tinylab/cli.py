@@ -81,8 +81,8 @@ class Train:
     data: Path = DATA
     """The data folder that `tinylab prepare` made."""
     run_folder: Annotated[Path | None, tyro.conf.arg(name="run", aliases=("--run-folder",))] = None
-    """The run folder; by default runs/<recipe>-<protocol>-s<seed>. (Under torchrun, whose Python 3.11 takes --run for
-    its own, the longer name.)"""
+    """The run folder; by default runs/<recipe>-<protocol>-s<seed>. (torchrun may take --run for its own: there
+    say --run-folder.)"""
     seed: int = 0
     """Decides the first weights, the order of the images and their augmentation."""
     split: Literal["merged", "official", "select"] = "merged"
@@ -118,7 +118,7 @@ class Train:
             micro_batch=self.micro_batch,
             workers=self.workers,
         )
-        if int(os.environ.get("RANK", 0)) > 0:
+        if not _first("RANK"):
             return  # one of several processes, of which the first tells the result
         final = finished.summary
         accuracy = f"{final['test_top1']:.2f} % top-1, {final['test_top5']:.2f} % top-5"
@@ -422,10 +422,15 @@ def usage() -> str:
     return "\n".join([*lines, "", f"recipes: {', '.join(RECIPES)}"])
 
 
+def _first(rank: str) -> bool:
+    """Whether this process is the first by that variable of torchrun's, or is not torchrun's at all."""
+    return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get(rank, "0") == "0"
+
+
 def _complain(error: BaseException) -> None:
     """One line on stderr. Of the processes that torchrun starts, one on each machine says what all of them know."""
     only_here = type(error).__name__ == "RankError"  # without importing torch to know the type
-    if os.environ.get("LOCAL_RANK", "0") == "0" or only_here:
+    if _first("LOCAL_RANK") or only_here:
         print(f"tinylab: {' '.join(str(error).split()) or 'stopped'}", file=sys.stderr)
 
 
