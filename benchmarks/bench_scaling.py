@@ -191,7 +191,7 @@ def costs_of(
 
     def evaluate() -> None:
         batches = evaluation_batches(dataset, split.test, place.device, images=images)
-        score(*compute_logits(inference(state.model, recipe, place), batches))
+        score(*compute_logits(inference(state.model, recipe, place), batches, len(split.test)))
 
     return dict(zip(COSTS, (opening, lambda: make_split(dataset, "merged"), load, train, evaluate), strict=True))
 

@@ -41,7 +41,7 @@ def test_the_mean_loss_is_over_images_not_batches() -> None:
     """The published run divided a sum of batch means by the number of images."""
     batches = [(torch.zeros(size, 64, 64, 3), torch.zeros(size, dtype=torch.int64)) for size in (3, 1)]
     logits = {3: torch.tensor([[2.0, 0.0]] * 3), 1: torch.tensor([[0.0, 2.0]])}
-    result = score(*compute_logits(lambda images: logits[len(images)], batches))
+    result = score(*compute_logits(lambda images: logits[len(images)], batches, 4))
     losses = [np.log(1 + np.exp(-2))] * 3 + [np.log(1 + np.exp(2))]
     assert result.loss == pytest.approx(np.mean(losses), rel=1e-6)
     assert (result.correct, result.total) == (3, 4)
@@ -79,10 +79,12 @@ def test_outputs_that_are_not_finite_in_float16_are_refused(value: float) -> Non
 def test_logits_of_all_batches_in_order_without_gradients() -> None:
     weight = torch.ones(1, requires_grad=True)
     batches = [(torch.full((size, 1), float(size)), torch.full((size,), size)) for size in (2, 3, 1)]
-    logits, labels = compute_logits(lambda images: (images * weight).bfloat16(), batches)
+    logits, labels = compute_logits(lambda images: (images * weight).bfloat16(), batches, 6)
     assert logits.flatten().tolist() == labels.tolist() == [2, 2, 3, 3, 3, 1]
     assert (logits.dtype, labels.dtype) == (torch.float32, torch.int64)
     assert not logits.requires_grad
+    with pytest.raises(ValueError, match="6 images in the batches, not 7"):
+        compute_logits(lambda images: images, batches, 7)
 
 
 def test_flip_mirrors_left_and_right_and_takes_the_mean() -> None:

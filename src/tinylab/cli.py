@@ -185,7 +185,8 @@ class Evaluate:
         place = choose(self.device, self.precision)
         forward = inference(trained_model(finished, dataset).to(place.device), finished.recipe, place)
         forward = with_flip(forward) if self.tta == "flip" else forward
-        result = score(*compute_logits(forward, evaluation_batches(dataset, rows.test, place.device)))
+        batches = evaluation_batches(dataset, rows.test, place.device)
+        result = score(*compute_logits(forward, batches, len(rows.test)))
         print(f"{len(rows.test):,} test images of {finished.folder}, {place}")
         print(json.dumps({"protocol": rows.protocol, "classes": rows.classes, "tta": self.tta, **result.numbers()}))
 

@@ -55,18 +55,30 @@ def with_flip(forward: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torc
 
 
 def compute_logits(
-    forward: Callable[[torch.Tensor], torch.Tensor], batches: Iterable[tuple[torch.Tensor, torch.Tensor]]
+    forward: Callable[[torch.Tensor], torch.Tensor],
+    batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
+    count: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits fp32 (N, classes) and labels int64 (N,) of all batches, on the batches' device; nothing waits for it.
 
-    forward: images uint8 (B, 64, 64, 3) -> logits (B, classes).
+    forward: images uint8 (B, 64, 64, 3) -> logits (B, classes). count: N, above 0, the images of all batches.
     """
-    logits, labels = [], []
+    logits = labels = None
+    done = 0
     with torch.inference_mode():
         for images, batch_labels in batches:
-            logits.append(forward(images).float())
-            labels.append(batch_labels)
-    return torch.cat(logits), torch.cat(labels)
+            outputs = forward(images)
+            if logits is None:
+                # Made at once: small results kept between large temporaries would keep the latters' memory from being
+                # given back, several times what the results take.
+                logits = outputs.new_empty((count, outputs.shape[1]), dtype=torch.float32)
+                labels = batch_labels.new_empty(count)
+            logits[done : done + len(images)] = outputs
+            labels[done : done + len(images)] = batch_labels
+            done += len(images)
+    if done != count:
+        raise ValueError(f"{done} images in the batches, not {count}")
+    return logits, labels
 
 
 def score(logits: torch.Tensor, labels: torch.Tensor) -> Evaluation:

@@ -398,7 +398,7 @@ def _score(job: _Job, state: TrainState, view: Callable = lambda forward: forwar
     batches = evaluation_batches(job.dataset, rows, job.place.device, images=job.images)
     forward = view(inference(state.tested, job.recipe, job.place))
     if len(rows):
-        logits, labels = compute_logits(forward, _stoppable(job, state, batches))
+        logits, labels = compute_logits(forward, _stoppable(job, state, batches), len(rows))
     else:  # more processes than batches
         logits = torch.empty(0, job.rows.classes, device=job.place.device)
         labels = torch.empty(0, dtype=torch.int64, device=job.place.device)
