@@ -149,7 +149,7 @@ def our_loader(dataset: Dataset, rows: np.ndarray, recipe: Recipe, place: Placem
     @contextlib.contextmanager
     def opened(workers: int) -> Iterator[Pass]:
         loader = make_loader(dataset, rows, recipe, 0, place.device, None if on_device else workers)
-        epochs = itertools.cycle(range(1, recipe.epochs - recipe.unmixed_epochs + 1))
+        epochs = itertools.cycle(range(1, round(recipe.epochs * (1 - recipe.unmixed_share)) + 1))
         with contextlib.closing(loader):
             yield lambda: (normalise(batch.images, recipe) for batch in loader.epoch(next(epochs)))
 

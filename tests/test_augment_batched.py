@@ -507,7 +507,7 @@ def test_what_is_not_asked_for_is_not_done_and_draws_nothing() -> None:
     alternating = replace(recipe, alternating_flip=True, hole_size=8, hole_probability=0.0)
     augment_batch(noise(), alternating, Draws(rng, BATCH), torch.tensor(MIRRORED_FIRST), 1)
     assert mixing_of(recipe, Draws(rng, BATCH), 1) is None
-    assert mixing_of(batched(**MIXED, unmixed_epochs=1), Draws(rng, BATCH), 10) is None
+    assert mixing_of(batched(**MIXED, unmixed_share=0.1), Draws(rng, BATCH), 10) is None
     assert str(rng.bit_generator.state) == before
     unpadded = batched(crop_probability=1.0, pad_to=64)
     expected = augment_batch(noise(), unpadded, new_draws(), None, 1)
@@ -633,7 +633,7 @@ def test_mixing_agrees_with_its_announcement() -> None:
 
 
 def test_the_last_epochs_are_not_mixed() -> None:
-    recipe = batched(cutmix_probability=1.0, unmixed_epochs=3)
+    recipe = batched(cutmix_probability=1.0, unmixed_share=0.3)
     ways = [mixing_of(recipe, new_draws(), epoch) for epoch in range(1, 11)]
     assert ways == ["cutmix"] * 7 + [None] * 3
     images, labels = noise(), torch.arange(BATCH)

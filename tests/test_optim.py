@@ -52,7 +52,8 @@ def assert_equal_weights(ours: nn.Module, theirs: nn.Module) -> None:
 
 
 def muon(**changes: object) -> Recipe:
-    """With the rate of the convolutions a twentieth of the others', their decay is 20 times the recipe's."""
+    """With the rate of the convolutions a twentieth of the others', their decay is 20 times the recipe's, and that
+    divided by 1 - base_momentum."""
     return replace(accurate(), optimizer="muon", muon_learning_rate=0.05, **changes)
 
 
@@ -144,7 +145,7 @@ def test_muon_takes_the_convolutions_at_its_own_rate(model: ResNet18) -> None:
     others, flat, convolutions = optimizer.param_groups
     assert [group["orthogonal"] for group in optimizer.param_groups] == [False, False, True]
     assert [shapes(group) for group in optimizer.param_groups] == [{2}, {1}, {4}]
-    assert [group["weight_decay"] for group in optimizer.param_groups] == pytest.approx([5e-4, 0, 5e-4 / 0.05])
+    assert [group["weight_decay"] for group in optimizer.param_groups] == pytest.approx([5e-4, 0, 5e-4 / 0.05 / 0.1])
     expected, peaks = list(schedule(recipe, STEPS * recipe.batch_size)), []
     for _, learning_rate, momentum in expected:
         assert [group["lr"] for group in (others, flat)] == [learning_rate, learning_rate]
@@ -160,7 +161,11 @@ def test_muon_takes_the_convolutions_at_its_own_rate(model: ResNet18) -> None:
 def test_all_else_moves_as_sgd_moves_it(model: ResNet18) -> None:
     plain = copy.deepcopy(model)
     recipe = muon(base_momentum=0.7, max_momentum=0.95, weight_decay=0.01)
-    walk(plain, *make_optimizer(plain, replace(recipe, optimizer="sgd"), STEPS), range(STEPS - 1))
+    walk(
+        plain,
+        *make_optimizer(plain, replace(recipe, optimizer="sgd", muon_learning_rate=0.02), STEPS),
+        range(STEPS - 1),
+    )
     walk(model, *make_optimizer(model, recipe, STEPS), range(STEPS - 1))
     for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
         assert torch.equal(ours, theirs) == (ours.ndim != 4)
@@ -187,7 +192,7 @@ def test_convolutions_move_as_written_by_hand(nesterov: bool, channels_last: boo
         parameter.data = parameter.data.contiguous(memory_format=layout)
     expected = [parameter.detach().double().flatten(1) for parameter in model]
     momenta = [torch.zeros_like(matrix) for matrix in expected]
-    recipe = muon(weight_decay=0.5 * 0.05, nesterov=nesterov, base_momentum=0.6, max_momentum=0.9)
+    recipe = muon(weight_decay=0.5 * 0.05 * 0.4, nesterov=nesterov, base_momentum=0.6, max_momentum=0.9)
     optimizer, scheduler = make_optimizer(model, recipe, STEPS)
     for step in range(STEPS - 1):
         with_gradients(model, seed=step)
@@ -232,7 +237,7 @@ def test_a_layer_without_gradient_decays_and_stays_finite(model: ResNet18) -> No
     with_gradients(model, seed=0)
     model.layer1[0].conv1.weight.grad.zero_()
     model.layer1[0].conv2.weight.grad = None
-    optimizer, _ = make_optimizer(model, muon(weight_decay=0.5 * 0.05), STEPS)
+    optimizer, _ = make_optimizer(model, muon(weight_decay=0.5 * 0.05 * 0.1), STEPS)
     kept = 1 - optimizer.param_groups[-1]["lr"] * 0.5
     optimizer.step()
     assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
@@ -249,7 +254,7 @@ def test_pytorchs_own_muon_moves_the_same_matrix_alike(shape: tuple[int, ...]) -
     start = torch.randn(shape, generator=generator)
     ours = nn.ParameterList([nn.Parameter(start.clone())])
     matrix = nn.Parameter(start.flatten(1).clone())
-    recipe = muon(weight_decay=0.3 * 0.05, base_momentum=0.9, max_momentum=0.9)
+    recipe = muon(weight_decay=0.3 * 0.05 * 0.1, base_momentum=0.9, max_momentum=0.9)
     optimizer, _ = make_optimizer(ours, recipe, STEPS)
     rate = optimizer.param_groups[0]["lr"]
     theirs = torch.optim.Muon([matrix], lr=rate, weight_decay=0.3, momentum=0.9, nesterov=True)

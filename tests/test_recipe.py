@@ -61,7 +61,7 @@ PUBLISHED = {
     "resizemix_probability": 0,
     "cutmix_alpha": 1,
     "mixup_alpha": 0.2,
-    "unmixed_epochs": 0,
+    "unmixed_share": 0.0,
     "label_smoothing": 0,
     "optimizer": "sgd",
     "muon_learning_rate": 0.02,
@@ -105,7 +105,7 @@ ACCURATE = COMMON | {
     "contrast": 0.3,
     "cutmix_probability": 0.3 / 2,
     "mixup_probability": 0.3 / 2,
-    "unmixed_epochs": 5,
+    "unmixed_share": 1 / 6,
     "ema_decay": 0.997,
 }
 
@@ -146,7 +146,7 @@ OFFICIAL = COMMON | {
     "resizemix_probability": 0.25,
     "mixup_probability": 0.2,
     "mixup_alpha": 0.8,
-    "unmixed_epochs": 10,
+    "unmixed_share": 0.05,
     "ema_decay": 0.99985,
     "ema_bn_batches": 40,
     "alternating_flip": False,
@@ -247,8 +247,8 @@ IMPOSSIBLE = [
     ("mixup_alpha", 0.0),
     ("mixup_alpha", -1.0),
     ("mixup_alpha", math.nan),
-    ("unmixed_epochs", -1),
-    ("unmixed_epochs", 2.0),
+    ("unmixed_share", -0.1),
+    ("unmixed_share", 1.0),
     ("label_smoothing", -0.1),
     ("label_smoothing", 1.0),
     ("label_smoothing", math.nan),
@@ -345,7 +345,7 @@ def test_every_field_has_an_impossible_value() -> None:
         ("ema_decay", None),
         ("ema_decay", 0.5),
         ("bn_momentum", 1.0),
-        ("unmixed_epochs", 1000),
+        ("unmixed_share", 0.99),
     ],
 )
 def test_a_possible_value_is_taken(field: str, value: object) -> None:

@@ -526,6 +526,7 @@ def test_a_longer_run_is_another_run(train_tiny: TrainTiny, finished_run: Run, n
         ({"device": "tpu"}, "device"),
         ({"precision": "fp16"}, "fp16"),
         ({"micro_batch": 0}, "micro-batch"),
+        ({"micro_batch": "auto", "compiled": True}, "--compile wants to know"),
         ({"micro_batch": -3}, "micro-batch"),
         ({"micro_batch": 2.5}, "micro-batch"),
     ],
@@ -545,7 +546,7 @@ def test_an_impossible_run_is_refused_before_its_folder_is_made(
 def rich(narrow: Recipe) -> Recipe:
     """The `accurate` recipe's ingredients and a ramp, on a narrow network: 2 epochs of 3 steps of 4 images."""
     shape = {"name": "rich", "epochs": 2, "batch_size": 4, "width": 16, "ramp": ((32, 0.5),)}
-    mixing = {"cutmix_probability": 0.3, "mixup_probability": 0.2, "resizemix_probability": 0.2, "unmixed_epochs": 0}
+    mixing = {"cutmix_probability": 0.3, "mixup_probability": 0.2, "resizemix_probability": 0.2, "unmixed_share": 0.0}
     return replace(accurate(), **shape, **mixing, max_learning_rate=0.05, ema_decay=0.6, ema_bn_batches=2)
 
 
@@ -580,6 +581,22 @@ def test_a_rich_run_stopped_after_any_step_ends_the_same(
     run = train_tiny(tmp_path / "run", rich_reference.recipe)
     assert run.summary["stops"] == 1
     assert_equal_runs(run, rich_reference)
+
+
+def test_a_rich_run_stopped_in_its_very_last_test_ends_the_same(
+    train_tiny: TrainTiny, rich_reference: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The averaged network keeps the statistics that it was tested with."""
+
+    def stopping(forward: Callable) -> Callable:
+        send(signal.SIGTERM)
+        return forward
+
+    with monkeypatch.context() as patched:
+        patched.setattr(train_module, "with_flip", stopping)
+        with pytest.raises(Stopped, match="stopped after the last epoch; the same command"):
+            train_tiny(tmp_path / "run", rich_reference.recipe)
+    assert_equal_runs(train_tiny(tmp_path / "run", rich_reference.recipe), rich_reference)
 
 
 def test_the_weights_saved_are_the_average_with_its_own_statistics(
@@ -625,6 +642,7 @@ def test_a_run_out_of_memory_says_what_to_do(
     monkeypatch.setattr(train_module, "train_step", exhausted)
     with pytest.raises(UserError, match=r"out of memory on cpu with 5 images per step: --micro-batch auto"):
         train_tiny(tmp_path / "run")
+    assert train_tiny(tmp_path / "run", micro_batch=3).identity["micro_batch"] == 3  # what was advised, and works
 
 
 def test_auto_finds_the_micro_batch_and_a_stopped_run_keeps_it(

@@ -361,7 +361,7 @@ def mixing_of(recipe: Recipe, draws: Draws, epoch: int) -> str | None:
     Asks no image, so that neighbours are fetched only when they are needed. Takes the first number of `draws`, or none
     if nothing can be mixed: `mix_batch` wants new draws from the same key.
     """
-    if recipe.mixing_probability == 0 or epoch > recipe.epochs - recipe.unmixed_epochs:
+    if recipe.mixing_probability == 0 or epoch > round(recipe.epochs * (1 - recipe.unmixed_share)):
         return None
     rest = draws.once()
     for way in ("cutmix", "mixup", "resizemix"):

@@ -209,7 +209,7 @@ class Explain:
     def run(self) -> None:
         finished, dataset, rows = open_finished(self.run_folder, self.data)
         from tinylab import plots
-        from tinylab.augment import normalise
+        from tinylab.augment import normalise, resize
         from tinylab.explain import explain
         from tinylab.record import note_figures
 
@@ -223,7 +223,7 @@ class Explain:
             logits=finished.predictions["logits"],
             wnids=dataset.wnids[: rows.classes],
             names=dataset.names[: rows.classes],
-            normalise=lambda images: normalise(images, recipe),
+            normalise=lambda images: normalise(resize(images, recipe.test_resolution), recipe),
             count=self.count,
             method=self.method,
         )

@@ -65,7 +65,8 @@ def make_loader(
         return TrainingLoader(dataset, rows, recipe, seed, device, workers, world)
     if workers:
         raise UserError("workers run albumentations; this recipe augments on the device: leave --workers out")
-    return BatchedLoader(rows, recipe, seed, images or Images(dataset.images, dataset.labels, device), world)
+    images = Images(dataset.images, dataset.labels, device) if images is None else images
+    return BatchedLoader(rows, recipe, seed, images, world)
 
 
 class _EpochRows:
@@ -328,9 +329,10 @@ def statistics_batches(
     images: Images, rows: np.ndarray, recipe: Recipe, seed: int, epoch: int, world: World = ALONE
 ) -> Iterator[torch.Tensor]:
     """Training images as they are, uint8 (B, 64, 64, 3), for new batch-norm statistics after epoch number `epoch`:
-    `ema_bn_batches` of them, or as many as there are; with several processes, this one's share of each."""
+    `ema_bn_batches` of 500 images at most, or as many as there are; with several processes, this one's share of each.
+    (No larger than a test's batches, so that whoever has the memory to test has it for these.)"""
     order = generator(seed, Stream.STATISTICS, epoch).permutation(len(rows))
-    size = min(recipe.batch_size, len(rows))
+    size = min(recipe.batch_size, EVALUATION_BATCH, len(rows))
     count = min(recipe.ema_bn_batches, len(rows) // size)
     parts = (rows[order[size * i : size * (i + 1)]] for i in range(count))
     return images.batches(part[share(len(part), world).start : share(len(part), world).stop] for part in parts)
@@ -345,7 +347,8 @@ def evaluation_batches(
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """The images `rows` as they are, uint8 (B, 64, 64, 3), and their labels, in that order, in batches on `device`; the
     last one may be smaller. `images`: where to take them from if they are on the device already."""
-    images = images or Images(dataset.images, dataset.labels, device, resident=device.type == "cpu")
+    if images is None:
+        images = Images(dataset.images, dataset.labels, device, resident=device.type == "cpu")
     parts = [rows[first : first + batch_size] for first in range(0, len(rows), batch_size)]
     for part, batch in zip(parts, images.batches(parts), strict=True):
         yield batch, images.labels(part)

@@ -76,8 +76,12 @@ def _parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict]:
         {
             "params": orthogonal,
             "lr": recipe.muon_learning_rate,
-            # Decay acts by its product with the learning rate: so the recipe's time constant holds at another rate.
-            "weight_decay": recipe.weight_decay * recipe.max_learning_rate / recipe.muon_learning_rate,
+            # So that weights shrink as fast as SGD's at the peak: its decay acts by its product with the learning rate,
+            # and once more through the momentum, which adds up 1 / (1 - momentum) times what it gets.
+            "weight_decay": recipe.weight_decay
+            * recipe.max_learning_rate
+            / recipe.muon_learning_rate
+            / (1 - recipe.base_momentum),
         },
     ]
     if recipe.optimizer == "muon":

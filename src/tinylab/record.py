@@ -60,6 +60,11 @@ class Run:
         return self.folder / "model.safetensors"
 
     @property
+    def trained(self) -> bool:
+        """Whether there is a checkpoint to continue from."""
+        return any(self.checkpoints.glob("*.ckpt"))
+
+    @property
     def finished(self) -> bool:
         return (self.folder / "summary.json").exists()
 
@@ -165,6 +170,13 @@ def default_folder(recipe: Recipe, protocol: str, seed: int) -> Path:
     return Path("runs") / f"{recipe.name}-{protocol}-s{seed}"
 
 
+def refuse_foreign(run: Run) -> None:
+    """Raises `UserError` if the folder, in which no run has begun, holds somebody's files."""
+    own = {"recipe.json", "environment.json", "figures"}  # what a run that was cut off in its first second left
+    if any(path.name not in own and path.suffix != ".tmp" for path in run.folder.iterdir()):
+        raise UserError(f"{run.folder} is not empty and no run; choose another --run")
+
+
 def enter_run(run: Run, recipe: Recipe, identity: dict, environment: dict) -> list[str]:
     """Makes the locked folder this run's, or finds that it is already; returns lines for the user about what changed.
 
@@ -173,9 +185,7 @@ def enter_run(run: Run, recipe: Recipe, identity: dict, environment: dict) -> li
     folder, environment = run.folder, environment | _hashes(identity)
     recipe_fields = json.loads(json.dumps(dataclasses.asdict(recipe)))
     if not (folder / "run.json").exists():
-        own = {"recipe.json", "environment.json", "figures"}  # what a run that was cut off in its first second left
-        if any(path.name not in own and path.suffix != ".tmp" for path in folder.iterdir()):
-            raise UserError(f"{folder} is not empty and no run; choose another --run")
+        refuse_foreign(run)
         run.write("recipe.json", recipe_fields)
         run.write("environment.json", environment)
         run.write("run.json", identity)  # last: a folder that has it is complete
@@ -185,6 +195,8 @@ def enter_run(run: Run, recipe: Recipe, identity: dict, environment: dict) -> li
     where = {"data_folder"}  # may move; the content hash says whether it is the same data
     if run.finished:
         where |= {"device", "precision"}  # it is only shown
+    elif not run.trained:
+        where |= {"micro_batch"}  # the first try may have told that memory is short
     differing = [
         key for key in sorted(before.keys() | now.keys()) if key not in where and before.get(key) != now.get(key)
     ]
@@ -351,7 +363,12 @@ def results_table(rows: list[dict], published: list[dict]) -> str:
     groups: dict[tuple, list[dict]] = {}
     for row in rows:
         same = ("protocol", "classes", "content_sha256", "device", "precision")
-        key = [row[name] for name in same] + [value for name, value in row.items() if name.startswith("recipe.")]
+        unusual = ("compiled", "micro_batch", "processes")
+        key = (
+            [row[name] for name in same]
+            + [row.get(name) for name in unusual]
+            + [value for name, value in row.items() if name.startswith("recipe.")]
+        )
         groups.setdefault(tuple(key), []).append(row)
     lines += [_table_line(members) for members in groups.values()]
     return "\n".join(lines)

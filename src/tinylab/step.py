@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 from torch.optim.swa_utils import AveragedModel
 
 from tinylab.augment import normalise, resize
-from tinylab.average import make_average
+from tinylab.average import make_average, reestimate_batch_norm
 from tinylab.device import Placement
 from tinylab.distributed import ALONE, World, share, synchronise_batch_norm, wrap
 from tinylab.loader import EVALUATION_BATCH, Batch
@@ -238,6 +238,10 @@ def warm_up(state: TrainState, recipe: Recipe, place: Placement, train_images: i
             for size in sizes:
                 for _ in range(2):  # with the second step come kernels that the first, without momentum, has not met
                     _update(state, recipe, place, _made_up(size, place, state.world), resolution)
+        if state.average is not None:
+            made_up = _made_up(min(recipe.batch_size, EVALUATION_BATCH, train_images), place, state.world).images
+            with place.autocast():
+                reestimate_batch_norm(state.tested, [normalise(resize(made_up, recipe.test_resolution), recipe)])
         forward = inference(state.tested, recipe, place)
         with torch.inference_mode():
             for size in {min(EVALUATION_BATCH, test_images), test_images % EVALUATION_BATCH} - {0}:
@@ -300,14 +304,20 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def seconds_per_image(state: TrainState, recipe: Recipe, place: Placement) -> float:
-    """Seconds of training per image at 64 x 64 pixels, measured in one step on at most 32 made-up images."""
+    """Seconds of training per image at 64 x 64 pixels, measured in one step on at most 32 made-up images; not compiled,
+    as that would be for a shape which the run may not have."""
+    network = state.network
+    if not state.world.several:
+        state.network = state.model
     batch = _made_up(min(max(32, state.world.size), recipe.batch_size), place, state.world)
     with _rehearsal(state):
         for _ in range(2):  # the first one is slower
             started = time.perf_counter()
             _update(state, recipe, place, batch, SIZE)
             place.synchronise()
-    return (time.perf_counter() - started) / batch.size
+            seconds = time.perf_counter() - started
+    state.network = network
+    return seconds / batch.size
 
 
 def relative_cost(recipe: Recipe, epoch: int) -> float:

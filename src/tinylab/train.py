@@ -38,7 +38,7 @@ from tinylab.loader import (
 from tinylab.model import weights_file
 from tinylab.optim import schedule as schedule  # also under this name, beside `train`
 from tinylab.recipe import Recipe, UserError
-from tinylab.record import Run, default_folder, describe_environment, enter_run, relative_to_here
+from tinylab.record import Run, default_folder, describe_environment, enter_run, refuse_foreign, relative_to_here
 from tinylab.split import Split, make_split
 from tinylab.step import (
     TrainState,
@@ -101,8 +101,9 @@ def train(
             state.micro_batch = _micro_batch(job, state, micro_batch)
             identity = _identity(job, compiled, state.micro_batch)
             begun = from_rank_0(world, lambda: (run.folder / "run.json").exists())
-            if not begun:  # what fails on this machine fails before the folder is this run's
-                _warm_up(job, state, compiled)
+            if not begun:
+                from_rank_0(world, lambda: refuse_foreign(run))
+                _warm_up(job, state, compiled)  # what fails on this machine fails before the folder is this run's
             for notice in from_rank_0(world, lambda: _enter(job, identity)):
                 say(f"note: {notice}")
             if from_rank_0(world, lambda: run.finished):
@@ -151,7 +152,7 @@ def _train(job: _Job, state: TrainState) -> None:
             job.run.write_history(state.history)
         job.say(log_lines(state.history[-1], job.recipe.epochs))
     if evaluation is None:  # stopped after the last epoch was saved, before the run was finished
-        evaluation, _ = _evaluate(job, state)
+        evaluation = _score(job, state)  # the averaged network has its statistics already
     flipped = _score(job, state, with_flip)
     if job.world.writes:
         _finish(job, state, evaluation, flipped)
@@ -177,6 +178,8 @@ def _check(recipe: Recipe, rows: Split, world: World, compiled: bool, micro_batc
         raise UserError(f"micro-batch must be auto or at least 1, not {micro_batch}")
     if micro_batch == "auto" and world.several:
         raise UserError("micro-batch auto serves a single process; with several give the number of images")
+    if compiled and micro_batch == "auto":
+        raise UserError("--compile wants to know the size of its batches: give --micro-batch a number")
     if compiled and world.several:
         raise UserError("--compile serves a single process: batch norm over several processes does not compile")
     if compiled and shapes(recipe, images, cut=micro_batch is not None) > MOST_GRAPHS:
@@ -187,7 +190,7 @@ def _micro_batch(job: _Job, state: TrainState, asked: int | str | None) -> int |
     """The images per forward pass: as asked, as a run that continues had it, or as many as memory holds."""
     if asked != "auto":
         return None if asked is None or asked >= job.recipe.batch_size else int(asked)
-    if (job.run.folder / "run.json").exists():
+    if job.run.trained:
         return job.run.identity.get("micro_batch")
     found = fit_micro_batch(state, job.recipe, job.place)
     job.say(f"micro-batch: {found or 'the whole batch fits into memory'}")
@@ -234,7 +237,8 @@ def _memory_hint(recipe: Recipe, place: Placement, world: World) -> Iterator[Non
         kind = UserError if world.writes else RankError
         raise kind(
             f"out of memory on {place.device} with {recipe.batch_size} images per step: --micro-batch auto trains the "
-            "same batch in pieces that fit; --batch-size or --width make it smaller"
+            "same batch in pieces that fit (in another --run, if this one has checkpoints); --batch-size or --width "
+            "make it smaller"
         ) from error
 
 
@@ -359,6 +363,8 @@ def _save_within(job: _Job, state: TrainState, stopping: bool) -> None:
     _save(job, state)
     if stopping:
         where = f"stopped in epoch {state.epoch} after {state.step} steps"
+        if state.epoch > job.recipe.epochs:
+            where = "stopped after the last epoch"
         raise Stopped(f"{where}; the same command continues {job.run.folder}", job.stop.received or signal.SIGTERM)
 
 
