@@ -160,6 +160,7 @@ def chain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("chain with a space")
     with pytest.MonkeyPatch.context() as patched:
         patched.chdir(folder)
+        patched.delenv("TINY_IMAGENET", raising=False)  # it would come before the archive made here
         assert main(["sample", "data/tiny-imagenet-200.zip"]) == 0
         assert main(["prepare", "--workers", "1"]) == 0
         assert main(TRAIN.split()) == 0
@@ -352,6 +353,7 @@ def test_a_reader_that_has_seen_enough_is_no_error(
 def in_chain(chain: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable:
     """A function that runs a command line in the folder of `chain` and returns the lines it prints."""
     monkeypatch.chdir(chain)
+    monkeypatch.delenv("TINY_IMAGENET", raising=False)
 
     def call(line: str) -> list[str]:
         capfd.readouterr()

@@ -15,7 +15,7 @@ import pytest
 from tinylab import record
 from tinylab.device import choose
 from tinylab.recipe import Recipe, UserError, published
-from tinylab.record import Run, default_folder, describe_environment, enter_run, relative_to_here
+from tinylab.record import Run, default_folder, describe_environment, enter_run, relative_to_here, results_table
 
 IDENTITY = {
     "protocol": "merged",
@@ -234,3 +234,22 @@ def test_paths_below_here_are_relative(tmp_path: Path, monkeypatch: pytest.Monke
 def test_the_environment_names_data_and_split(finished_run: Run) -> None:
     for name in ("content_sha256", "split_sha256"):
         assert finished_run.environment[name] == finished_run.identity[name]
+
+
+def test_only_runs_that_differ_in_seed_share_a_line() -> None:
+    row = {
+        "run": "a", "recipe": "a", "protocol": "merged", "classes": 200, "content_sha256": "c", "device": "d",
+        "precision": "bf16", "recipe.name": "a", "train_seconds": 60.0, "train_images": 1, "test_images": 1,
+        "epochs": 1, "test_top1": 50.0, "test_top5": 80.0, "seed": 0,
+    }  # fmt: skip
+    again = row | {"seed": 1, "test_top1": 52.0, "processes": 1}  # older records do not say how many
+    (line,) = [line for line in results_table([row, again], []).splitlines() if "results/a" in line]
+    assert "51.00 ± 1.41" in line
+    for other in (
+        {"compiled": True},
+        {"micro_batch": 8},
+        {"processes": 2},
+        {"precision": "fp32"},
+        {"recipe.name": "b"},
+    ):
+        assert results_table([row, again | other], []).count("results/a") == 2, other

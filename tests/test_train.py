@@ -49,7 +49,9 @@ def at_moment(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[int], None
         for hook in hooks:
             hook(next(count))
 
-    def counted_batches(dataset: Dataset, rows: np.ndarray, device: torch.device, images: loader.Images) -> Iterator:
+    def counted_batches(
+        dataset: Dataset, rows: np.ndarray, device: torch.device, _largest: int, images: loader.Images
+    ) -> Iterator:
         for batch in loader.evaluation_batches(dataset, rows, device, EVALUATION_BATCH, images):
             for hook in hooks:
                 hook(next(count))
@@ -328,8 +330,8 @@ def reference(train_tiny: TrainTiny, tmp_path_factory: pytest.TempPathFactory) -
     """An undisturbed run that tests in small batches, as the disturbed ones do."""
     with pytest.MonkeyPatch.context() as patched:
 
-        def small(*arguments: object, images: loader.Images) -> Iterator:
-            return loader.evaluation_batches(*arguments, EVALUATION_BATCH, images)
+        def small(dataset: Dataset, rows: np.ndarray, device: torch.device, _largest: int, images: object) -> Iterator:
+            return loader.evaluation_batches(dataset, rows, device, EVALUATION_BATCH, images)
 
         patched.setattr(train_module, "evaluation_batches", small)
         return train_tiny(tmp_path_factory.mktemp("reference") / "run")
@@ -643,6 +645,28 @@ def test_a_run_out_of_memory_says_what_to_do(
     with pytest.raises(UserError, match=r"out of memory on cpu with 5 images per step: --micro-batch auto"):
         train_tiny(tmp_path / "run")
     assert train_tiny(tmp_path / "run", micro_batch=3).identity["micro_batch"] == 3  # what was advised, and works
+
+
+def test_short_of_memory_nothing_is_passed_forward_whole(
+    train_tiny: TrainTiny, rich: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Statistics and tests, which keep no outputs for gradients, take up to eight times a micro-batch."""
+    real, seen = train_module.new_state, []
+
+    def watched(*arguments: object) -> TrainState:
+        state = real(*arguments)
+        for network in (state.model, state.tested):
+            network.register_forward_pre_hook(
+                lambda module, inputs: seen.append((module.conv1.weight.requires_grad, len(inputs[0])))
+            )
+        return state
+
+    monkeypatch.setattr(train_module, "new_state", watched)
+    run = train_tiny(tmp_path / "run", replace(rich, batch_size=12, drop_last=False), micro_batch=1)
+    assert run.finished
+    assert max(count for _, count in seen) <= 8
+    assert TrainState.test_batch.fget(SimpleNamespace(micro_batch=100)) == 500
+    assert TrainState.test_batch.fget(SimpleNamespace(micro_batch=None)) == 500
 
 
 def test_auto_finds_the_micro_batch_and_a_stopped_run_keeps_it(

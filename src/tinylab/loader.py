@@ -326,14 +326,21 @@ class _Plan(NamedTuple):
 
 
 def statistics_batches(
-    images: Images, rows: np.ndarray, recipe: Recipe, seed: int, epoch: int, world: World = ALONE
+    images: Images,
+    rows: np.ndarray,
+    recipe: Recipe,
+    seed: int,
+    epoch: int,
+    world: World = ALONE,
+    largest: int = EVALUATION_BATCH,
 ) -> Iterator[torch.Tensor]:
     """Training images as they are, uint8 (B, 64, 64, 3), for new batch-norm statistics after epoch number `epoch`:
     `ema_bn_batches` of 500 images at most, or as many as there are; with several processes, this one's share of each.
-    (No larger than a test's batches, so that whoever has the memory to test has it for these.)"""
+    As many images in batches of `largest`, no more than a test's: whoever has the memory to test has it here."""
     order = generator(seed, Stream.STATISTICS, epoch).permutation(len(rows))
-    size = min(recipe.batch_size, EVALUATION_BATCH, len(rows))
-    count = min(recipe.ema_bn_batches, len(rows) // size)
+    whole = min(recipe.batch_size, EVALUATION_BATCH, len(rows))
+    size = max(min(whole, largest), world.size)
+    count = min(recipe.ema_bn_batches * whole, len(rows)) // size
     parts = (rows[order[size * i : size * (i + 1)]] for i in range(count))
     return images.batches(part[share(len(part), world).start : share(len(part), world).stop] for part in parts)
 

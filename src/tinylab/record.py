@@ -363,12 +363,9 @@ def results_table(rows: list[dict], published: list[dict]) -> str:
     groups: dict[tuple, list[dict]] = {}
     for row in rows:
         same = ("protocol", "classes", "content_sha256", "device", "precision")
-        unusual = ("compiled", "micro_batch", "processes")
-        key = (
-            [row[name] for name in same]
-            + [row.get(name) for name in unusual]
-            + [value for name, value in row.items() if name.startswith("recipe.")]
-        )
+        unusual = [row.get("compiled"), row.get("micro_batch"), row.get("processes") or 1]
+        fields = [value for name, value in row.items() if name.startswith("recipe.")]
+        key = [row[name] for name in same] + unusual + fields
         groups.setdefault(tuple(key), []).append(row)
     lines += [_table_line(members) for members in groups.values()]
     return "\n".join(lines)

@@ -60,6 +60,12 @@ class TrainState:
     history: list[dict] = field(default_factory=list)
 
     @property
+    def test_batch(self) -> int:
+        """Most images in a forward pass without gradients: where memory is short, eight times those of one with them,
+        which keeps every layer's outputs."""
+        return EVALUATION_BATCH if self.micro_batch is None else min(EVALUATION_BATCH, 8 * self.micro_batch)
+
+    @property
     def tested(self) -> nn.Module:
         """The network that is tested and saved: the average if there is one."""
         return self.model if self.average is None else self.average.module
@@ -121,6 +127,8 @@ def new_state(
     compiled: bool = False,
 ) -> TrainState:
     """The state before the first step: weights from `seed`, schedule over all steps of the run."""
+    if compiled:
+        torch.compiler.reset()  # the graphs of an earlier run in this process would count against the limit
     model = build_model(recipe, classes, seed)
     average = make_average(model, recipe)
     model = synchronise_batch_norm(model, world).to(place.device)
@@ -298,7 +306,13 @@ def _fits(state: TrainState, recipe: Recipe, place: Placement, micro_batch: int)
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether that is what the error says; on a CPU torch has no type for it."""
-    said = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED")
+    said = (
+        "out of memory",
+        "can't allocate memory",
+        "not enough memory",
+        "ALLOC_FAILED",
+        "could not create a primitive",
+    )
     known = isinstance(error, MemoryError | torch.OutOfMemoryError)
     return known or (isinstance(error, RuntimeError) and any(words in str(error) for words in said))
 

@@ -27,7 +27,6 @@ from tinylab.device import Placement, choose, fastest_convolutions
 from tinylab.distributed import RankError, World, agree, from_rank_0, gather_rows, highest, join, share, sum_over_ranks
 from tinylab.evaluate import Evaluation, compute_logits, score, with_flip
 from tinylab.loader import (
-    EVALUATION_BATCH,
     BatchedLoader,
     Images,
     TrainingLoader,
@@ -384,7 +383,8 @@ def _evaluate(job: _Job, state: TrainState) -> tuple[Evaluation, float]:
     """The test images' scores, and the seconds that took, new batch-norm statistics of averaged weights included."""
     started = time.perf_counter()
     if state.average is not None:
-        plain = statistics_batches(job.images, job.rows.train, job.recipe, job.seed, state.epoch, job.world)
+        where = (job.images, job.rows.train, job.recipe, job.seed, state.epoch, job.world)
+        plain = statistics_batches(*where, largest=state.test_batch)
         network_input = (normalise(resize(images, job.recipe.test_resolution), job.recipe) for images in plain)
         with job.place.autocast():
             reestimate_batch_norm(state.average.module, _stoppable(job, state, network_input))
@@ -399,9 +399,9 @@ def _score(job: _Job, state: TrainState, view: Callable = lambda forward: forwar
     """The test images' scores, of the network as `view` makes it see them. With several processes each tests its share
     of the batches, of which no image is counted twice, and all get the scores of all."""
     rows, world = job.rows.test, job.world
-    mine = share(-(-len(rows) // EVALUATION_BATCH), world)
-    rows = rows[mine.start * EVALUATION_BATCH : mine.stop * EVALUATION_BATCH]
-    batches = evaluation_batches(job.dataset, rows, job.place.device, images=job.images)
+    mine = share(-(-len(rows) // state.test_batch), world)
+    rows = rows[mine.start * state.test_batch : mine.stop * state.test_batch]
+    batches = evaluation_batches(job.dataset, rows, job.place.device, state.test_batch, job.images)
     forward = view(inference(state.tested, job.recipe, job.place))
     if len(rows):
         logits, labels = compute_logits(forward, _stoppable(job, state, batches), len(rows))
