@@ -1,6 +1,7 @@
 # make run              set up, then run the notebook on made-up sample data (about a minute of training on a CPU)
 # make run DATA=full    the same on Tiny ImageNet, found locally or downloaded; RECIPE=, EPOCHS=, CLASSES=, SEED=, RUN= override
 # make test             set up, then run the tests
+# make soak             every test of reliability in full (about a quarter of an hour), and its table
 # make bench            benchmarks, a table and one JSON line each
 # make check            style, and that the committed notebook is its source's
 # make compat           the fast tests with the versions that Colab has
@@ -27,7 +28,7 @@ else
   $(error DATA must be sample or full, not $(DATA))
 endif
 
-.PHONY: run test bench check compat notebook setup
+.PHONY: run test soak bench check compat notebook setup
 .DEFAULT_GOAL := run
 
 setup: $(VENV)/.done
@@ -51,6 +52,9 @@ run: setup
 
 test: setup
 	@$(VENV_PYTHON) -m pytest
+
+soak: setup
+	@$(VENV_PYTHON) -m pytest tests/reliability --soak --table benchmarks/RELIABILITY.md --timeout 1800
 
 bench: setup
 	@for script in benchmarks/bench_*.py; do echo "== $$script"; $(VENV_PYTHON) "$$script" || exit 1; done

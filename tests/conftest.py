@@ -19,6 +19,11 @@ from tinylab.train import train
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--soak", action="store_true", help="the full amount of every test of reliability")
+    parser.addoption("--table", metavar="FILE", help="write the table of the tests of reliability")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)

@@ -1,89 +1,19 @@
-"""The archive: canonical order, every refusal, and a server that misbehaves. The archives are made up here."""
+"""The archive: canonical order, every refusal, and where it is found. The archives are made up here."""
 
+import errno
 import hashlib
-import http.server
-import io
 import os
 import random
-import stat
-import threading
-import tracemalloc
-import warnings
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
+from reliability.archives import ROOT, made_up, real_archive, refused, write_folder, write_zip
+from reliability.server import Server, serving
 
 from tinylab import archive
-from tinylab.archive import LabelledFile, download, find, open_archive
-from tinylab.recipe import UserError
-
-WNIDS = ("n03", "n01", "n02")  # as wnids.txt lists them: unsorted, like the published file
-ROOT = "tiny-imagenet-200/"
-
-
-def jpeg(seed: int, mode: str = "RGB", side: int = 64) -> bytes:
-    """A smooth coloured JPEG file, another one for every seed."""
-    corners = np.random.default_rng(seed).integers(0, 256, (2, 2, 3), dtype=np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(corners).resize((side, side), Image.Resampling.BILINEAR).convert(mode).save(buffer, "JPEG")
-    return buffer.getvalue()
-
-
-def made_up() -> dict[str, bytes]:
-    """Three classes of four training and two validation images in the published layout; grey and CMYK among them."""
-    files = {
-        "wnids.txt": "".join(f"{wnid}\n" for wnid in WNIDS).encode(),
-        "words.txt": b"n00\tentity\nn01\tgoldfish, Carassius auratus\nn02\tfire \x1b[31msalamander\nn03\t\n",
-    }
-    annotations = []
-    for c, wnid in enumerate(WNIDS):
-        boxes = []
-        for number, i in enumerate((0, 1, 2, 10)):
-            mode = {(0, 0): "L", (1, 1): "CMYK"}.get((c, i), "RGB")
-            files[f"train/{wnid}/images/{wnid}_{i}.JPEG"] = jpeg(100 * c + i, mode)
-            boxes.append(f"{wnid}_{i}.JPEG\t{i}\t{c}\t{40 + number}\t63\n")
-        files[f"train/{wnid}/{wnid}_boxes.txt"] = "".join(boxes).encode()
-    for i, wnid in enumerate(("n02", "n01", "n03", "n03", "n02", "n01")):
-        name = f"val_{5 - i}.JPEG"
-        files[f"val/images/{name}"] = jpeg(1000 + i)
-        annotations.append(f"{name}\t{wnid}\t0\t{i}\t44\t62\n")
-    files["val/val_annotations.txt"] = "".join(annotations).encode()
-    files["test/images/test_0.JPEG"] = b"never read"
-    return files
-
-
-def write_zip(path: Path, files: dict[str, bytes], root: str = ROOT, method: int = zipfile.ZIP_STORED) -> Path:
-    with zipfile.ZipFile(path, "w", method) as out:
-        for name, content in files.items():
-            out.writestr(f"{root}{name}", content)
-    return path
-
-
-def write_folder(path: Path, files: dict[str, bytes]) -> Path:
-    for name, content in files.items():
-        (path / name).parent.mkdir(parents=True, exist_ok=True)
-        (path / name).write_bytes(content)
-    return path
-
-
-def refused(action: Callable[..., object], *arguments: object, **keywords: object) -> str:
-    """The message of the UserError that `action` must raise: one readable line."""
-    with pytest.raises(UserError) as caught:
-        action(*arguments, **keywords)
-    message = str(caught.value)
-    assert message.isprintable()
-    assert len(message) < 400
-    return message
-
-
-def real_archive() -> Path | None:
-    named = Path(os.environ.get("TINY_IMAGENET") or Path(__file__).parents[1] / "data/tiny-imagenet-200.zip")
-    return named if named.exists() else None
-
+from tinylab.archive import LabelledFile, download, find, open_archive, verify_archive
 
 # --- What a sound archive gives ---------------------------------------------------------------------------------------
 
@@ -203,6 +133,7 @@ BROKEN_LAYOUTS = {
     "fewer training images": (_without("n02_1.JPEG"), "train/ has 3 images of n02"),
     "no image of a class": (_without("n02/images"), "train/ has 0 images of n02"),
     "no training image": (_without("/images/n0"), "train/ has 0 images"),
+    "no words": (_without("words.txt"), "words.txt is missing"),
     "no boxes": (_without("n01_boxes"), "train/n01/n01_boxes.txt is missing"),
     "box missing": (_replaced(BOXES, b"n01_2.JPEG\t2\t1\t42\t63\n", b""), "no box for n01_2.JPEG"),
     "box of no image": (_replaced(BOXES, b"n01_2.JPEG", b"n01_3.JPEG"), "n01_3.JPEG, which is missing"),
@@ -241,105 +172,21 @@ def test_broken_layout_is_refused_naming_the_culprit(tmp_path, case, packed):
     assert str(path) in message
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["../evil", "a/../../evil", "/etc/evil", "C:/evil", "a\\..\\evil", "a\0b", ROOT + "WNIDS.TXT", ROOT + "wnids.txt"],
-)
-def test_dangerous_member_names_refuse_the_whole_zip(tmp_path, name):
-    path = write_zip(tmp_path / "a.zip", made_up())
-    with warnings.catch_warnings(), zipfile.ZipFile(path, "a") as out:
-        warnings.simplefilter("ignore")  # zipfile's own about the duplicate
-        info = zipfile.ZipInfo("placeholder")
-        out.writestr(info, b"?")
-        out.filelist[-1].filename = name  # the constructor would have tidied it
-    message = refused(open_archive, path)
-    assert "unsafe path" in message or "is there twice" in message
-
-
-def _rewritten(path: Path, member: str, change: Callable[[zipfile.ZipInfo], None]) -> Path:
-    """Changes one member's record in the zip's directory, which is written when the zip is closed."""
-    with zipfile.ZipFile(path, "a") as out:
-        change(out.getinfo(f"{ROOT}{member}"))
-        out.comment = b"rewritten"
-    return path
-
-
-@pytest.mark.parametrize(
-    ("attribute", "value", "expected"),
-    [
-        ("external_attr", (stat.S_IFLNK | 0o777) << 16, "not a regular file"),
-        ("external_attr", (stat.S_IFIFO | 0o644) << 16, "not a regular file"),
-        ("flag_bits", 1, "encrypted"),
-        ("compress_type", zipfile.ZIP_LZMA, "unusual method"),
-        ("file_size", 50_000, "sizes that cannot be true"),
-        ("compress_size", 60_000, "sizes that cannot be true"),
-        ("file_size", 1 << 30, "more than 65,536 bytes"),
-    ],
-)
-def test_dangerous_members_refuse_the_whole_zip(tmp_path, attribute, value, expected):
-    files = made_up() | {"train/n01/images/n01_1.JPEG": b"tiny"}
-    path = write_zip(tmp_path / "a.zip", files)
-    _rewritten(path, "train/n01/images/n01_1.JPEG", lambda info: setattr(info, attribute, value))
-    message = refused(open_archive, path)
-    assert expected in message
-    assert "n01_1.JPEG" in message
-
-
-def test_compressed_bombs_are_refused_before_they_unfold(tmp_path):
-    for size in (60_000, 50_000_000):
-        files = made_up() | {"val/images/val_0.JPEG": bytes(size)}
-        assert "val_0.JPEG" in refused(open_archive, write_zip(tmp_path / "a.zip", files, method=zipfile.ZIP_DEFLATED))
-
-
-def test_a_member_that_understates_its_size_is_not_unfolded(tmp_path):
-    files = made_up() | {"val/images/val_0.JPEG": bytes(50_000_000)}
-    path = write_zip(tmp_path / "a.zip", files, method=zipfile.ZIP_DEFLATED)
-    _rewritten(path, "val/images/val_0.JPEG", lambda info: setattr(info, "file_size", 60_000))
-    with open_archive(path) as opened:
-        file = next(file for file in opened.files if file.path.endswith("val_0.JPEG"))
-        tracemalloc.start()
-        message = refused(opened.read, file)
-        peak = tracemalloc.get_traced_memory()[1]
-        tracemalloc.stop()
-    assert "val_0.JPEG is damaged" in message
-    assert peak < 2_000_000
-
-
 def test_too_many_or_too_large_members_are_refused(tmp_path, monkeypatch):
     path = write_zip(tmp_path / "a.zip", made_up())
     monkeypatch.setattr(archive, "_MEMBER_LIMIT", 20)
-    assert "25 members" in refused(open_archive, path)
+    assert "more than 20 members" in refused(open_archive, path)
     monkeypatch.undo()
     monkeypatch.setattr(archive, "_TOTAL_LIMIT", 10_000)
     assert "more than 10,000 bytes" in refused(open_archive, path)
-
-
-def test_truncated_zip_is_refused_at_any_length(tmp_path):
-    whole = write_zip(tmp_path / "a.zip", made_up()).read_bytes()
-    for length in [0, 1, 22, 100, *range(1000, len(whole), 997), len(whole) - 1]:
-        (tmp_path / "cut.zip").write_bytes(whole[:length])
-        assert "cut short" in refused(open_archive, tmp_path / "cut.zip")
-
-
-def test_damage_is_noticed_or_harmless(tmp_path):
-    """300 single flipped bits: each one is refused with one line, or every label, box and image is still the same."""
-    path = write_zip(tmp_path / "a.zip", made_up(), method=zipfile.ZIP_DEFLATED)
-    whole = path.read_bytes()
-
-    def contents() -> list[tuple[LabelledFile, bytes]]:
-        with open_archive(path) as opened:
-            return [(file, opened.read(file)) for file in opened.files]
-
-    sound, noticed, chance = contents(), 0, random.Random(0)
-    for _ in range(300):
-        damaged = bytearray(whole)
-        damaged[chance.randrange(len(whole))] ^= 1 << chance.randrange(8)
-        path.write_bytes(damaged)
-        try:
-            assert contents() == sound
-        except UserError:
-            noticed += 1
-    assert noticed > 150
+    monkeypatch.setattr(archive, "_MEMBER_LIMIT", 20)
+    assert "more than 20 files" in refused(open_archive, write_folder(tmp_path / "a", made_up()))
+    monkeypatch.undo()
+    monkeypatch.setattr(archive, "_DIRECTORY_LIMIT", 1000)
+    assert "directory would take" in refused(open_archive, path)
+    monkeypatch.undo()
+    monkeypatch.setattr(archive, "_CLASS_LIMIT", 2)
+    assert "more than 2 classes" in refused(open_archive, path)
 
 
 def test_damaged_image_is_named(tmp_path):
@@ -370,7 +217,106 @@ def test_links_inside_the_folder_are_followed_and_loops_end(tmp_path):
         assert len(opened.files) == 18
 
 
+def test_a_pipe_is_refused_at_once(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    assert "neither a file nor a folder" in refused(open_archive, tmp_path / "pipe")
+    assert "neither a file nor a folder" in refused(verify_archive, tmp_path / "pipe")
+
+
+# --- Verifying --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def published(tmp_path, monkeypatch) -> Path:
+    """A made-up archive that counts as the published one."""
+    path = write_zip(tmp_path / "a.zip", made_up())
+    whole = path.read_bytes()
+    monkeypatch.setattr(archive, "ZIP_BYTES", len(whole))
+    monkeypatch.setattr(archive, "ZIP_MD5", hashlib.md5(whole).hexdigest())
+    monkeypatch.setattr(archive, "ZIP_SHA256", hashlib.sha256(whole).hexdigest())
+    with open_archive(path) as opened:
+        digests = [hashlib.sha256(opened.read(file)).hexdigest() for file in opened.files]
+        content = archive.content_sha256(opened.files, opened.wnids, digests)
+        monkeypatch.setattr(archive, "CONTENT_SHA256", content)
+        monkeypatch.setattr(archive, "LISTS_SHA256", archive._lists_sha256(opened))
+    monkeypatch.setattr(archive, "WNIDS_SHA256", hashlib.sha256(b"n01\nn02\nn03\n").hexdigest())
+    return path
+
+
+def test_the_published_archive_is_known_by_its_bytes_or_by_its_content(published, tmp_path):
+    assert "is the published archive" in verify_archive(published)
+    packed_anew = write_zip(tmp_path / "b.zip", made_up(), method=zipfile.ZIP_DEFLATED)
+    for path in (packed_anew, write_folder(tmp_path / "folder", made_up())):
+        assert "holds the published files, packed anew" in verify_archive(path)
+
+
+def test_what_is_no_published_archive_is_told_apart(published, tmp_path, monkeypatch):
+    whole = published.read_bytes()
+    published.write_bytes(whole.replace(b"never read", b"never seen"))  # its CRC is wrong now, but nobody reads it
+    assert "is damaged: the file has the wrong md5, though the labelled files" in refused(verify_archive, published)
+    boxes = write_folder(tmp_path / "boxes", made_up())
+    path = boxes / "train/n01/n01_boxes.txt"
+    path.write_bytes(path.read_bytes().replace(b"\t63\n", b"\t62\n"))
+    assert "not the published class names and boxes" in refused(verify_archive, boxes)
+    image = write_folder(tmp_path / "image", made_up())
+    path = image / "val/images/val_0.JPEG"
+    path.write_bytes(path.read_bytes() + b"?")
+    assert "Tiny ImageNet's classes, but not its published files" in refused(verify_archive, image)
+    monkeypatch.setattr(archive, "WNIDS_SHA256", "0" * 64)
+    assert "whole, but not Tiny ImageNet: 3 classes, 18 labelled images" in verify_archive(image)
+
+
+def test_a_missing_archive_is_one_line(tmp_path):
+    assert "cannot read" in refused(verify_archive, tmp_path / "missing.zip")
+
+
+# --- Locking ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_lock_lies_beside_the_path(tmp_path):
+    with archive.locked(tmp_path / "x"):
+        assert (tmp_path / "x.lock").exists()
+        assert archive._lock_file(tmp_path / "x") == tmp_path / "x.lock"
+
+
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP])
+def test_where_files_cannot_be_locked_the_temporary_folder_holds_the_lock(tmp_path, monkeypatch, code):
+    (tmp_path / "drive").mkdir()
+    flock = archive.fcntl.flock
+
+    def flock_but_not_on_the_drive(file: int, operation: int) -> None:
+        if "/drive/" in os.readlink(f"/proc/self/fd/{file}"):
+            raise OSError(code, os.strerror(code))
+        flock(file, operation)
+
+    monkeypatch.setattr(archive.fcntl, "flock", flock_but_not_on_the_drive)
+    monkeypatch.setattr(archive.tempfile, "gettempdir", lambda: str(tmp_path))
+    place = archive._lock_file(tmp_path / "drive" / "x")
+    assert place.parent == tmp_path
+    assert place != archive._lock_file(tmp_path / "drive" / "y")
+    with archive.locked(tmp_path / "drive" / "x"):
+        assert place.exists()
+        with pytest.raises(archive.Timeout):
+            archive.FileLock(place).acquire(timeout=0)
+
+
+def test_other_faults_of_a_lock_are_not_passed_over(tmp_path, monkeypatch):
+    def broken(*_: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(archive.fcntl, "flock", broken)
+    with pytest.raises(OSError, match="Input/output error"):
+        archive._lock_file(tmp_path / "x.zip")
+    assert "Input/output error" in refused(download, ["http://127.0.0.1:9/x.zip"], tmp_path / "x.zip", tries=1)
+
+
 # --- Finding ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    with serving() as running:
+        yield running
 
 
 @pytest.fixture
@@ -413,10 +359,10 @@ def test_named_sources_must_exist(desk, monkeypatch):
 
 
 def test_a_url_is_saved_under_a_safe_name(desk, server):
-    server.files["/a/..%2f..%2fevil%20name.zip"] = b"content"
+    content = server.files["/a/..%2f..%2fevil%20name.zip"] = write_zip(desk / "a.zip", made_up()).read_bytes()
     path = find(server.url("/a/..%2f..%2fevil%20name.zip?download=1"), desk / "root")
     assert path == desk / "root" / "evil_name.zip"
-    assert path.read_bytes() == b"content"
+    assert path.read_bytes() == content
     assert "is not an address" in refused(find, "http://[broken/x.zip", desk)
     assert "only http and https" in refused(find, "file:///etc/passwd", desk / "root")
     assert "only http and https" in refused(find, "ftp://127.0.0.1/a.zip", desk / "root")
@@ -427,194 +373,6 @@ def test_built_in_addresses_must_give_the_published_bytes(desk, server):
     address = server.url("/a.zip")
     assert "14 bytes instead of 248,100,043" in refused(find, address, desk, urls=[address])
     assert not (desk / "a.zip").exists()
-
-
-# --- Downloading ------------------------------------------------------------------------------------------------------
-
-BODY = random.Random(1).randbytes(700_000)
-EXPECTED = {"size": len(BODY), "md5": hashlib.md5(BODY).hexdigest(), "sha256": hashlib.sha256(BODY).hexdigest()}
-
-
-class Server(http.server.ThreadingHTTPServer):
-    """Serves `files` by path. A path's `behaviours` are used up first, one per request."""
-
-    def __init__(self):
-        super().__init__(("127.0.0.1", 0), _Handler)
-        self.files: dict[str, bytes] = {}
-        self.behaviours: dict[str, list[object]] = {}
-        self.requests: list[tuple[str, str | None]] = []
-
-    def url(self, path: str) -> str:
-        return f"http://127.0.0.1:{self.server_port}{path}"
-
-
-class _Handler(http.server.BaseHTTPRequestHandler):
-    def do_GET(self) -> None:
-        path, wanted = self.path.partition("?")[0], self.headers.get("Range")
-        self.server.requests.append((path, wanted))
-        behaviours = self.server.behaviours.get(path)
-        behaviour = behaviours.pop(0) if behaviours else "serve"
-        body = self.server.files.get(path)
-        if isinstance(behaviour, int) or (body is None and not str(behaviour).startswith("to ")):
-            self.send_error(behaviour if isinstance(behaviour, int) else 404)
-            return
-        if behaviour.startswith("to "):
-            self.send_response(302)
-            self.send_header("Location", behaviour[3:])
-            self.end_headers()
-            return
-        start = int(wanted.removeprefix("bytes=").removesuffix("-")) if wanted and behaviour != "ignore range" else 0
-        self.send_response(206 if start else 200)
-        if start:
-            self.send_header("Content-Range", f"bytes {start}-{len(body) - 1}/{len(body)}")
-        if behaviour != "no length":
-            self.send_header("Content-Length", str(len(body) - start))
-        self.end_headers()
-        self.wfile.write(body[start : len(body) // 2] if behaviour == "cut" else body[start:])
-
-    def log_message(self, *arguments: object) -> None:
-        pass
-
-
-@pytest.fixture
-def server() -> Iterator[Server]:
-    with Server() as running:
-        threading.Thread(target=running.serve_forever, args=(0.01,), daemon=True).start()
-        running.files["/good"] = BODY
-        running.files["/bad"] = b"x" + BODY[1:]
-        yield running
-        running.shutdown()
-
-
-@pytest.fixture
-def target(tmp_path) -> Path:
-    return tmp_path / "data" / "x.zip"
-
-
-def _names(folder: Path) -> set[str]:
-    return {path.name for path in folder.iterdir()} - {"x.zip.lock"}
-
-
-def test_download_and_a_second_call_that_needs_no_server(server, target):
-    assert download([server.url("/good")], target, **EXPECTED) == target
-    assert target.read_bytes() == BODY
-    assert _names(target.parent) == {"x.zip"}
-    download([server.url("/good")], target, **EXPECTED)
-    assert len(server.requests) == 1
-
-
-@pytest.mark.parametrize("behaviour", ["serve", "ignore range"])
-def test_a_partial_file_is_continued_or_begun_anew(server, target, behaviour):
-    target.parent.mkdir()
-    target.with_name("x.zip.partial").write_bytes(BODY[:300_000])
-    server.behaviours["/good"] = [behaviour]
-    download([server.url("/good")], target, **EXPECTED)
-    assert target.read_bytes() == BODY
-    assert server.requests == [("/good", "bytes=300000-")]
-
-
-def test_a_cut_connection_is_continued(server, target):
-    server.behaviours["/good"] = ["cut"]
-    download([server.url("/good")], target, **EXPECTED, wait=0)
-    assert target.read_bytes() == BODY
-    assert server.requests == [("/good", None), ("/good", f"bytes={len(BODY) // 2}-")]
-
-
-def test_a_partial_file_of_something_else_does_not_spoil_the_download(server, target):
-    target.parent.mkdir()
-    for junk in (b"x" * 300_000, b"x" * len(BODY), b"x" * 800_000):
-        target.with_name("x.zip.partial").write_bytes(junk)
-        download([server.url("/good")], target, **EXPECTED, wait=0)
-        assert target.read_bytes() == BODY
-        target.unlink()
-
-
-def test_a_cut_file_of_unknown_hash_is_noticed_by_its_length(server, target):
-    server.behaviours["/good"] = ["cut"] * 3
-    assert "the connection ended after 350,000 bytes" in refused(download, [server.url("/good")], target, wait=0)
-    assert not target.exists()
-    server.behaviours["/good"] = ["no length"]
-    assert download([server.url("/good")], target).read_bytes() == BODY
-
-
-@pytest.mark.parametrize("behaviour", [500, 503, 429, "cut"])
-def test_passing_faults_are_tried_three_times(server, target, behaviour):
-    server.behaviours["/good"] = [behaviour, behaviour]
-    download([server.url("/good")], target, **EXPECTED, wait=0)
-    assert target.read_bytes() == BODY
-    target.unlink()
-    server.behaviours["/good"] = [500] * 3
-    server.requests.clear()
-    refused(download, [server.url("/good")], target, **EXPECTED, wait=0)
-    assert len(server.requests) == 3
-
-
-@pytest.mark.parametrize("first", ["/missing", "/bad", "/short", "/long"])
-def test_the_next_mirror_takes_over(server, target, first):
-    server.files |= {"/short": BODY[:-1], "/long": BODY + b"x"}
-    server.behaviours["/short"] = server.behaviours["/long"] = ["no length"] * 3
-    download([server.url(first), server.url("/good")], target, **EXPECTED, wait=0)
-    assert target.read_bytes() == BODY
-    assert _names(target.parent) == {"x.zip"}
-
-
-def test_wrong_content_is_never_left_nor_replaces_anything(server, target):
-    message = refused(download, [server.url("/bad")], target, **EXPECTED)
-    assert "wrong md5" in message
-    assert f"put it at {target}, or set TINY_IMAGENET" in message
-    assert _names(target.parent) == set()
-    target.write_bytes(b"mine")
-    refused(download, [server.url("/bad")], target, **EXPECTED)
-    assert target.read_bytes() == b"mine"
-
-
-@pytest.mark.parametrize("location", ["file:///etc/passwd", "ftp://127.0.0.1/x", "data:,x"])
-def test_redirects_to_anything_but_http_are_refused(server, target, location):
-    server.behaviours["/good"] = [f"to {location}"]
-    assert "redirect" in refused(download, [server.url("/good")], target, **EXPECTED).lower()
-    assert not target.exists()
-
-
-def test_redirects_are_followed_but_not_from_https_to_http(server, target):
-    server.behaviours["/moved"] = ["to /good"]
-    download([server.url("/moved")], target, **EXPECTED)
-    assert target.read_bytes() == BODY
-    request = archive.urllib.request.Request("https://example.org/a")
-    with pytest.raises(archive._NextMirror):
-        archive._SafeRedirects().redirect_request(request, None, 302, "", {}, "http://example.org/a")
-
-
-def test_without_a_network_one_line_says_what_to_do(target):
-    with Server() as gone:
-        address = gone.url("/good")
-    message = refused(download, [address], target, **EXPECTED, tries=2, wait=0)
-    assert "Connection refused" in message
-    assert "TINY_IMAGENET" in message
-    assert "no-such-host.invalid" in refused(download, ["https://no-such-host.invalid/x.zip"], target, tries=1)
-
-
-def test_a_disk_without_room_is_noticed_before_the_download(server, target, monkeypatch):
-    usage = archive.shutil.disk_usage("/")._replace(free=500_000)
-    monkeypatch.setattr(archive.shutil, "disk_usage", lambda path: usage)
-    message = refused(download, [server.url("/good")], target, **EXPECTED)
-    assert "500,000 bytes free" in message
-    assert _names(target.parent) == set()
-
-
-def test_an_unwritable_place_is_one_line(server, tmp_path):
-    (tmp_path / "file").write_bytes(b"")
-    assert "cannot write" in refused(download, [server.url("/good")], tmp_path / "file" / "x.zip", **EXPECTED)
-    assert (tmp_path / "file").read_bytes() == b""
-
-
-def test_two_downloads_at_once_are_one(server, target):
-    threads = [threading.Thread(target=download, args=([server.url("/good")], target), kwargs=EXPECTED) for _ in "ab"]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert target.read_bytes() == BODY
-    assert len(server.requests) == 1
 
 
 # --- The published archive --------------------------------------------------------------------------------------------

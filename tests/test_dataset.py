@@ -6,10 +6,6 @@ import multiprocessing
 import os
 import pickle
 import shutil
-import signal
-import subprocess
-import sys
-import textwrap
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +13,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from test_archive import jpeg, made_up, real_archive, refused, write_folder, write_zip
+from reliability.archives import (
+    change_meta,
+    jpeg,
+    leftovers,
+    made_up,
+    real_archive,
+    refused,
+    write_folder,
+    write_zip,
+)
 
 from tinylab import archive, dataset
 from tinylab.dataset import Dataset, open_dataset, prepare, verify
@@ -31,11 +36,6 @@ def zipped(tmp_path) -> Path:
 @pytest.fixture
 def prepared(tmp_path, zipped) -> Dataset:
     return prepare(zipped, tmp_path / "ds", progress=False)
-
-
-def leftovers(folder: Path) -> set[str]:
-    """What lies beside the data set, but for its lock and the archive."""
-    return {path.name for path in folder.iterdir()} - {"made.zip", "ds.lock"}
 
 
 # --- What is prepared -------------------------------------------------------------------------------------------------
@@ -139,31 +139,29 @@ def test_altered_tiny_imagenet_is_refused_for_auto_and_noted_when_named(tmp_path
 # --- Opening what is not right ----------------------------------------------------------------------------------------
 
 
-def _meta(folder: Path, **changes: object) -> None:
-    meta = json.loads((folder / "meta.json").read_text())
-    (folder / "meta.json").write_text(json.dumps(meta | changes))
-
-
 DAMAGES = {
     "no meta": (lambda d: (d / "meta.json").unlink(), "run `tinylab prepare --data"),
     "no folder": (shutil.rmtree, "run `tinylab prepare --data"),
-    "version": (lambda d: _meta(d, format_version=2), "format version 2"),
+    "version": (lambda d: change_meta(d, format_version=2), "format version 2"),
     "no version": (lambda d: (d / "meta.json").write_text("[]"), "format version None"),
     "not JSON": (lambda d: (d / "meta.json").write_text("{"), "meta.json is not JSON"),
     "not text": (lambda d: (d / "meta.json").write_bytes(b"\xff"), "meta.json is not JSON"),
-    "no classes": (lambda d: _meta(d, wnids=None), "meta.json is incomplete"),
-    "counts": (lambda d: _meta(d, val_count=7), "images.npy is uint8(18, 64, 64, 3) instead of uint8(19, 64, 64, 3)"),
-    "negative": (lambda d: _meta(d, train_count=-1, val_count=19), "labels that stand for no class"),
-    "unsorted": (lambda d: _meta(d, wnids=["n02", "n01", "n03"]), "not sorted"),
-    "repeated": (lambda d: _meta(d, wnids=["n01", "n01", "n03"]), "not sorted"),
-    "names": (lambda d: _meta(d, names=["a"]), "names do not match"),
+    "no classes": (lambda d: change_meta(d, wnids=None), "meta.json is incomplete"),
+    "counts": (lambda d: change_meta(d, val_count=7), "images.npy is no uint8(19, 64, 64, 3) array, it has the header"),
+    "negative": (lambda d: change_meta(d, train_count=-1, val_count=19), "labels that stand for no class"),
+    "unsorted": (lambda d: change_meta(d, wnids=["n02", "n01", "n03"]), "not sorted"),
+    "repeated": (lambda d: change_meta(d, wnids=["n01", "n01", "n03"]), "not sorted"),
+    "names": (lambda d: change_meta(d, names=["a"]), "names do not match"),
     "no images": (lambda d: (d / "images.npy").unlink(), "images.npy is missing"),
-    "cut images": (lambda d: os.truncate(d / "images.npy", 100_000), "images.npy is cut short"),
+    "cut images": (lambda d: os.truncate(d / "images.npy", 100_000), "images.npy has the wrong size"),
     "empty labels": (lambda d: os.truncate(d / "labels.npy", 0), "labels.npy is cut short"),
     "more images": (lambda d: os.truncate(d / "images.npy", 10**6), "images.npy has the wrong size"),
-    "pickle": (lambda d: np.save(d / "labels.npy", np.array([{}]), allow_pickle=True), "labels.npy is cut short or no"),
-    "dtype": (lambda d: np.save(d / "labels.npy", np.zeros(18, np.int64)), "labels.npy is int64(18,) instead of int16"),
-    "shape": (lambda d: np.save(d / "boxes.npy", np.zeros((18, 3), np.uint8)), "boxes.npy is uint8(18, 3)"),
+    "pickle": (
+        lambda d: np.save(d / "labels.npy", np.array([{}]), allow_pickle=True),
+        "labels.npy is no int16(18,) array",
+    ),
+    "dtype": (lambda d: np.save(d / "labels.npy", np.zeros(18, np.int64)), "labels.npy is no int16(18,) array, it has"),
+    "shape": (lambda d: np.save(d / "boxes.npy", np.zeros((18, 3), np.uint8)), "boxes.npy is no uint8(18, 4) array"),
     "label": (lambda d: np.save(d / "labels.npy", np.full(18, 3, np.int16)), "labels that stand for no class"),
     "negative label": (
         lambda d: np.save(d / "labels.npy", np.full(18, -1, np.int16)),
@@ -184,39 +182,12 @@ def test_damage_is_one_line_that_says_what_to_do(prepared, case):
 # --- Preparing what is not right --------------------------------------------------------------------------------------
 
 
-def _png() -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", (64, 64)).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def _giant_header() -> bytes:
-    sound = jpeg(0)
-    frame = sound.index(b"\xff\xc0")
-    return sound[: frame + 5] + b"\xea\x60\xea\x60" + sound[frame + 9 :]  # 60,000 x 60,000
-
-
-BAD_IMAGES = {
-    "cut": (jpeg(0)[:-200], "not a sound JPEG"),
-    "header only": (jpeg(0)[:200], "not a sound JPEG"),
-    "empty": (b"", "not a sound JPEG"),
-    "text": (b"hello", "not a sound JPEG"),
-    "png": (_png(), "not a sound JPEG"),
-    "giant": (_giant_header(), ""),
-    "small": (jpeg(0, side=63), "63 x 63 pixels instead of 64 x 64"),
-    "large": (jpeg(0, side=224), "224 x 224 pixels instead of 64 x 64"),
-}
-
-
 @pytest.mark.parametrize("workers", [1, 2])
-@pytest.mark.parametrize("case", BAD_IMAGES)
-def test_a_bad_image_is_named_and_nothing_is_left(tmp_path, monkeypatch, case, workers):
-    content, expected = BAD_IMAGES[case]
+def test_a_bad_image_is_named_and_nothing_is_left(tmp_path, monkeypatch, workers):
     monkeypatch.setattr(dataset, "_CHUNK_IMAGES", 5)
-    files = made_up() | {"train/n02/images/n02_1.JPEG": content}
+    files = made_up() | {"train/n02/images/n02_1.JPEG": jpeg(0)[:-200]}
     message = refused(prepare, write_zip(tmp_path / "made.zip", files), tmp_path / "ds", workers, progress=False)
-    assert "train/n02/images/n02_1.JPEG" in message
-    assert expected in message
+    assert "train/n02/images/n02_1.JPEG is not a sound JPEG" in message
     assert leftovers(tmp_path) == set()
 
 
@@ -258,141 +229,6 @@ def test_too_little_space_is_noticed_before_writing(tmp_path, zipped, monkeypatc
 def test_a_read_only_place_is_one_line(tmp_path, zipped):
     (tmp_path / "locked").mkdir(mode=0o555)
     assert "cannot write" in refused(prepare, zipped, tmp_path / "locked" / "ds")
-
-
-def run(script: str, **keywords: object) -> subprocess.Popen:
-    """A Python process of its own, leader of a new process group, in which tinylab can be imported."""
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    command = [sys.executable, "-c", textwrap.dedent(script)]
-    return subprocess.Popen(
-        command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
-    )
-
-
-@pytest.mark.parametrize("limit", [0, 100, 5_000, 100_000, 220_000])
-@pytest.mark.parametrize("reserve", [True, False])
-def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, zipped, limit, reserve):
-    process = run(f"""
-        import os, resource
-        from tinylab import dataset
-        from tinylab.recipe import UserError
-        if not {reserve}:
-            del os.posix_fallocate
-        resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
-        try:
-            dataset.prepare({str(zipped)!r}, {str(tmp_path / "ds")!r}, progress=False)
-        except UserError as error:
-            print(error)
-    """)
-    output, errors = process.communicate(timeout=60)
-    assert errors == ""
-    assert output.count("\n") == 1
-    assert f"cannot write {tmp_path / 'ds'}" in output
-    assert "bytes" in output
-    assert leftovers(tmp_path) == set()
-
-
-# --- Several processes, and processes that die ------------------------------------------------------------------------
-
-
-def test_processes_that_prepare_at_once_build_once(tmp_path, zipped, monkeypatch):
-    build = dataset._build
-
-    def slow_build(*arguments: object) -> None:
-        with open(tmp_path / "builds", "a") as log:
-            log.write("x")
-        time.sleep(0.3)
-        build(*arguments)
-
-    def work(answers: multiprocessing.SimpleQueue) -> None:
-        answers.put(int(prepare(zipped, tmp_path / "ds", progress=False).images.sum()))
-
-    monkeypatch.setattr(dataset, "_build", slow_build)
-    context = multiprocessing.get_context("fork")
-    answers = context.SimpleQueue()
-    processes = [context.Process(target=work, args=(answers,)) for _ in range(6)]
-    for process in processes:
-        process.start()
-    sums = {answers.get() for _ in processes}
-    for process in processes:
-        process.join()
-    assert sums == {int(open_dataset(tmp_path / "ds").images.sum())}
-    assert (tmp_path / "builds").read_text() == "x"
-
-
-@pytest.fixture
-def builder(tmp_path, zipped) -> Iterator[subprocess.Popen]:
-    """A process that prepares with two workers, so slowly that it is still at it when the test stops it."""
-    process = run(f"""
-        import time
-        from tinylab import dataset
-        decode = dataset._decode
-        dataset._decode = lambda *arguments: (time.sleep(0.2), decode(*arguments))[1]
-        dataset._CHUNK_IMAGES = 2
-        dataset.prepare({str(zipped)!r}, {str(tmp_path / "ds")!r}, workers=2)
-    """)
-    deadline = time.monotonic() + 30
-    while len(_members(process.pid)) < 3 or not list(tmp_path.glob("ds.building-*/images.npy")):
-        assert process.poll() is None, process.stderr.read()
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    time.sleep(0.3)  # the workers are decoding
-    yield process
-    for pid in _members(process.pid):
-        os.kill(pid, signal.SIGKILL)
-    process.communicate()
-
-
-def _members(group: int) -> list[int]:
-    """Process ids of a process group that are alive."""
-    alive = []
-    for entry in Path("/proc").iterdir():
-        try:
-            state, _, pgrp = (entry / "stat").read_text().rpartition(")")[2].split()[:3]
-        except (OSError, ValueError):
-            continue
-        if int(pgrp) == group and state != "Z":
-            alive.append(int(entry.name))
-    return alive
-
-
-def _wait_until_gone(group: int) -> None:
-    deadline = time.monotonic() + 5
-    while _members(group):
-        assert time.monotonic() < deadline, "worker processes outlive the builder"
-        time.sleep(0.02)
-
-
-needs_proc = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads Linux's /proc")
-
-
-@needs_proc
-def test_ctrl_c_ends_all_processes_and_leaves_nothing(tmp_path, builder):
-    os.killpg(builder.pid, signal.SIGINT)
-    errors = builder.communicate(timeout=20)[1]
-    assert builder.returncode == -signal.SIGINT
-    assert errors.count("Traceback") == 1
-    _wait_until_gone(builder.pid)
-    assert leftovers(tmp_path) == set()
-
-
-@needs_proc
-def test_after_a_killed_builder_nothing_runs_on_and_the_next_one_tidies_up(tmp_path, zipped, builder):
-    os.kill(builder.pid, signal.SIGKILL)
-    _wait_until_gone(builder.pid)
-    assert len(leftovers(tmp_path)) == 1
-    assert not (tmp_path / "ds").exists()
-    assert len(prepare(zipped, tmp_path / "ds", progress=False)) == 18
-    assert leftovers(tmp_path) == {"ds"}
-
-
-@needs_proc
-def test_a_killed_worker_is_one_line(tmp_path, builder):
-    worker = max(_members(builder.pid))
-    os.kill(worker, signal.SIGKILL)
-    errors = builder.communicate(timeout=20)[1]
-    assert "UserError: a worker process was killed" in errors
-    assert leftovers(tmp_path) == set()
 
 
 # --- The published archive --------------------------------------------------------------------------------------------

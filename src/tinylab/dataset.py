@@ -5,7 +5,7 @@ A data set folder holds
     images.npy    uint8 (N, 64, 64, 3), RGB
     labels.npy    int16 (N,), indices into the sorted wnids
     boxes.npy     uint8 (N, 4), x0 y0 x1 y1 in pixels, corners included
-    meta.json     classes, counts, the content's sha256, and the sha256 of the three files above
+    meta.json     classes, counts, the content's sha256, and the sha256 of the three files above and of itself
 
 in canonical order (see `archive.Archive`). It is built under another name and renamed: a folder that exists is
 complete.
@@ -17,13 +17,16 @@ import glob
 import hashlib
 import io
 import json
+import math
 import multiprocessing
 import multiprocessing.connection
 import os
+import re
 import shutil
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -32,12 +35,11 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from filelock import FileLock, Timeout
 from PIL import Image
 from tqdm import tqdm
 
 from tinylab import archive
-from tinylab.archive import CONTENT_SHA256, IMAGE_SIDE, URLS, Archive, Members, interactive
+from tinylab.archive import CONTENT_SHA256, IMAGE_SIDE, URLS, Archive, Members, interactive, shown
 from tinylab.recipe import UserError
 
 FORMAT_VERSION = 1
@@ -48,6 +50,18 @@ _IMAGE_BYTES = IMAGE_SIDE * IMAGE_SIDE * 3
 _CHUNK_IMAGES = 500  # 6 MB of pixels: what one worker holds in memory and writes at once
 _ARRAYS = ("images.npy", "labels.npy", "boxes.npy")
 _MARGIN_BYTES = 16 * 1024 * 1024
+_META_LIMIT = 8 * 1024 * 1024
+_COUNT_LIMIT = 1 << 31
+_KEYS = {
+    "format_version",
+    "is_tiny_imagenet",
+    "content_sha256",
+    "train_count",
+    "val_count",
+    "sha256",
+    "wnids",
+    "names",
+}
 
 
 @dataclass(frozen=True)
@@ -94,41 +108,77 @@ def open_dataset(folder: Path = FOLDER) -> Dataset:
     """
     folder = Path(folder)
     meta = _read_meta(folder)
-    try:
-        wnids, names = tuple(meta["wnids"]), tuple(meta["names"])
-        train_count, count = int(meta["train_count"]), int(meta["train_count"]) + int(meta["val_count"])
-        content = str(meta["content_sha256"])
-        if not all(isinstance(text, str) for text in (*wnids, *names)):
-            raise TypeError("class names that are no text")
-    except (KeyError, TypeError, ValueError) as error:
-        raise _damaged(folder, "meta.json is incomplete") from error
-    if not wnids or list(wnids) != sorted(set(wnids)) or len(names) != len(wnids):
+    wnids, names, content = meta.get("wnids"), meta.get("names"), meta.get("content_sha256")
+    counts = meta.get("train_count"), meta.get("val_count")
+    if not (
+        all(type(texts) is list and all(type(text) is str for text in texts) for texts in (wnids, names))
+        and all(type(count) is int and abs(count) < _COUNT_LIMIT for count in counts)
+        and type(content) is str
+        and re.fullmatch("[0-9a-f]{64}", content)
+    ):
+        raise _damaged(folder, "meta.json is incomplete")
+    if not wnids or wnids != sorted(set(wnids)) or len(names) != len(wnids):
         raise _damaged(folder, "the classes in meta.json are not sorted, or their names do not match")
+    if not all(wnid.isprintable() for wnid in wnids):
+        raise _damaged(folder, "meta.json names a class with control characters")
+    train_count, count = counts[0], sum(counts)
     images = _open_array(folder / "images.npy", (count, IMAGE_SIDE, IMAGE_SIDE, 3), np.uint8)
     labels = _open_array(folder / "labels.npy", (count,), np.int16)
     boxes = _open_array(folder / "boxes.npy", (count, 4), np.uint8)
-    if not 0 <= train_count <= count or (count and not 0 <= labels.min() <= labels.max() < len(wnids)):
+    if not 0 <= train_count <= count or not 0 <= labels.min() <= labels.max() < len(wnids):
         raise _damaged(folder, "labels.npy has labels that stand for no class")
-    return Dataset(folder, images, labels, boxes, wnids, names, train_count, content)
+    if boxes.max() >= IMAGE_SIDE:
+        raise _damaged(folder, "boxes.npy has boxes outside the image")
+    # A folder from somebody else may hold names that no archive could have given.
+    names = tuple(archive.printable(name) or wnid for name, wnid in zip(names, wnids, strict=True))
+    return Dataset(folder, images, labels, boxes, tuple(wnids), names, train_count, content)
+
+
+def refuse_inside(dataset: Dataset, folder: Path, what: str) -> None:
+    """Raises `UserError` if `folder` lies in the data folder, which holds what `prepare` wrote and no more."""
+    if folder.resolve().is_relative_to(dataset.folder.resolve()):
+        raise UserError(f"{folder} is inside the data folder {dataset.folder}: choose another place for the {what}")
 
 
 def verify(dataset: Dataset) -> None:
     """Reads all of the data set and compares it with the sha256 in its meta.json; a few seconds.
 
-    Raises `UserError` naming the file that has changed since it was prepared.
+    Raises `UserError` naming the file that has changed since it was prepared. In folders prepared before meta.json had
+    a hash of itself, only its form is checked.
     """
-    expected = _read_meta(dataset.folder).get("sha256")
-    if not isinstance(expected, dict):
-        raise _damaged(dataset.folder, "meta.json has no hashes")
+    folder = dataset.folder
+    meta = _read_meta(folder)
+    expected = meta.get("sha256")
+    if not isinstance(expected, dict) or not set(_ARRAYS) <= set(expected):
+        raise _damaged(folder, "meta.json has no hashes")
+    if set(meta) != _KEYS or not set(expected) <= {*_ARRAYS, "meta.json"}:
+        raise _damaged(folder, "meta.json has changed since it was prepared")
+    if (folder / "meta.json").read_bytes() != _meta_bytes(meta):
+        raise _damaged(folder, "meta.json has changed since it was prepared")
     for name in _ARRAYS:
-        with open(dataset.folder / name, "rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != expected.get(name):
-                raise _damaged(dataset.folder, f"{name} has changed since it was prepared")
+        with _open_file(folder / name) as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != expected[name]:
+                raise _damaged(folder, f"{name} has changed since it was prepared")
+
+
+def _meta_bytes(meta: dict) -> bytes:
+    """The only way in which meta.json is written, so that every changed byte shows."""
+    return (json.dumps(meta, indent=1, ensure_ascii=False) + "\n").encode("utf-8", "surrogatepass")
+
+
+def _meta_sha256(meta: dict) -> str:
+    """sha256 of meta.json without the entry that holds this hash."""
+    others = {name: digest for name, digest in meta["sha256"].items() if name != "meta.json"}
+    return hashlib.sha256(_meta_bytes(meta | {"sha256": others})).hexdigest()
 
 
 def _read_meta(folder: Path) -> dict:
     try:
-        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        with _open_file(folder / "meta.json") as file:
+            raw = file.read(_META_LIMIT + 1)
+        if len(raw) > _META_LIMIT:
+            raise _damaged(folder, f"meta.json has more than {_META_LIMIT:,} bytes")
+        meta = json.loads(raw.decode("utf-8"), object_pairs_hook=_without_duplicates, parse_constant=_no_constant)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(f"no data set in {folder}: run `tinylab prepare --data {folder}`") from error
     except OSError as error:
@@ -136,26 +186,60 @@ def _read_meta(folder: Path) -> dict:
     except (ValueError, RecursionError) as error:
         raise _damaged(folder, "meta.json is not JSON") from error
     version = meta.get("format_version") if isinstance(meta, dict) else None
-    if version != FORMAT_VERSION:
+    if type(version) is not int or version != FORMAT_VERSION:
+        found = ascii(version)[:40] if isinstance(version, int | float | str | None) else "of no kind"
         raise UserError(
-            f"{folder} has format version {version!r}, this tinylab reads version {FORMAT_VERSION}: delete it and run "
+            f"{folder} has format version {found}, this tinylab reads version {FORMAT_VERSION}: delete it and run "
             f"`tinylab prepare --data {folder}`"
         )
+    hashes = meta.get("sha256")
+    if isinstance(hashes, dict) and "meta.json" in hashes and hashes["meta.json"] != _meta_sha256(meta):
+        raise _damaged(folder, "meta.json has changed since it was prepared")
     return meta
 
 
+def _without_duplicates(pairs: list[tuple[str, object]]) -> dict:
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError("a key that is there twice")
+    return dict(pairs)
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _open_file(path: Path) -> BinaryIO:
+    """Opens a regular file for reading. A pipe or a device, which may never end, is a damaged data set."""
+    if path.exists() and not path.is_file():
+        raise _damaged(path.parent, f"{path.name} is not a file")
+    return open(path, "rb")
+
+
 def _open_array(path: Path, shape: tuple[int, ...], dtype: type) -> np.ndarray:
+    """The .npy file at `path`, memory-mapped; its header must be just the one of this shape and type.
+
+    `np.load` would evaluate whatever stands in the header, and open other kinds of files too.
+    """
+    wanted = (
+        f"{{'descr': {np.lib.format.dtype_to_descr(np.dtype(dtype))!r}, 'fortran_order': False, 'shape': {shape}, }}"
+    )
     try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        with _open_file(path) as file:
+            magic = file.read(10)
+            if magic[:8] != b"\x93NUMPY\1\0":
+                raise _damaged(path.parent, f"{path.name} is cut short or no array")
+            header = file.read(int.from_bytes(magic[8:], "little")).decode("latin-1")
+            offset, size = file.tell(), os.fstat(file.fileno()).st_size
+        if header.rstrip(" \n") != wanted:
+            found = shown(ascii(header.rstrip())[1:-1])
+            raise _damaged(path.parent, f"{path.name} is no {np.dtype(dtype)}{shape} array, it has the header {found}")
+        if size != offset + math.prod(shape) * np.dtype(dtype).itemsize or 0 in shape:
+            raise _damaged(path.parent, f"{path.name} has the wrong size")
+        return np.memmap(path, dtype, "r", offset, shape)
     except FileNotFoundError as error:
         raise _damaged(path.parent, f"{path.name} is missing") from error
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError) as error:
         raise _damaged(path.parent, f"{path.name} is cut short or no array") from error
-    if array.shape != shape or array.dtype != dtype or not array.flags.c_contiguous:
-        raise _damaged(path.parent, f"{path.name} is {array.dtype}{array.shape} instead of {np.dtype(dtype)}{shape}")
-    if path.stat().st_size != array.offset + array.nbytes:
-        raise _damaged(path.parent, f"{path.name} has the wrong size")
-    return array
 
 
 def _damaged(folder: Path, problem: str) -> UserError:
@@ -185,7 +269,7 @@ def prepare(
         if _is_prepared(folder):
             return open_dataset(folder)
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with _lock(folder):
+        with archive.locked(folder, f"another process is preparing {folder}; waiting for it"):
             if not _is_prepared(folder):
                 for stray in folder.parent.glob(f"{glob.escape(folder.name)}.building-*"):
                     shutil.rmtree(stray)  # whoever built there is gone: the lock is ours
@@ -207,22 +291,6 @@ def _is_prepared(folder: Path) -> bool:
     if folder.exists() and not (folder.is_dir() and next(folder.iterdir(), None) is None):
         raise UserError(f"{folder} exists, but is no data set: choose another place with --data, or move it away")
     return False
-
-
-@contextlib.contextmanager
-def _lock(folder: Path) -> Iterator[None]:
-    lock = FileLock(folder.parent / f"{folder.name}.lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        if not Path(lock.lock_file).exists():  # no other process: the place itself refuses files
-            raise UserError(f"cannot write {folder}: choose another place with --data") from None
-        print(f"another process is preparing {folder}; waiting for it", file=sys.stderr)
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _build(source: Archive, folder: Path, workers: int, progress: bool, strict: bool) -> None:
@@ -267,7 +335,8 @@ def _write(source: Archive, building: Path, workers: int, progress: bool, strict
         "wnids": source.wnids,
         "names": source.names,
     }
-    (building / "meta.json").write_text(json.dumps(meta, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    hashes["meta.json"] = _meta_sha256(meta)
+    (building / "meta.json").write_bytes(_meta_bytes(meta))
 
 
 def _check_identity(source: Archive, content: str, strict: bool) -> None:
@@ -401,17 +470,17 @@ def _decode(jpeg: bytes, name: str) -> np.ndarray:
     Tiny ImageNet by its content hash.
     """
     try:
-        with Image.open(io.BytesIO(jpeg), formats=["JPEG"]) as image:
+        with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(jpeg), formats=["JPEG"]) as image:
             if image.size != (IMAGE_SIDE, IMAGE_SIDE):
                 problem = f"has {image.width} x {image.height} pixels instead of {IMAGE_SIDE} x {IMAGE_SIDE}"
-                raise UserError(f"{name} {problem}; use an unmodified copy of the archive")
+                raise UserError(f"{shown(name)} {problem}; use an unmodified copy of the archive")
             if image.mode not in ("L", "RGB", "CMYK"):
-                raise UserError(f"{name} is neither grey, RGB nor CMYK; use an unmodified copy of the archive")
+                raise UserError(f"{shown(name)} is neither grey, RGB nor CMYK; use an unmodified copy of the archive")
             return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
     except UserError:
         raise
     except Exception as error:  # Pillow raises many kinds for broken files, SyntaxError among them
-        raise UserError(f"{name} is not a sound JPEG file; use an unmodified copy of the archive") from error
+        raise UserError(f"{shown(name)} is not a sound JPEG file; use an unmodified copy of the archive") from error
 
 
 def available_cores() -> int:
