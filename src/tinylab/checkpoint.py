@@ -1,7 +1,8 @@
 """Files that are whole or absent: atomic writes, and checkpoints that carry their own hash.
 
 A checkpoint is MAGIC, the SHA-256 of the payload, then the payload as torch.save writes it: tensors and plain Python
-values only, so that it loads without running anybody's code. Its predecessor stays beside it: two generations.
+values only, so that it loads without running anybody's code. Its predecessor stays beside it: two generations. A second
+home for them is a `mirror.Mirror`.
 """
 
 import contextlib
@@ -9,14 +10,20 @@ import hashlib
 import io
 import os
 import pickle
+import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from tinylab.recipe import UserError
 
-MAGIC = b"tinylab checkpoint 1\n"
+MAGIC = b"tinylab checkpoint 2\n"
 NEWEST, PREVIOUS = "last.ckpt", "previous.ckpt"
+
+Parts = tuple[bytes, memoryview]
+"""A checkpoint file's content, in two pieces so that its hundred megabytes are not copied."""
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -24,75 +31,31 @@ def write_atomically(path: Path, data: bytes) -> None:
 
     Written to a temporary name in the same folder, flushed to the disk, renamed. Raises `UserError` if that fails.
     """
+    _write_and_rename(path, (data,))
+
+
+def _write_and_rename(path: Path, parts: tuple[bytes | memoryview, ...], keep_as: Path | None = None) -> None:
+    """Replaces `path` in one step; what it held before stays as `keep_as`, if that is given."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
-            file.write(data)
+            for part in parts:
+                file.write(part)
             file.flush()
             os.fsync(file.fileno())
+        if keep_as is not None and path.exists():
+            os.replace(path, keep_as)
         os.replace(temporary, path)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     except OSError as error:
-        raise UserError(f"cannot write {path} ({len(data):,} bytes): {error.strerror or error}") from error
+        size = sum(len(part) for part in parts)
+        raise UserError(f"cannot write {path} ({size:,} bytes): {error.strerror or error}") from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
 
 
-def save(folder: Path, state: dict) -> None:
-    """Makes `state` the newest checkpoint in `folder` and keeps the one before; at any moment one is whole."""
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    payload = buffer.getvalue()
-    newest = folder / NEWEST
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if newest.exists():
-            os.replace(newest, folder / PREVIOUS)
-    except OSError as error:
-        raise UserError(f"cannot write {newest}: {error.strerror or error}") from error
-    write_atomically(newest, MAGIC + hashlib.sha256(payload).digest() + payload)
-
-
-def load(folder: Path) -> tuple[dict | None, str | None]:
-    """The newest whole checkpoint in `folder`, on the CPU, or None; and a line for the user about a damaged one.
-
-    Raises `UserError` if there are checkpoints and none of them is whole.
-    """
-    for stray in folder.glob("*.tmp"):
-        stray.unlink(missing_ok=True)
-    newest, previous = folder / NEWEST, folder / PREVIOUS
-    damaged = []
-    for path in (newest, previous):
-        if not path.exists():
-            continue
-        state = _read(path)
-        if state is None:
-            damaged.append(path.name)
-        elif damaged:
-            os.replace(previous, newest)  # else the next save would move the damaged one over the only whole one
-            return state, f"{NEWEST} is damaged; continuing from {PREVIOUS}"
-        else:
-            return state, None
-    if damaged:
-        raise UserError(
-            f"every checkpoint in {folder} is damaged ({', '.join(damaged)}); delete the run folder to start anew"
-        )
-    return None, None
-
-
-def _read(path: Path) -> dict | None:
-    data = path.read_bytes()
-    head, payload = len(MAGIC) + 32, memoryview(data)[len(MAGIC) + 32 :]
-    if data[: len(MAGIC)] != MAGIC or hashlib.sha256(payload).digest() != data[len(MAGIC) : head]:
-        return None
-    try:
-        return torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError):
-        return None
-
-
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Makes a rename durable, where the system lets a folder be opened."""
     with contextlib.suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
@@ -100,3 +63,117 @@ def _sync_folder(folder: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+def sweep(folder: Path) -> None:
+    """Removes what a killed process was writing in `folder`; only the holder of the folder's lock may call this."""
+    for stray in folder.glob("*.tmp"):
+        with contextlib.suppress(OSError):
+            stray.unlink()
+
+
+# --- Checkpoints ------------------------------------------------------------------------------------------------------
+
+
+def save(folder: Path, state: dict) -> Parts:
+    """Makes `state` the newest checkpoint in `folder` and keeps the one before; at any moment one of them is whole.
+    Returns the content of the file. Raises `UserError` if it cannot be written: what could be read before still can."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    payload = buffer.getbuffer()
+    parts = (MAGIC + hashlib.sha256(payload).digest(), payload)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write {folder / NEWEST}: {error.strerror or error}") from error
+    _write_and_rename(folder / NEWEST, parts, keep_as=folder / PREVIOUS)
+    return parts
+
+
+class Found(NamedTuple):
+    """What `find` has found in one folder."""
+
+    state: dict | None
+    """The newest whole checkpoint's, on the CPU."""
+    path: Path | None
+    """Where it lies."""
+    damaged: list[Path]
+    """Checkpoints that are newer, or all that there are, and not whole."""
+
+    @property
+    def progress(self) -> tuple[int, int]:
+        """Epoch and steps done in it; the higher the newer."""
+        return (self.state["epoch"], self.state["step"]) if self.state else (0, 0)
+
+
+def find(folder: Path) -> Found:
+    """The newest whole checkpoint in `folder`. Changes nothing. Raises `OSError` if the folder cannot be read."""
+    damaged = []
+    for path in (folder / NEWEST, folder / PREVIOUS):
+        try:
+            state = read(path)
+        except FileNotFoundError:
+            continue
+        if state is not None:
+            return Found(state, path, damaged)
+        damaged.append(path)
+    return Found(None, None, damaged)
+
+
+def load(
+    folder: Path, mirror: Path | None = None, mirror_fails: Callable[[OSError], None] = lambda _: None
+) -> tuple[dict | None, str | None]:
+    """The newest whole checkpoint of `folder` and its `mirror`, on the CPU, or None; and a line for the user if
+    anything was passed over. Changes nothing. A mirror that cannot be read is none, and `mirror_fails` hears of it.
+
+    Raises `UserError` if there are checkpoints and none of them is whole, or if those in `folder` cannot be read.
+    """
+    try:
+        found = [find(folder)]
+    except OSError as error:
+        raise UserError(f"cannot read {error.filename or folder}: {error.strerror or error}") from error
+    if mirror is not None:
+        try:
+            found.append(find(mirror))
+        except OSError as error:
+            mirror_fails(error)
+    best = max(found, key=lambda each: each.progress)  # of equals the first: at home
+    damaged = ", ".join(str(path) for each in found for path in each.damaged)
+    if best.state is None and damaged:
+        raise UserError(f"every checkpoint is damaged ({damaged}); delete them and the run folder to start anew")
+    if damaged:
+        return best.state, f"{damaged} is damaged; continuing from {best.path}"
+    elsewhere = best.state is not None and best is not found[0]
+    return best.state, f"continuing from the mirror's {best.path}" if elsewhere else None
+
+
+def clean(folder: Path) -> None:
+    """Before a run writes in `folder`: no leftovers of a killed process, and no damaged newest checkpoint, which the
+    next save would move over the only whole one."""
+    sweep(folder)
+    with contextlib.suppress(OSError):
+        found = find(folder)
+        for path in found.damaged:
+            path.unlink()
+        if found.path == folder / PREVIOUS:
+            os.replace(found.path, folder / NEWEST)
+
+
+def read(path: Path) -> dict | None:
+    """The state in the checkpoint file at `path`, on the CPU, or None if it is not whole. Raises `OSError` if it cannot
+    be read, `UserError` if another version of tinylab wrote it."""
+    if path.exists() and not path.is_file():  # a pipe would never end
+        return None
+    data = path.read_bytes()
+    if re.match(rb"tinylab checkpoint \d{1,9}\n", data) and not data.startswith(MAGIC):
+        raise UserError(f"another version of tinylab wrote {path}: continue with that, or choose another --run")
+    head = len(MAGIC) + hashlib.sha256().digest_size
+    payload = memoryview(data)[head:]
+    if data[: len(MAGIC)] != MAGIC or hashlib.sha256(payload).digest() != data[len(MAGIC) : head]:
+        return None
+    try:
+        state = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError):
+        return None
+    numbers = [state.get("epoch"), state.get("step")] if isinstance(state, dict) else [None]
+    return state if all(type(number) is int for number in numbers) else None

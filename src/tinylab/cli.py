@@ -26,6 +26,8 @@ from tyro.conf import Positional
 from tinylab.recipe import RECIPES, Recipe, UserError, named
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from tinylab.dataset import Dataset
     from tinylab.model import ResNet18
     from tinylab.record import Run
@@ -33,6 +35,12 @@ if TYPE_CHECKING:
 
 DATA = Path("data/tiny-imagenet")
 RESULTS, README = Path("results"), Path("README.md")
+OF_THE_USER = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG)
+"""What the operating system refuses and the user can mend."""
+MOST_SHOWN = 280
+"""Characters of an error's line, so that a name of five thousand does not bury what is wrong with it."""
+MOST_EXPLAINED = 400
+"""Rows of the figure of heat maps: a PNG of more than 65,535 pixels cannot be drawn."""
 DeviceName = Literal["auto", "cpu", "cuda", "mps"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 RecipeFields = Annotated[Recipe, tyro.conf.arg(name="", help="")]
@@ -100,6 +108,8 @@ class Train:
     fits."""
     workers: int | None = None
     """Processes that run albumentations; they do not change the result."""
+    mirror: Path | None = None
+    """A folder of this run's own, on another disk (Google Drive), that keeps the newest checkpoints, too."""
 
     def run(self) -> None:
         from tinylab.dataset import open_dataset
@@ -117,6 +127,7 @@ class Train:
             compiled=self.compiled,
             micro_batch=self.micro_batch,
             workers=self.workers,
+            mirror=self.mirror,
         )
         if not _first("RANK"):
             return  # one of several processes, of which the first tells the result
@@ -207,7 +218,14 @@ class Explain:
     """Where the figures go; by default the run folder's figures/."""
 
     def run(self) -> None:
+        if not 0 <= self.count <= MOST_EXPLAINED:
+            raise UserError(f"count must be from 0 to {MOST_EXPLAINED}, not {self.count}: a row of the figure for each")
+        from tinylab.dataset import refuse_inside
+
         finished, dataset, rows = open_finished(self.run_folder, self.data)
+        if self.figures:
+            refuse_inside(dataset, self.figures, "figures")
+        require_folder(self.figures or finished.figures, "figures")
         from tinylab import plots
         from tinylab.augment import normalise, resize
         from tinylab.explain import explain
@@ -220,7 +238,7 @@ class Explain:
             labels=dataset.labels,
             boxes=dataset.boxes,
             rows=rows.test,
-            logits=finished.predictions["logits"],
+            logits=predictions_of(finished, dataset, rows)["logits"],
             wnids=dataset.wnids[: rows.classes],
             names=dataset.names[: rows.classes],
             normalise=lambda images: normalise(resize(images, recipe.test_resolution), recipe),
@@ -235,12 +253,11 @@ class Explain:
             explanation.images, explanation.maps, explanation.entries, method=method
         )
         try:
-            target.mkdir(parents=True, exist_ok=True)
+            for name, figure in drawn.items():
+                print(plots.save(figure, target / f"{name}.png"))
         except OSError as error:
-            raise UserError(f"cannot write figures to {target}: {error.strerror}") from error
+            raise UserError(f"cannot write figures to {target}: {error.strerror or error}") from error
         finished.write("explain.json", explanation.to_json())
-        for name, figure in drawn.items():
-            print(plots.save(figure, target / f"{name}.png"))
         if self.figures:
             note_figures(finished, self.figures)
         print(f"{explanation.wrong:,} of {explanation.tested:,} test images are wrong; {finished.folder}/explain.json")
@@ -248,18 +265,32 @@ class Explain:
 
 @dataclass(frozen=True)
 class Verify:
-    """Read all of a data folder and compare it with the hashes noted when it was prepared."""
+    """Read all of a data folder, an archive or a run, compare it with its hashes, and say what is wrong."""
 
-    data: Positional[Path] = DATA
-    """The data folder."""
+    path: Positional[Path] = DATA
+    """A data folder, a zip or a folder with the archive's files, a run folder, or a mirror's."""
 
     def run(self) -> None:
-        from tinylab.dataset import open_dataset, verify
+        from tinylab.archive import verify_archive
 
-        dataset = open_dataset(self.data)
-        verify(dataset)
-        known = "the published Tiny ImageNet" if dataset.is_tiny_imagenet else "not the published Tiny ImageNet"
-        print(f"{self.data}: every file is as it was prepared; content sha256 {dataset.content_sha256}, {known}")
+        path, inside = self.path, lambda name: (self.path / name).exists()
+        if inside("run.json"):
+            from tinylab.record import Run, verify_run
+
+            print(verify_run(Run(path)))
+        elif inside("last.ckpt") or inside("previous.ckpt"):
+            from tinylab.record import verify_checkpoints
+
+            print(f"{path}: {verify_checkpoints(path)}")
+        elif path.is_file() or inside("wnids.txt") or inside("tiny-imagenet-200/wnids.txt"):
+            print(verify_archive(path))
+        else:
+            from tinylab.dataset import open_dataset, verify
+
+            dataset = open_dataset(path)
+            verify(dataset)
+            known = "the published Tiny ImageNet" if dataset.is_tiny_imagenet else "not the published Tiny ImageNet"
+            print(f"{path}: every file is as it was prepared; content sha256 {dataset.content_sha256}, {known}")
 
 
 @dataclass(frozen=True)
@@ -312,8 +343,11 @@ def open_finished(folder: Path, data: Path | None) -> "tuple[Run, Dataset, Split
 
     run = Run(folder)
     identity = run.identity
-    _ = run.summary  # refuses an unfinished run
-    dataset = open_dataset(data or Path(identity.get("data_folder", DATA)))
+    _ = run.recipe, run.summary  # refuses an unfinished run
+    where = identity.get("data_folder", str(DATA))
+    if data is None and not isinstance(where, str):
+        raise UserError(f"{folder}/run.json does not say where the data lies: name its folder with --data")
+    dataset = open_dataset(data or Path(where))
     if dataset.content_sha256 != identity["content_sha256"]:
         raise UserError(f"{folder} was trained on other data than {dataset.folder} holds: name its folder with --data")
     rows = make_split(dataset, identity["protocol"], identity["classes"])
@@ -326,10 +360,38 @@ def trained_model(run: "Run", dataset: "Dataset") -> "ResNet18":
     """The run's network on the CPU, its file checked against the summary, its classes against the data set."""
     from tinylab.model import load_weights
 
-    expected = run.summary["model_sha256"]
-    if not run.weights.exists() or hashlib.sha256(run.weights.read_bytes()).hexdigest() != expected:
+    try:
+        found = hashlib.sha256(run.weights.read_bytes()).hexdigest() if run.weights.is_file() else None
+    except OSError as error:
+        raise UserError(f"{run.weights} cannot be read: {error.strerror or error}") from error
+    if found != run.summary["model_sha256"]:
         raise UserError(f"{run.weights} is missing or damaged: it is not the file that the run's summary names")
-    return load_weights(run.weights, dataset.wnids[: run.identity["classes"]])[0]
+    model, about = load_weights(run.weights, dataset.wnids[: run.identity["classes"]])
+    told, known = run.recipe, (about["recipe"]["width"], about["mean"], about["std"])
+    if known != (told.width, list(told.mean), list(told.std)):
+        raise UserError(f"{run.weights} is of another network or normalisation than {run.folder}/recipe.json tells")
+    return model
+
+
+def predictions_of(run: "Run", dataset: "Dataset", rows: "Split") -> "dict[str, np.ndarray]":
+    """The run's predictions. Raises `UserError` unless they are finite ones of exactly the split's test images."""
+    import numpy as np
+
+    found = run.predictions
+    expected = {"rows": rows.test, "labels": dataset.labels[rows.test]}
+    logits = found.get("logits")
+    whole = logits is not None and logits.dtype == np.float16 and logits.shape == (len(rows.test), rows.classes)
+    same = all(name in found and np.array_equal(found[name], values) for name, values in expected.items())
+    if not (whole and same and np.isfinite(logits).all()):
+        raise UserError(f"{run.folder}/predictions.npz does not fit the run: delete {run.folder} and train again")
+    return found
+
+
+def require_folder(folder: Path, what: str) -> None:
+    """Raises `UserError` if `folder` is no folder and cannot become one, before anything is computed for it."""
+    nearest = next(path for path in (folder, *folder.parents) if path.exists() or path == path.parent)
+    if not nearest.is_dir():
+        raise UserError(f"cannot write {what} to {folder}: {nearest} is no folder")
 
 
 def figures_of_training(run: "Run", dataset: "Dataset", rows: "Split") -> dict:
@@ -357,6 +419,8 @@ def figures_of_training(run: "Run", dataset: "Dataset", rows: "Split") -> dict:
 
 def parse(arguments: list[str]) -> object:
     """The command that `arguments` name, options filled in. Raises `UserError` for anything that does not parse."""
+    if not all(map(_is_usable, arguments)):
+        raise UserError("an argument holds characters that no file name and no number can have")
     name, rest = arguments[0], arguments[1:]
     if name not in COMMANDS:
         raise UserError(f"unknown command '{name}'; there are: {', '.join(COMMANDS)}")
@@ -378,13 +442,24 @@ def parse(arguments: list[str]) -> object:
         raise UserError(f"{_one_line(complaint.getvalue())} (`{prog} --help` lists the options)") from stop
 
 
+def _is_usable(text: str) -> bool:
+    """Whether the operating system takes `text` as a name: no NUL, nothing that its encoding lacks."""
+    try:
+        return b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:
+        return False
+
+
 def _one_line(framed: str) -> str:
-    """What tyro complains of, without its frame and its explanations: the text up to the first rule."""
+    """What tyro complains of, without its frame and its explanations: the text up to the first rule. Where the terminal
+    has ASCII only, so has the frame."""
     text = re.sub(r"\x1b\[[0-9;]*m", "", framed)
     lines = [line.strip("│ ").strip() for line in text.splitlines()[1:]]
+    while lines and set(lines[0]) <= set("-+ "):
+        del lines[0]
     said = []
     for line in lines:
-        if not line or set(line) <= set("─╰╯╭╮"):
+        if not line or set(line) <= set("─╰╯╭╮-+"):
             break
         said.append(line)
     suggestions = re.findall(r"^(--[a-z0-9-]+)", "\n".join(lines[len(said) :]), re.MULTILINE)
@@ -432,7 +507,15 @@ def _complain(error: BaseException) -> None:
     """One line on stderr. Of the processes that torchrun starts, one on each machine says what all of them know."""
     only_here = type(error).__name__ == "RankError"  # without importing torch to know the type
     if _first("LOCAL_RANK") or only_here:
-        print(f"tinylab: {' '.join(str(error).split()) or 'stopped'}", file=sys.stderr)
+        print(f"tinylab: {_shown(str(error)) or 'stopped'}", file=sys.stderr)
+
+
+def _shown(text: str) -> str:
+    """`text` on one line of about `MOST_SHOWN` characters, its middle left out if need be, without those by which a
+    name could steer the terminal."""
+    line = " ".join("".join(character if character.isprintable() else " " for character in text).split())
+    half = MOST_SHOWN // 2 - 2
+    return line if len(line) <= MOST_SHOWN else f"{line[:half]} … {line[-half:]}"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -441,6 +524,8 @@ def main(arguments: list[str] | None = None) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage())
         return 0 if arguments else 2
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show is no error
     try:
         with _terminable():
             parse(list(arguments)).run()
@@ -454,8 +539,8 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:  # the reader, `head` perhaps, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM):
+        if error.errno not in OF_THE_USER:
             raise
-        print(f"tinylab: {error.filename or 'output'}: {error.strerror}", file=sys.stderr)
+        print(f"tinylab: {_shown(str(error.filename or 'output') + ': ' + str(error.strerror))}", file=sys.stderr)
         return 2
     return 0

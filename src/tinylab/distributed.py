@@ -196,6 +196,15 @@ def agree(world: World, error: UserError | None) -> None:
             raise UserError(message)
 
 
+def any_rank(world: World, flag: torch.Tensor) -> torch.Tensor:
+    """Whether `flag`, bool () where the run computes, is true in any process; the host does not wait for GPUs."""
+    if not world.several:
+        return flag
+    found = flag.to(torch.int32)
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    return found.bool()
+
+
 def sum_over_ranks(world: World, tensor: torch.Tensor) -> torch.Tensor:
     """The sum of all processes' tensors of one shape, in each of them, in the same type; added in int64 or float64.
     The tensors live where the run computes."""

@@ -121,7 +121,7 @@ class Muon(torch.optim.SGD):
 
     Source: Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024; for convolutions, airbench
     (github.com/KellerJordan/cifar10-airbench, airbench94_muon.py). PyTorch's own, from 2.9 on, takes matrices only.
-    With loss scaling each step waits for the device, to see whether it is to be skipped.
+    Each step waits for the device, to see whether it is to be skipped.
     """
 
     def step(self, closure: Callable[[], torch.Tensor] | None = None) -> torch.Tensor | None:

@@ -128,7 +128,10 @@ class Recipe:
         _require(self, "warmup_share", 0 < self.warmup_share < 1, "between 0 and 1, both excluded")
         _require(self, "anneal", self.anneal in ("linear", "cos"), "'linear' or 'cos'")
         _require(
-            self, "name", bool(re.fullmatch(r"[A-Za-z0-9._-]{1,64}", self.name)), "letters, digits, '.', '_' or '-'"
+            self,
+            "name",
+            bool(re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}", self.name)),
+            "up to 64 letters, digits, '.', '_' or '-', no '.' or '-' at its beginning",
         )
         _require(self, "max_momentum", 0 <= self.max_momentum < 1, "at least 0 and below 1")
         _require(self, "base_momentum", 0 <= self.base_momentum <= self.max_momentum, "between 0 and max_momentum")
@@ -252,7 +255,12 @@ def _require_type(recipe: Recipe, field: dataclasses.Field) -> None:
 
 
 def _is_finite(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number that no float can hold
+        return False
 
 
 def _require(recipe: Recipe, field: str, holds: bool, wanted: str) -> None:

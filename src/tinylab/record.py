@@ -8,6 +8,7 @@ checkpoints/       what a stopped run continues from
 model.safetensors  the final weights, with class list, normalisation, recipe and metrics in its metadata
 predictions.npz    test rows, labels, logits (float16)
 summary.json       the final numbers; its presence says that the run is finished
+SHA256SUMS         of the files above, as sha256sum writes and checks it
 figures/
 """
 
@@ -20,6 +21,7 @@ import io
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 import tempfile
@@ -34,7 +36,7 @@ import filelock
 import numpy as np
 import torch
 
-from tinylab.checkpoint import write_atomically
+from tinylab.checkpoint import NEWEST, PREVIOUS, read, sweep, write_atomically
 from tinylab.device import Placement, device_name
 from tinylab.recipe import RECIPES, Recipe, UserError, named
 
@@ -58,6 +60,11 @@ class Run:
     @property
     def weights(self) -> Path:
         return self.folder / "model.safetensors"
+
+    @property
+    def begun(self) -> bool:
+        """Whether the folder is a run's."""
+        return (self.folder / "run.json").exists()
 
     @property
     def trained(self) -> bool:
@@ -121,7 +128,7 @@ class Run:
             raise UserError(f"{path} is damaged: delete {self.folder} and train again") from error
 
     def write(self, name: str, value: dict) -> None:
-        write_atomically(self.folder / name, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+        write_atomically(self.folder / name, _as_json(value))
 
     def write_history(self, history: list[dict]) -> None:
         write_atomically(self.folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in history).encode())
@@ -129,21 +136,16 @@ class Run:
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
         """Creates the folder and holds it: one writer at a time. Raises `UserError` if that is impossible."""
-        # On the local disk: the folder may lie on a mounted Google Drive, which knows no locks.
-        user = os.getuid() if hasattr(os, "getuid") else 0  # another user's lock could not be opened
-        name = hashlib.sha256(f"{user} {self.folder.resolve()}".encode()).hexdigest()[:24]
-        lock = filelock.FileLock(Path(tempfile.gettempdir()) / f"tinylab-{name}.lock", blocking=False)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            lock.acquire()
-        except filelock.Timeout as error:
-            raise UserError(f"another process is writing {self.folder}; wait for it or choose another --run") from error
         except OSError as error:
             raise UserError(f"cannot write the run folder {self.folder}: {error.strerror}") from error
-        try:
+        with hold(self.folder):
             yield
-        finally:
-            lock.release()
+
+    def sweep(self) -> None:
+        """Removes what a killed process was writing here; only the holder of the lock may call this."""
+        sweep(self.folder)
 
     def _read(self, name: str, otherwise: str = "this folder is no run", needs: tuple[str, ...] = ()) -> dict:
         path = self.folder / name
@@ -158,6 +160,25 @@ class Run:
         if missing := [key for key in needs if key not in value]:
             raise UserError(f"{path} lacks {', '.join(missing)}: this version of tinylab did not write it")
         return value
+
+
+@contextlib.contextmanager
+def hold(folder: Path) -> Iterator[None]:
+    """Holds the folder, which need not exist: one writer at a time. Raises `UserError` if another process has it."""
+    # On the local disk: the folder may lie on a mounted Google Drive, which knows no locks.
+    user = os.getuid() if hasattr(os, "getuid") else 0  # another user's lock could not be opened
+    name = hashlib.sha256(f"{user} {folder.resolve()}".encode()).hexdigest()[:24]
+    lock = filelock.FileLock(Path(tempfile.gettempdir()) / f"tinylab-{name}.lock", blocking=False)
+    try:
+        lock.acquire()
+    except filelock.Timeout as error:
+        raise UserError(f"another process is writing {folder}; wait for it or choose another --run") from error
+    except OSError as error:
+        raise UserError(f"cannot lock {folder}: {lock.lock_file}: {error.strerror}") from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _as_tuple(value: object) -> object:
@@ -182,16 +203,25 @@ def enter_run(run: Run, recipe: Recipe, identity: dict, environment: dict) -> li
 
     Raises `UserError` if the folder belongs to a run that differs in anything that decides the result, naming what.
     """
-    folder, environment = run.folder, environment | _hashes(identity)
-    recipe_fields = json.loads(json.dumps(dataclasses.asdict(recipe)))
-    if not (folder / "run.json").exists():
+    environment |= _hashes(identity)
+    if not run.begun:
         refuse_foreign(run)
-        run.write("recipe.json", recipe_fields)
+        run.write("recipe.json", dataclasses.asdict(recipe))
         run.write("environment.json", environment)
         run.write("run.json", identity)  # last: a folder that has it is complete
         return []
-    before = json.loads(json.dumps(dataclasses.asdict(run.recipe))) | run.identity
-    now = recipe_fields | identity
+    refuse_another(run, recipe, identity)
+    if run.identity != identity and not run.finished:
+        run.write("run.json", identity)
+    return _environment_notice(run, environment)
+
+
+def refuse_another(run: Run, recipe: Recipe, identity: dict, before: dict | None = None) -> None:
+    """Raises `UserError`, naming what differs, if `recipe` and `identity` are not those of the run in the folder, or of
+    the checkpoint that says it is of the run `before`."""
+    checkpoint = before is not None
+    before = _plain(before if checkpoint else dataclasses.asdict(run.recipe) | run.identity)
+    now = _plain(dataclasses.asdict(recipe) | identity)
     where = {"data_folder"}  # may move; the content hash says whether it is the same data
     if run.finished:
         where |= {"device", "precision"}  # it is only shown
@@ -200,14 +230,28 @@ def enter_run(run: Run, recipe: Recipe, identity: dict, environment: dict) -> li
     differing = [
         key for key in sorted(before.keys() | now.keys()) if key not in where and before.get(key) != now.get(key)
     ]
-    if differing:
-        changes = ", ".join(f"{key} {before.get(key)} -> {now.get(key)}" for key in differing)
-        raise UserError(
-            f"{folder} holds another run ({changes}): choose another --run (in the notebook: RUN), or delete it"
-        )
-    if run.identity != identity and not run.finished:
-        run.write("run.json", identity)
-    return _environment_notice(run, environment)
+    if not differing:
+        return
+    changes = ", ".join(f"{key} {_short(before.get(key))} -> {_short(now.get(key))}" for key in differing)
+    if checkpoint:
+        raise UserError(f"the checkpoint is of another run ({changes}): choose another --run or --mirror, or delete it")
+    raise UserError(
+        f"{run.folder} holds another run ({changes}): choose another --run (in the notebook: RUN), or delete it"
+    )
+
+
+def _plain(fields: dict) -> dict:
+    """The fields as JSON gives them back."""
+    return json.loads(json.dumps(fields))
+
+
+def _short(value: object) -> object:
+    """A value for a message: of a hash its first twelve digits."""
+    return value[:12] if isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) else value
+
+
+def _as_json(value: dict) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def _hashes(identity: dict) -> dict:
@@ -254,6 +298,96 @@ def published_history(results: Path = REPOSITORY / "results") -> list[dict]:
         return []
     with open(path, newline="") as file:
         return list(csv.DictReader(file))
+
+
+CHECKSUMS = "SHA256SUMS"
+FINAL_FILES = ("recipe.json", "run.json", "environment.json", "metrics.jsonl", "predictions.npz", "model.safetensors")
+"""Files of a finished run that never change again, summary.json apart."""
+
+
+def write_checksums(run: Run, summary: dict) -> None:
+    """Writes the sha256 of all final files and of the summary, which is written after this, as it says that all is
+    there."""
+    sums = {name: hashlib.sha256((run.folder / name).read_bytes()).hexdigest() for name in FINAL_FILES}
+    sums["summary.json"] = hashlib.sha256(_as_json(summary)).hexdigest()
+    write_atomically(run.folder / CHECKSUMS, "".join(f"{each}  {name}\n" for name, each in sums.items()).encode())
+
+
+def verify_run(run: Run) -> str:
+    """Reads every file of a run, finished or not, and compares it with its hash; a line that says what was found.
+
+    Raises `UserError` naming what is damaged or missing.
+    """
+    if not run.finished:
+        _ = run.identity, run.recipe, run.environment
+        return f"{run.folder}: not finished, {len(run.history)} epochs done, {verify_checkpoints(run.checkpoints)}"
+    sums = _read_checksums(run)
+    bad = [name for name, expected in sums.items() if _sha256(run.folder / name) != expected]
+    if bad:
+        raise UserError(f"{run.folder} is damaged: not as written or missing: {', '.join(bad)}")
+    checkpoints = verify_checkpoints(run.checkpoints)
+    return f"{run.folder}: finished, {len(sums)} files as they were written, {checkpoints}"
+
+
+def verify_checkpoints(folder: Path) -> str:
+    """Reads the checkpoints in `folder` and compares each with its own hash; some words that say what was found.
+
+    Raises `UserError` naming those that are not whole.
+    """
+    there = [path for path in (folder / NEWEST, folder / PREVIOUS) if path.exists()]
+    try:
+        states = [read(path) for path in there]
+    except OSError as error:
+        raise UserError(f"cannot read {error.filename or folder}: {error.strerror or error}") from error
+    if None in states:
+        bad = ", ".join(path.name for path, state in zip(there, states, strict=True) if state is None)
+        good = ", ".join(path.name for path, state in zip(there, states, strict=True) if state is not None)
+        hint = f"; {good} is whole, and training continues from it" if good else ""
+        raise UserError(f"{folder} is damaged: {bad}: not as written{hint}")
+    newest = f", the newest of epoch {states[0]['epoch']}, step {states[0]['step']}" if states else ""
+    return f"{len(there)} whole checkpoint{'s' * (len(there) != 1)}{newest}"
+
+
+def copy_run(run: Run, target: Path) -> Run:
+    """Copies a finished run, its checkpoints apart, to the folder `target`, and reads it again there; returns that run.
+
+    The summary comes last, so that a copy that was cut short does not pass for a finished run. Raises `UserError` if
+    the run is damaged or not finished, or if the copy fails or reads back differently.
+    """
+    _ = run.summary
+    figures = [path.relative_to(run.folder) for path in sorted(run.figures.glob("*.png"))]
+    others = [Path(name) for name in ("explain.json",) if (run.folder / name).exists()]
+    try:
+        (target / "figures").mkdir(parents=True, exist_ok=True)
+        for name in (*FINAL_FILES, *others, *figures, CHECKSUMS, "summary.json"):
+            write_atomically(target / name, (run.folder / name).read_bytes())
+    except OSError as error:
+        raise UserError(f"cannot copy {run.folder} to {target}: {error.filename}: {error.strerror}") from error
+    verify_run(Run(target))
+    return Run(target)
+
+
+def _read_checksums(run: Run) -> dict[str, str]:
+    """File names and their hashes as SHA256SUMS has them. Raises `UserError` if it is missing or names other files."""
+    path = run.folder / CHECKSUMS
+    try:
+        lines = [line.split("  ", 1) for line in path.read_text(encoding="utf-8").splitlines()]
+        sums = {name: digest for digest, name in lines}
+    except FileNotFoundError as error:
+        raise UserError(f"{path} is missing: nothing to compare the files with") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+    if sums.keys() != {*FINAL_FILES, "summary.json"}:
+        raise UserError(f"{path} is damaged: it does not name the files of a finished run")
+    return sums
+
+
+def _sha256(path: Path) -> str | None:
+    """The file's sha256, or None if there is no such file, or it cannot be read."""
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+    except OSError:
+        return None
 
 
 def publish_run(run: Run, results: Path) -> Path:

@@ -19,11 +19,13 @@ from torch.optim.swa_utils import AveragedModel
 from tinylab.augment import normalise, resize
 from tinylab.average import make_average, reestimate_batch_norm
 from tinylab.device import Placement
-from tinylab.distributed import ALONE, World, share, synchronise_batch_norm, wrap
+from tinylab.distributed import ALONE, World, any_rank, share, synchronise_batch_norm, wrap
+from tinylab.finite import MOST_IN_A_ROW, Statistics, all_finite, guarded_step
 from tinylab.loader import EVALUATION_BATCH, Batch
 from tinylab.model import build_model
 from tinylab.optim import make_optimizer
 from tinylab.recipe import SIZE, Recipe, UserError
+from tinylab.stop import Abandoned
 
 
 @dataclass
@@ -41,9 +43,11 @@ class TrainState:
     scaler: torch.amp.GradScaler
     totals: torch.Tensor
     """float32 (4,), on the device, over the epoch so far, of this process's images: sum of losses, top-1 hits, top-5
-    hits, images."""
-    bad_step: torch.Tensor
-    """int64, on the device: first step of the epoch whose loss was not finite, or -1."""
+    hits, images. Losses that are not finite, and their images, are left out."""
+    skips: torch.Tensor
+    """int64 (3,), on the device: steps skipped in the epoch so far; in a row until now; the longest such row."""
+    statistics: Statistics
+    """The network's batch-norm statistics before the step."""
     world: World = ALONE
     micro_batch: int | None = None
     """Most images of this process in one forward pass; None: all of the batch."""
@@ -73,6 +77,7 @@ class TrainState:
     def next_epoch(self) -> None:
         self.epoch, self.step, self.epoch_seconds = self.epoch + 1, 0, 0.0
         self.totals.zero_()
+        self.skips[0] = 0
 
     def to_checkpoint(self) -> dict:
         """Tensors and plain values. The schedule is its step count: everything else follows from the recipe."""
@@ -84,6 +89,7 @@ class TrainState:
             "scheduler_step": self.scheduler.last_epoch,
             "scaler": self.scaler.state_dict(),
             "totals": self.totals,
+            "skips": self.skips,
             **{name: getattr(self, name) for name in numbers},
         }
 
@@ -97,17 +103,20 @@ class TrainState:
         self.scheduler.last_epoch = saved.pop("scheduler_step")
         self.scaler.load_state_dict(saved.pop("scaler"))
         self.totals.copy_(saved.pop("totals"))
+        self.skips.copy_(saved.pop("skips"))
+        if int(self.skips[2]) >= MOST_IN_A_ROW:
+            self.skips[1:] = 0  # it was stopped for them; whoever starts it again wants another try
         self.optimizer.load_state_dict(saved.pop("optimizer"))
         for name, value in saved.items():
             setattr(self, name, value)
 
     def trouble(self) -> UserError | None:
         """What is wrong with the run, if its numbers are no longer finite. Waits for the device."""
-        bad_step = int(self.bad_step)
-        if bad_step >= 0:
+        if int(self.skips[2]) >= MOST_IN_A_ROW:
             return UserError(
-                f"the loss is not finite in epoch {self.epoch}, step {bad_step}: the run has diverged; "
-                "what was saved is from before it; start another run with a lower max-learning-rate"
+                f"loss or gradients are not finite in {MOST_IN_A_ROW} steps in a row, up to epoch {self.epoch}, step "
+                f"{self.step}: the run has diverged; what is saved is finite; start another run with a lower "
+                "max-learning-rate"
             )
         if self.scaler.is_enabled() and self.scaler.get_scale() < 1:
             return UserError(
@@ -145,13 +154,18 @@ def new_state(
         scheduler=scheduler,
         scaler=place.grad_scaler(),
         totals=torch.zeros(4, device=place.device),
-        bad_step=torch.tensor(-1, device=place.device),
+        skips=torch.zeros(3, dtype=torch.int64, device=place.device),
+        statistics=Statistics(model),
         world=world,
     )
 
 
 def train_step(state: TrainState, recipe: Recipe, place: Placement, batch: Batch) -> None:
-    """One optimiser update, one step of the schedule and of the average; adds to the epoch's totals."""
+    """One optimiser update, one step of the schedule and of the average; adds to the epoch's totals.
+
+    If loss or gradients are not finite, weights, momenta and batch-norm statistics stay as they were; schedule and
+    average go on. Raises `Abandoned` if the run is asked to stop meanwhile; all of the state is as it was then.
+    """
     _update(state, recipe, place, batch, recipe.resolution_at(state.epoch))
     state.scheduler.step()
     state.step += 1
@@ -159,8 +173,30 @@ def train_step(state: TrainState, recipe: Recipe, place: Placement, batch: Batch
 
 def _update(state: TrainState, recipe: Recipe, place: Placement, batch: Batch, resolution: int) -> None:
     """Gradients of the mean loss over the whole batch, however it is cut, and the weights moved by them."""
+    state.statistics.keep()
+    totals = state.totals.clone()
+    try:
+        losses = _gradients(state, recipe, place, batch, resolution)
+    except Abandoned:
+        state.statistics.put_back(torch.ones((), dtype=torch.bool, device=place.device))
+        state.totals.copy_(totals)
+        state.optimizer.zero_grad(set_to_none=True)
+        raise
+    gradients = [parameter.grad for parameter in state.model.parameters() if parameter.grad is not None]
+    bad = any_rank(state.world, ~all_finite([*gradients, *losses, *state.statistics.values()]))
+    guarded_step(state.optimizer, state.scaler, bad)
+    state.statistics.put_back(bad)
+    _count_skip(state.skips, bad)
+    if state.average is not None:
+        state.average.update_parameters(state.model)
+
+
+def _gradients(
+    state: TrainState, recipe: Recipe, place: Placement, batch: Batch, resolution: int
+) -> list[torch.Tensor]:
+    """Leaves the gradients in the parameters; returns the sum of losses (), in nats, of each piece of the batch."""
     state.optimizer.zero_grad(set_to_none=True)
-    parts = list(_parts(batch, state))
+    parts, losses = list(_parts(batch, state)), []
     for number, part in enumerate(parts):
         last = number == len(parts) - 1
         with contextlib.nullcontext() if last or not state.world.several else state.network.no_sync():
@@ -170,11 +206,9 @@ def _update(state: TrainState, recipe: Recipe, place: Placement, batch: Batch, r
             loss = _loss(logits, part, recipe.label_smoothing)
             # Gradients of several processes are averaged, not added: `size` makes the average a sum again.
             state.scaler.scale(loss * (state.world.size / batch.size)).backward()
-        _count(state, loss.detach(), logits.detach(), part)
-    state.scaler.step(state.optimizer)
-    state.scaler.update()
-    if state.average is not None:
-        state.average.update_parameters(state.model)
+        losses.append(loss.detach())
+        _count(state.totals, loss.detach(), logits.detach(), part)
+    return losses
 
 
 def _parts(batch: Batch, state: TrainState) -> Iterator[Batch]:
@@ -203,14 +237,20 @@ def _loss(logits: torch.Tensor, batch: Batch, label_smoothing: float) -> torch.T
 
 
 @torch.no_grad()
-def _count(state: TrainState, loss: torch.Tensor, logits: torch.Tensor, batch: Batch) -> None:
-    """Adds to the totals. A hit on a mixed image is a hit on the label that weighs more."""
+def _count(totals: torch.Tensor, loss: torch.Tensor, logits: torch.Tensor, batch: Batch) -> None:
+    """Adds to the totals, if the loss is finite. A hit on a mixed image is a hit on the label that weighs more."""
     labels = batch.labels if batch.partners is None or batch.share >= 0.5 else batch.partners
     hits = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
     # Filled, not made from a number: copying that to a GPU would wait for it.
     images = torch.full_like(loss, len(labels))
-    state.totals += torch.stack([loss, hits[:, 0].sum(), hits.sum(), images])
-    state.bad_step.masked_fill_((state.bad_step < 0) & ~torch.isfinite(loss), state.step)
+    counted = torch.stack([loss, hits[:, 0].sum(), hits.sum(), images])
+    totals += counted.masked_fill(~torch.isfinite(loss), 0)
+
+
+@torch.no_grad()
+def _count_skip(skips: torch.Tensor, bad: torch.Tensor) -> None:
+    in_row = (skips[1] + 1).masked_fill(~bad, 0)
+    skips.copy_(torch.stack([skips[0] + bad, in_row, torch.maximum(skips[2], in_row)]))
 
 
 def inference(model: nn.Module, recipe: Recipe, place: Placement) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -227,14 +267,13 @@ def inference(model: nn.Module, recipe: Recipe, place: Placement) -> Callable[[t
 @contextlib.contextmanager
 def _rehearsal(state: TrainState) -> Iterator[None]:
     """What happens inside leaves the state as it was, to the last bit."""
-    saved, bad_step = copy.deepcopy(state.to_checkpoint()), state.bad_step.clone()
+    saved = copy.deepcopy(state.to_checkpoint())
     state.model.train()
     try:
         yield
     finally:
         state.optimizer.zero_grad(set_to_none=True)
         state.load_checkpoint(saved)
-        state.bad_step.copy_(bad_step)
 
 
 def warm_up(state: TrainState, recipe: Recipe, place: Placement, train_images: int, test_images: int) -> None:

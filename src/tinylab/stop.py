@@ -2,6 +2,10 @@
 
 import signal
 import threading
+from collections.abc import Callable
+
+import torch
+from torch import nn
 
 
 class Stopped(KeyboardInterrupt):
@@ -39,3 +43,28 @@ class StopRequest:
         if not self._patient:
             for each, handler in self._before.items():
                 signal.signal(each, handler)
+
+
+class Abandoned(Exception):
+    """A pass through the network was given up half-way, as the run was asked to stop."""
+
+
+def abandon_when(requested: Callable[[], bool], network: nn.Module) -> None:
+    """From now on `network` raises `Abandoned` in the middle of a forward or backward pass, between two of its layers,
+    once `requested()` is true.
+
+    For CPUs, on which one step of the full network takes many seconds: a stop should not. The numbers stay the same.
+    """
+
+    def check(*_: object) -> None:
+        if requested():
+            raise Abandoned
+
+    def watch_gradient(_module: nn.Module, _inputs: tuple, output: torch.Tensor) -> None:
+        if output.requires_grad:
+            output.register_hook(check)
+
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d | nn.BatchNorm2d):
+            module.register_forward_pre_hook(check)
+            module.register_forward_hook(watch_gradient)

@@ -5,6 +5,7 @@ but the progress bar, a few times a second.
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import io
 import signal
@@ -20,12 +21,14 @@ import torch
 from tqdm import tqdm
 
 from tinylab import checkpoint
+from tinylab.archive import class_order_sha256
 from tinylab.augment import normalise, resize
 from tinylab.average import reestimate_batch_norm
-from tinylab.dataset import Dataset, interactive
+from tinylab.dataset import Dataset, interactive, refuse_inside
 from tinylab.device import Placement, choose, fastest_convolutions
 from tinylab.distributed import RankError, World, agree, from_rank_0, gather_rows, highest, join, share, sum_over_ranks
 from tinylab.evaluate import Evaluation, compute_logits, score, with_flip
+from tinylab.finite import all_finite
 from tinylab.loader import (
     BatchedLoader,
     Images,
@@ -34,10 +37,21 @@ from tinylab.loader import (
     make_loader,
     statistics_batches,
 )
+from tinylab.mirror import Mirror
 from tinylab.model import weights_file
 from tinylab.optim import schedule as schedule  # also under this name, beside `train`
 from tinylab.recipe import Recipe, UserError
-from tinylab.record import Run, default_folder, describe_environment, enter_run, refuse_foreign, relative_to_here
+from tinylab.record import (
+    Run,
+    default_folder,
+    describe_environment,
+    enter_run,
+    hold,
+    refuse_another,
+    refuse_foreign,
+    relative_to_here,
+    write_checksums,
+)
 from tinylab.split import Split, make_split
 from tinylab.step import (
     TrainState,
@@ -51,7 +65,7 @@ from tinylab.step import (
     train_step,
     warm_up,
 )
-from tinylab.stop import Stopped, StopRequest
+from tinylab.stop import Abandoned, Stopped, StopRequest, abandon_when
 
 SAVE_SECONDS = 300  # an epoch that takes longer is saved within, too
 MOST_GRAPHS = 8  # torch.compile's own limit, beyond which it silently does without
@@ -72,6 +86,7 @@ def train(
     compiled: bool = False,
     micro_batch: int | Literal["auto"] | None = None,
     workers: int | None = None,
+    mirror: Path | None = None,
     quiet: bool = False,
 ) -> Run:
     """Trains by `recipe`, tests after every epoch, and returns the finished run. A run that was stopped continues.
@@ -79,14 +94,16 @@ def train(
     split: "merged", "official" or "select". folder: the run folder; None: runs/<recipe>-<protocol>-s<seed>.
     limit_classes: only the first so many classes. compiled: the step runs under torch.compile. micro_batch: most images
     in one forward pass, with the same number per optimiser step; "auto" halves until it fits into memory. workers:
-    processes that run albumentations; they do not change the result. quiet: no log, no progress bar.
+    processes that run albumentations; they do not change the result. mirror: a folder of this run's own in which its
+    newest two checkpoints are kept, too; the run continues from the newest whole one of both. quiet: no log, no bar.
     Started by torchrun, every process calls this and trains its share; the first one writes the run.
-    Raises `UserError` if the run cannot be made or its loss is no longer finite, `Stopped` after SIGINT or SIGTERM.
+    Raises `UserError` if the run cannot be made or its numbers are no longer finite, `Stopped` after SIGINT or SIGTERM.
     """
     started = time.perf_counter()
     place = choose(device, precision, compiled=compiled)
     rows = make_split(dataset, split, limit_classes)
     run = Run(Path(folder or default_folder(recipe, split, seed)))
+    refuse_inside(dataset, run.folder, "run")
     with join(place.device) as world, fastest_convolutions(place):
         place = replace(place, device=world.device(place.device))
         _check(recipe, rows, world, compiled, micro_batch)
@@ -94,29 +111,20 @@ def train(
         loader = make_loader(dataset, rows.train, recipe, seed, place.device, workers, world, images)
         say = _silent if quiet or not world.writes else _say
         stop = StopRequest(patient=world.several)
-        job = _Job(recipe, dataset, images, rows, seed, place, world, run, loader, stop, say)
-        with contextlib.closing(loader), _one_writer(run, world), _memory_hint(recipe, place, world):
+        second = _mirror(dataset, run, mirror, say)
+        job = _Job(recipe, dataset, images, rows, seed, place, world, run, loader, stop, say, second)
+        with contextlib.closing(loader), _one_writer(job), _memory_hint(recipe, place, world):
             state = new_state(recipe, rows.classes, seed, loader.steps, place, world, compiled)
             state.micro_batch = _micro_batch(job, state, micro_batch)
             identity = _identity(job, compiled, state.micro_batch)
-            begun = from_rank_0(world, lambda: (run.folder / "run.json").exists())
-            if not begun:
-                from_rank_0(world, lambda: refuse_foreign(run))
-                _warm_up(job, state, compiled)  # what fails on this machine fails before the folder is this run's
-            for notice in from_rank_0(world, lambda: _enter(job, identity)):
-                say(f"note: {notice}")
-            if from_rank_0(world, lambda: run.finished):
-                say(f"{run.folder} is finished; this is its log")
-                for row in run.history if world.writes else ():
-                    say(log_lines(row, recipe.epochs))
+            if _begin(job, state, identity, compiled):
                 return run
-            if begun:
-                _warm_up(job, state, compiled)
-            _continue(job, state)
-            if place.device.type == "cpu" and state.epoch <= recipe.epochs:
-                say(_cost(job, state))
             state.set_up_seconds += time.perf_counter() - started
-            with stop:  # until here a signal ends the run at once: there is nothing to save
+            if place.device.type == "cpu" and not compiled and not world.several:
+                for network in {state.model, state.tested}:
+                    abandon_when(lambda: stop.received is not None, network)
+            copying = job.mirror if job.mirror and world.writes else contextlib.nullcontext()
+            with stop, copying:  # until here a signal ends the run at once: there is nothing to save
                 _train(job, state)
     return run
 
@@ -136,6 +144,7 @@ class _Job:
     loader: TrainingLoader | BatchedLoader
     stop: StopRequest
     say: Callable[[str], None]
+    mirror: Mirror | None
 
 
 def _train(job: _Job, state: TrainState) -> None:
@@ -143,16 +152,18 @@ def _train(job: _Job, state: TrainState) -> None:
     evaluation = None
     while state.epoch <= job.recipe.epochs:
         _train_epoch(job, state)
-        evaluation, seconds = _evaluate(job, state)
+        with _saved_when_abandoned(job, state):
+            evaluation, seconds = _evaluate(job, state)
         state.history.append(_history_row(job, state, evaluation, seconds))
         state.next_epoch()
         _save(job, state)
         if job.world.writes:
             job.run.write_history(state.history)
         job.say(log_lines(state.history[-1], job.recipe.epochs))
-    if evaluation is None:  # stopped after the last epoch was saved, before the run was finished
-        evaluation = _score(job, state)  # the averaged network has its statistics already
-    flipped = _score(job, state, with_flip)
+    with _saved_when_abandoned(job, state):
+        if evaluation is None:  # stopped after the last epoch was saved, before the run was finished
+            evaluation = _score(job, state)  # the averaged network has its statistics already
+        flipped = _score(job, state, with_flip)
     if job.world.writes:
         _finish(job, state, evaluation, flipped)
 
@@ -196,6 +207,55 @@ def _micro_batch(job: _Job, state: TrainState, asked: int | str | None) -> int |
     return found
 
 
+def _mirror(dataset: Dataset, run: Run, folder: Path | None, say: Callable[[str], None]) -> Mirror | None:
+    if folder is None:
+        return None
+    refuse_inside(dataset, Path(folder), "mirror")
+    if Path(folder).resolve() in (run.folder.resolve(), run.checkpoints.resolve()):
+        raise UserError(f"the mirror {folder} is where the run itself is kept: choose another folder for --mirror")
+    return Mirror(Path(folder), say)
+
+
+def _begin(job: _Job, state: TrainState, identity: dict, compiled: bool) -> bool:
+    """Everything up to the first step: whose folder it is, where the run stands, what it will cost. Whether the run is
+    finished already; then its log is shown, and no more."""
+    run, world, say = job.run, job.world, job.say
+    begun, finished = from_rank_0(world, lambda: (run.begun, run.finished))
+    if not begun:
+        from_rank_0(world, lambda: refuse_foreign(run))
+    saved, notice = (None, None) if finished else from_rank_0(world, lambda: _newest_checkpoint(job, identity))
+    if not begun:
+        _warm_up(job, state, compiled)  # what fails on this machine fails before the folder is this run's
+    for line in from_rank_0(world, lambda: _enter(job, identity)):
+        say(f"note: {line}")
+    if finished:
+        say(f"{run.folder} is finished; this is its log")
+        for row in run.history if world.writes else ():
+            say(log_lines(row, job.recipe.epochs))
+        return True
+    if begun:
+        _warm_up(job, state, compiled)
+    if notice:
+        say(f"note: {notice}")
+    if saved is not None:
+        _continue(job, state, saved)
+    if job.place.device.type == "cpu" and state.epoch <= job.recipe.epochs:
+        say(_cost(job, state))
+    return False
+
+
+def _newest_checkpoint(job: _Job, identity: dict) -> tuple[dict | None, str | None]:
+    """The checkpoint to continue from, at home or in the mirror, if there is one, and a line for the user about it.
+    Raises `UserError` if it is another run's."""
+    if job.run.begun:
+        refuse_another(job.run, job.recipe, identity)  # says more than a checkpoint does
+    mirror = (job.mirror.folder, job.mirror.fails) if job.mirror else ()
+    saved, notice = checkpoint.load(job.run.checkpoints, *mirror)
+    if saved is not None:
+        refuse_another(job.run, job.recipe, identity, saved["run"])
+    return saved, notice
+
+
 def _identity(job: _Job, compiled: bool, micro_batch: int | None) -> dict:
     """What decides the result besides the recipe; a run folder belongs to one such set."""
     unusual = {"compiled": compiled or None, "micro_batch": micro_batch}
@@ -208,20 +268,27 @@ def _identity(job: _Job, compiled: bool, micro_batch: int | None) -> dict:
         **{name: value for name, value in unusual.items() if value is not None},
         "content_sha256": job.dataset.content_sha256,
         "split_sha256": job.rows.sha256,
+        "class_order_sha256": class_order_sha256(job.dataset.wnids[: job.rows.classes]),
         "data_folder": relative_to_here(job.dataset.folder),
     }
 
 
 def _enter(job: _Job, identity: dict) -> list[str]:
     environment = describe_environment(job.place) | {"processes": job.world.size}
-    return enter_run(job.run, job.recipe, identity, environment)
+    notices = enter_run(job.run, job.recipe, identity, environment)
+    if not job.run.finished:
+        job.run.sweep()
+        checkpoint.clean(job.run.checkpoints)
+    return notices
 
 
 @contextlib.contextmanager
-def _one_writer(run: Run, world: World) -> Iterator[None]:
-    """The first process holds the run folder's lock; a refusal ends all of them."""
+def _one_writer(job: _Job) -> Iterator[None]:
+    """The first process holds the run folder's lock, and the mirror's; a refusal ends all of them."""
     with contextlib.ExitStack() as held:
-        from_rank_0(world, lambda: held.enter_context(run.lock()))
+        from_rank_0(job.world, lambda: held.enter_context(job.run.lock()))
+        if job.mirror is not None:
+            from_rank_0(job.world, lambda: held.enter_context(hold(job.mirror.folder)))
         yield
 
 
@@ -260,14 +327,10 @@ def _warm_up(job: _Job, state: TrainState, compiled: bool) -> None:
         raise UserError(f"torch.compile fails here ({reason}): leave --compile out") from error
 
 
-def _continue(job: _Job, state: TrainState) -> None:
-    """Puts the newest checkpoint into `state`, if there is one, and shows the log so far."""
-    saved, notice = from_rank_0(job.world, lambda: checkpoint.load(job.run.checkpoints))
-    if notice:
-        job.say(f"note: {notice}")
-    if saved is None:
-        return
-    state.load_checkpoint(saved | {"totals": _own_totals(saved["totals"], job.world)})
+def _continue(job: _Job, state: TrainState, saved: dict) -> None:
+    """Puts a checkpoint into `state`, and shows the log so far."""
+    own = {name: value for name, value in saved.items() if name != "run"}
+    state.load_checkpoint(own | {"totals": _own_totals(saved["totals"], job.world)})
     state.stops += 1
     if job.world.writes:
         job.run.write_history(state.history)  # a line whose checkpoint was lost goes, too
@@ -327,21 +390,24 @@ def _train_epoch(job: _Job, state: TrainState) -> None:
     )
     with bar, contextlib.closing(job.loader.epoch(state.epoch, state.step)) as batches:
         for batch in batches:
-            train_step(state, job.recipe, job.place, batch)
+            with contextlib.suppress(Abandoned):  # the wish is to stop, then
+                train_step(state, job.recipe, job.place, batch)
             bar.update()
             now, trouble = time.perf_counter(), None
+            if now - shown > 0.5 or job.place.device.type == "cpu":  # a GPU would be waited for
+                trouble = state.trouble()
             if now - shown > 0.5:
-                shown, trouble = now, state.trouble()
+                shown = now
                 loss, top1, _ = _means(state.totals)
                 bar.set_postfix_str(f"loss {loss:.4f}, accuracy {top1:.2f} %", refresh=False)
             wish = highest(job.world, _wish(job, trouble, now - saved))
             if wish == _Wish.ABORT:
-                agree(job.world, trouble)
+                _require_finite(job, state)
             if wish:
                 saved = now
                 state.epoch_seconds = before + now - started
                 _save_within(job, state, stopping=wish == _Wish.STOP)
-    agree(job.world, state.trouble())
+    _require_finite(job, state)
     job.place.synchronise()
     state.epoch_seconds = before + time.perf_counter() - started
 
@@ -354,11 +420,27 @@ def _wish(job: _Job, trouble: UserError | None, since_saved: float) -> _Wish:
     return _Wish.SAVE if since_saved > SAVE_SECONDS else _Wish.GO
 
 
+def _require_finite(job: _Job, state: TrainState) -> None:
+    """Ends the run if its numbers are not finite, with a checkpoint to continue from: an earlier one if there is any,
+    as what has gone wrong since may have been chance."""
+    trouble = state.trouble()
+    if highest(job.world, int(trouble is not None)) and not from_rank_0(job.world, lambda: job.run.trained):
+        _save(job, state)
+    agree(job.world, trouble)
+
+
+@contextlib.contextmanager
+def _saved_when_abandoned(job: _Job, state: TrainState) -> Iterator[None]:
+    """While entered, a pass that is given up because the run is to stop has it saved and stopped."""
+    try:
+        yield
+    except Abandoned:
+        _save_within(job, state, stopping=True)
+
+
 def _save_within(job: _Job, state: TrainState, stopping: bool) -> None:
     """Saves in the middle of an epoch, and ends the run there if that was asked for."""
-    agree(job.world, state.trouble())
-    if not all(bool(torch.isfinite(parameter).all()) for parameter in state.model.parameters()):
-        raise UserError(f"weights are not finite in epoch {state.epoch} after step {state.step}: the run has diverged")
+    _require_finite(job, state)
     _save(job, state)
     if stopping:
         where = f"stopped in epoch {state.epoch} after {state.step} steps"
@@ -368,14 +450,26 @@ def _save_within(job: _Job, state: TrainState, stopping: bool) -> None:
 
 
 def _save(job: _Job, state: TrainState) -> None:
+    """Writes a checkpoint, at home and then in the mirror. Raises `UserError` if there is anything in it that is not
+    finite: what was saved before is better."""
+    networks = [state.model, *([] if state.average is None else [state.average.module])]
+    if not all(bool(all_finite(network.state_dict().values())) for network in networks):
+        raise UserError(
+            f"weights are not finite in epoch {state.epoch} after step {state.step}: the run has diverged; what was "
+            "saved is from before; start another run with a lower max-learning-rate"
+        )
     totals = gather_rows(job.world, state.totals[None]).squeeze(0)  # a row for each of several processes
     if job.world.writes:
-        checkpoint.save(job.run.checkpoints, state.to_checkpoint() | {"totals": totals})
+        belongs_to = dataclasses.asdict(job.recipe) | job.run.identity
+        content = checkpoint.save(job.run.checkpoints, state.to_checkpoint() | {"totals": totals, "run": belongs_to})
+        if job.mirror is not None:
+            job.mirror.update(content)
 
 
 def _means(totals: torch.Tensor) -> tuple[float, float, float]:
     """Mean loss, top-1 and top-5 in percent over the epoch so far."""
     loss, top1, top5, images = totals.tolist()
+    images = max(images, 1.0)  # none yet, if all steps were skipped
     return loss / images, 100 * top1 / images, 100 * top5 / images
 
 
@@ -428,6 +522,10 @@ def _stoppable(job: _Job, state: TrainState, batches: Iterable[Item]) -> Iterato
 def _history_row(job: _Job, state: TrainState, evaluation: Evaluation, eval_seconds: float) -> dict:
     """One line of metrics.jsonl: accuracies in percent, losses in nats per image."""
     totals = sum_over_ranks(job.world, state.totals)
+    if totals[3] == 0:
+        raise UserError(
+            f"no step of epoch {state.epoch} had a finite loss: start another run with a lower max-learning-rate"
+        )
     loss, top1, top5 = _means(totals)
     return {
         "epoch": state.epoch,
@@ -439,6 +537,7 @@ def _history_row(job: _Job, state: TrainState, evaluation: Evaluation, eval_seco
         "train_seconds": round(state.epoch_seconds, 3),
         "eval_seconds": round(eval_seconds, 3),
         "images_per_second": round(totals[3].item() / state.epoch_seconds, 1),
+        "skipped_steps": int(state.skips[0]),
     }
 
 
@@ -446,10 +545,11 @@ def log_lines(row: dict, epochs: int) -> str:
     """The published run's two lines per epoch: training, then test with mean loss and correct / total."""
     filled = round(row["train_top1"] / 5)
     bar = "#" * filled + "." * (20 - filled)
+    skipped = f", {row['skipped_steps']} steps skipped: not finite" if row.get("skipped_steps") else ""
     return (
         f"epoch {row['epoch']:>{len(str(epochs))}}/{epochs}  learning rate {row['learning_rate']:.6f}  "
         f"loss {row['train_loss']:.4f}  accuracy {row['train_top1']:5.2f} % [{bar}]  "
-        f"{row['train_seconds']:.0f} s, {row['images_per_second']:.0f} images/s\n"
+        f"{row['train_seconds']:.0f} s, {row['images_per_second']:.0f} images/s{skipped}\n"
         f"  test: average loss {row['test_loss']:.4f}, accuracy {row['test_correct']}/{row['test_total']} "
         f"({row['test_top1']:.2f} %), top-5 {row['test_top5']:.2f} %"
     )
@@ -472,7 +572,9 @@ def _finish(job: _Job, state: TrainState, evaluation: Evaluation, flipped: Evalu
         dataset.content_sha256,
     )
     checkpoint.write_atomically(run.weights, weights)
-    run.write("summary.json", summary | {"model_sha256": hashlib.sha256(weights).hexdigest()})
+    summary |= {"model_sha256": hashlib.sha256(weights).hexdigest()}
+    write_checksums(run, summary)
+    run.write("summary.json", summary)
 
 
 def _summary(job: _Job, state: TrainState) -> dict:
@@ -498,6 +600,7 @@ def _summary(job: _Job, state: TrainState) -> dict:
         "time_to_accuracy_seconds": round(warm, 3),
         "cold_time_to_accuracy_seconds": round(warm + state.set_up_seconds, 3),
         "images_per_second": round(images / train_seconds, 1),
+        "skipped_steps": sum(row["skipped_steps"] for row in state.history),
         "stops": state.stops,
     }
 
