@@ -1,4 +1,4 @@
-"""Commands from outside: what they print, what they refuse in one line, and that a refusal leaves nothing behind."""
+"""Commands from outside: what they print, and how they end. What they refuse is in reliability/test_bad_input.py."""
 
 import contextlib
 import csv
@@ -12,146 +12,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from tinylab.cli import COMMANDS, main
-from tinylab.dataset import Dataset
-from tinylab.device import choose
 from tinylab.recipe import Recipe
-from tinylab.record import Run, describe_environment, enter_run
-from tinylab.train import train
-
-PARSING = {
-    "frobnicate": "unknown command 'frobnicate'.*train",
-    "--version": "unknown command",
-    "train": "which recipe.*published, accurate, speedrun, official, smoke",
-    "train nope": "unknown recipe 'nope'.*published, accurate, speedrun, official, smoke",
-    "train --epochs 3": "which recipe",
-    "train smoke --epocs 3": "epocs.*--epochs",
-    "train smoke 17": "17",
-    "train smoke --epochs": "epochs",
-    "train smoke --epochs 0": "epochs must be at least 1, not 0",
-    "train smoke --epochs -3": "epochs",
-    "train smoke --epochs 2.5": "epochs",
-    "train smoke --epochs many": "epochs",
-    "train smoke --max-learning-rate nan": "max_learning_rate",
-    "train smoke --max-learning-rate inf": "max_learning_rate",
-    "train smoke --max-learning-rate 0": "max_learning_rate must be above 0",
-    "train smoke --batch-size 0": "batch_size",
-    "train smoke --width 0": "width",
-    "train smoke --weight-decay -1": "weight_decay",
-    "train smoke --flip-probability 1.5": "flip_probability",
-    "train smoke --mean 0.4 0.4": "mean",
-    "train smoke --std 0.2 0 0.2": "std",
-    "train smoke --anneal cubic": "anneal",
-    "train smoke --name ../x": "name",
-    "train smoke --resolution 60": "resolution must be a multiple of 8 from 16 to 256, not 60",
-    "train smoke --test-resolution 0": "test_resolution must be a multiple of 8",
-    "train speedrun --ramp 42 0.5": "ramp must be of resolutions that are multiples of 8",
-    "train speedrun --ramp 40 0.6 48 0.6": "ramp must be of shares that leave some",
-    "train accurate --ema-decay 0": "ema_decay must be between 0 and 1",
-    "train accurate --ema-decay 1": "ema_decay must be between 0 and 1",
-    "train accurate --ema-decay -0.5": "ema_decay must be between 0 and 1",
-    "train accurate --ema-decay 1.5": "ema_decay must be between 0 and 1",
-    "train accurate --mixup-probability 1.5": "mixup_probability must be between 0 and 1",
-    "train accurate --mixup-probability 0.9 --cutmix-probability 0.9": "resizemix_probability must add up to 1 or less",
-    "train accurate --label-smoothing 1": "label_smoothing must be at least 0 and below 1",
-    "train accurate --optimizer adam": "optimizer",
-    "train published --mixup-probability 0.3": "mixup_probability must be left alone unless augmentation is 'batched'",
-    "train accurate --augmentation albumentations": "must be left alone unless augmentation is 'batched'",
-    "train smoke --micro-batch many": "micro-batch",
-    "train smoke --split random": "split",
-    "train smoke --device tpu": "device",
-    "train smoke --precision fp8": "precision",
-    "schedule": "which recipe",
-    "schedule nope": "unknown recipe 'nope'",
-    "schedule published --images 0": "images must be from 1",
-    "schedule published --images 10000000000000000000000": "images must be from 1",
-    "schedule published --epochs 99999999999999999999": "epochs must be at most",
-    "train smoke --width 1000000": "width must be at most",
-    "summary --classes 99999999999999": "classes must be from 1",
-    "prepare --source ~nobody-of-that-name/x.zip --data new/d": "no zip file and no folder",
-    "sample /dev/null": "no regular file",
-    "table": "run this in the repository's folder",
-    "schedule published --images 1e5": "images",
-    "schedule published --epochs 0": "epochs",
-    "summary --classes 0": "classes",
-    "summary --width -1": "width",
-    "summary --classes two": "classes",
-    "sample": "zip file to write",
-    "evaluate": "run",
-    "explain": "run",
-    "evaluate missing": "missing.*no run",
-    "explain missing": "missing.*no run",
-    "publish missing": "missing.*no run",
-    "verify missing": "no data set in missing",
-    "evaluate missing --tta rotate": "tta",
-    "explain missing --method telepathy": "method",
-    "train smoke --data missing": "no data set in missing.*tinylab prepare",
-    "train smoke --data file": "no data set in file",
-    "evaluate file": "file",
-    "prepare --source missing.zip --data new/data": "missing.zip",
-    "prepare --source file --data new/data": "file",
-    "prepare --source file --data file": "file",
-    "prepare --source file --data new/data --workers 0": "workers",
-    "sample file/inside.zip": "file",
-}
-"""Command lines in a folder that holds nothing but an empty `file`, and what the refusal must name."""
-
-TRAINING = {
-    "--seed -1": "seed",
-    "--seed 9223372036854775808": "seed",
-    "--limit-classes 1": "limit-classes must be from 2 to 10",
-    "--limit-classes 11": "limit-classes must be from 2 to 10",
-    "--workers -1": "workers",
-    "--precision fp16 --device cpu": "fp16 needs a CUDA GPU",
-    "--batch-size 421": "batch-size 421 is more than the 420 training images",
-    "--micro-batch 0": "micro-batch must be auto or at least 1",
-    "--augmentation batched --mixup-probability 0.5 --limit-classes 1": "limit-classes must be from 2",
-    "--augmentation batched --workers 2": "workers run albumentations",
-    "--compile --device cpu": "--compile needs a compiler",
-    "--run file": "file",
-    "--run file/run": "file",
-    "--run foreign": "foreign is not empty and no run",
-}
-"""Options of `tinylab train smoke` on sample data, in a folder with an empty `file` and a `foreign` folder."""
+from tinylab.record import Run
 
 TRAIN = "train smoke --epochs 1 --width 16 --limit-classes 2 --split official"
-
-
-def tree(folder: Path) -> dict[str, bytes | None]:
-    """Every file below `folder` with its content, and every folder; locks beside data folders aside."""
-    return {
-        str(path.relative_to(folder)): None if path.is_dir() else path.read_bytes()
-        for path in folder.rglob("*")
-        if path.suffix != ".lock"
-    }
-
-
-@pytest.fixture
-def refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable:
-    """A function that runs a command in `tmp_path`: exit status 2, one line on stderr that matches, nothing changed."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "file").write_text("")
-
-    def call(arguments: list[str], pattern: str) -> None:
-        before = tree(tmp_path)
-        capfd.readouterr()
-        status = main(arguments)
-        out, err = capfd.readouterr()
-        assert status == 2, (out, err)
-        assert len(err.splitlines()) == 1, err
-        assert err.startswith("tinylab: ")
-        assert len(err) > len("tinylab: ") + 20
-        assert re.search(pattern, err), err
-        assert "Traceback" not in out + err
-        after = tree(tmp_path)
-        assert {name: content for name, content in after.items() if name.split("/")[0] != "new"} == before
-
-    return call
 
 
 @pytest.fixture(scope="module")
@@ -167,94 +36,7 @@ def chain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-# --- What is refused --------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("line", PARSING)
-def test_a_bad_command_is_refused_in_one_line(refused: Callable, line: str) -> None:
-    refused(line.split(), f"(?i){PARSING[line]}")
-
-
-@pytest.mark.parametrize("line", TRAINING)
-def test_an_impossible_training_is_refused_in_one_line(
-    refused: Callable, sample_dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str
-) -> None:
-    monkeypatch.setenv("PATH", "")  # no compiler
-    monkeypatch.delenv("CXX", raising=False)
-    (tmp_path / "foreign").mkdir()
-    (tmp_path / "foreign" / "thesis.txt").write_text("mine")
-    refused(["train", "smoke", "--data", str(sample_dataset.folder), *line.split()], TRAINING[line])
-
-
-def test_an_unfinished_run_is_refused(refused: Callable, narrow: Recipe, tmp_path: Path) -> None:
-    run = Run(tmp_path / "runs" / "begun")
-    run.folder.mkdir(parents=True)
-    identity = {"protocol": "merged", "classes": 3, "content_sha256": "c", "split_sha256": "s", "data_folder": "data"}
-    enter_run(run, narrow, identity, describe_environment(choose("cpu", "fp32")))
-    for command in ("evaluate", "explain"):
-        refused([command, "runs/begun"], "not finished.*continues it")
-    run.write("summary.json", {})
-    refused(["evaluate", "runs/begun"], "summary.json lacks model_sha256, test_top1")
-    run.write("run.json", {})
-    refused(["evaluate", "runs/begun"], "run.json lacks content_sha256")
-
-
-def test_a_data_folder_of_another_format_is_refused(refused: Callable, sample_dataset: Dataset, tmp_path: Path) -> None:
-    shutil.copytree(sample_dataset.folder, tmp_path / "data")
-    meta = json.loads((tmp_path / "data" / "meta.json").read_text())
-    (tmp_path / "data" / "meta.json").write_text(json.dumps(meta | {"format_version": 99}))
-    refused(["train", "smoke", "--data", "data"], "format version 99.*tinylab prepare")
-    refused(["prepare", "--source", "file", "--data", "data"], "format version 99")
-
-
-def test_the_folder_of_another_run_is_refused(
-    refused: Callable, narrow: Recipe, sample_dataset: Dataset, tmp_path: Path
-) -> None:
-    recipe = replace(narrow, name="smoke", epochs=1, batch_size=64)
-    options = {"limit_classes": 2, "device": "cpu", "precision": "fp32", "quiet": True}
-    run = train(recipe, sample_dataset, folder=tmp_path / "run", **options)
-    line = ["train", "smoke", "--data", str(sample_dataset.folder), "--run", "run", "--limit-classes", "2"]
-    line += ["--precision", "fp32", "--width", "16", "--batch-size", "64"]
-    refused([*line, "--epochs", "7"], "epochs 1 -> 7")
-    refused([*line, "--epochs", "1", "--seed", "3"], "seed 0 -> 3")
-
-    refused(["explain", str(run.folder), "--count", "-1"], "count must be 0 or more")
-    for name, command in (
-        ("predictions.npz", "explain"),
-        ("metrics.jsonl", "explain"),
-        ("model.safetensors", "evaluate"),
-    ):
-        whole = (run.folder / name).read_bytes()
-        (run.folder / name).write_bytes(whole[:-20])
-        refused([command, "run"], rf"{re.escape(name)}.*damaged")
-        (run.folder / name).write_bytes(whole)
-
-
-def test_a_run_on_other_data_is_refused(
-    refused: Callable, chain: Path, sample_dataset: Dataset, tmp_path: Path
-) -> None:
-    shutil.copytree(chain / "runs" / "smoke-official-s0", tmp_path / "run")
-    refused(["evaluate", "run"], "no data set in data/tiny-imagenet")
-    shutil.copytree(sample_dataset.folder, tmp_path / "other")
-    meta = json.loads((tmp_path / "other" / "meta.json").read_text())
-    (tmp_path / "other" / "meta.json").write_text(json.dumps(meta | {"content_sha256": "d" * 64}))
-    refused(["evaluate", "run", "--data", "other"], "other data.*--data")
-    run = Run(tmp_path / "run")
-    run.write("run.json", run.identity | {"split_sha256": "d" * 64})
-    refused(["evaluate", "run", "--data", str(chain / "data" / "tiny-imagenet")], "another split")
-
-
-def test_a_full_disk_is_one_line(
-    refused: Callable, sample_dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    line = ["train", "smoke", "--data", str(sample_dataset.folder), "--run", "new", "--limit-classes", "2"]
-    with monkeypatch.context() as patched:
-        patched.setattr(os, "fsync", full)
-        refused(line, "cannot write .*No space left on device")
-    assert not tree(tmp_path / "new")
+# --- How a command ends -----------------------------------------------------------------------------------------------
 
 
 def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -440,7 +222,7 @@ def test_ctrl_c_in_a_command_without_a_run_is_one_line(
     assert done.returncode == 128 + signal.SIGINT, done.stderr
     assert done.stderr.splitlines()[-1] == "tinylab: stopped"
     assert "Traceback" not in done.stderr
-    assert not tree(tmp_path)
+    assert not [path for path in tmp_path.iterdir() if path.suffix != ".lock"]
 
 
 @pytest.mark.skipif(not hasattr(os, "killpg"), reason="needs process groups")

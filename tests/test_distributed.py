@@ -6,11 +6,7 @@ import copy
 import multiprocessing
 import os
 import pickle
-import signal
 import socket
-import subprocess
-import sys
-import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -23,7 +19,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import assert_equal_runs, without_seconds
+from conftest import without_seconds
+from reliability.harness import OVERRIDES, launch, undisturbed_run_of_two, wait_until
 from torch import nn
 
 from tinylab import distributed
@@ -449,25 +446,10 @@ except UserError as error:
 """
 
 
-def launch(*arguments: str, environment: dict[str, str], size: int = 2, **options) -> subprocess.Popen:
-    """torchrun with `size` processes, its output in a pipe."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size), *arguments]
-    return subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
-    )
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
 def test_a_process_that_fails_ends_the_others_at_once(tmp_path: Path, subprocess_environment: dict[str, str]) -> None:
     (tmp_path / "script.py").write_text(SCRIPT)
     launcher = launch("script.py", str(tmp_path), "raise", environment=subprocess_environment, cwd=tmp_path)
-    wait_for(lambda: len(list(tmp_path.glob("*.pid"))) == 2)
+    wait_until(lambda: len(list(tmp_path.glob("*.pid"))) == 2)
     _, err = launcher.communicate(timeout=25)  # well below the patience of the other, and of the launcher
     assert launcher.returncode == 1
     assert "OSError: the second process cannot go on" in err
@@ -479,61 +461,13 @@ def test_a_process_that_fails_ends_the_others_at_once(tmp_path: Path, subprocess
     assert err.count("Traceback") <= 2  # the process's and torchrun's own
 
 
-def is_running(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere processes are not told that their parent is gone")
-def test_killing_the_launcher_leaves_no_process(tmp_path: Path, subprocess_environment: dict[str, str]) -> None:
-    (tmp_path / "script.py").write_text(SCRIPT)
-    launcher = launch("script.py", str(tmp_path), environment=subprocess_environment, cwd=tmp_path)
-    files = [tmp_path / f"{rank}.pid" for rank in range(2)]
-    wait_for(lambda: all(file.exists() and file.read_text() for file in files))
-    pids = [int(file.read_text()) for file in files]
-    assert all(map(is_running, pids))
-    launcher.kill()
-    launcher.communicate(timeout=20)
-    wait_for(lambda: not any(map(is_running, pids)), 20)
-
-
 # --- A run ------------------------------------------------------------------------------------------------------------
-
-
-OVERRIDES = {"epochs": 3, "batch_size": 9, "width": 16, "ema_decay": 0.5, "max_learning_rate": 0.05}
-"""28 images: batches of 9 (5 + 4 in two processes), and a last one of 1 left out, as the recipe says."""
-
-TINYLAB = """
-import sys
-import tinylab.train
-from tinylab.cli import main
-tinylab.train.EVALUATION_BATCH = 5  # 12 test images: batches of 5 and 5 for the first process, and 2 for the second
-sys.exit(main())
-"""
-
-
-def launch_run(dataset: Dataset, folder: Path, environment: dict[str, str]) -> subprocess.Popen:
-    script = folder.parent / "script.py"
-    script.write_text(TINYLAB)
-    overrides = [text for name, value in OVERRIDES.items() for text in (f"--{name.replace('_', '-')}", str(value))]
-    places = ["--data", str(dataset.folder), "--run", str(folder), "--device", "cpu", "--precision", "fp32"]
-    # Without "--" torchrun takes --run for its own --run-path.
-    return launch("--", str(script), "train", "accurate", *places, *overrides, environment=environment)
 
 
 @pytest.fixture(scope="module")
 def run_of_two(small_dataset: Dataset, subprocess_environment: dict, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A run of two processes that nothing disturbed. Read only."""
-    folder = tmp_path_factory.mktemp("two") / "run"
-    launcher = launch_run(small_dataset, folder, subprocess_environment)
-    out, err = launcher.communicate(timeout=120)
-    assert launcher.returncode == 0, err
-    assert out.count("epoch 1/3") == 1  # one of them tells
-    assert ", 2 processes" in out
-    assert sorted(path.name for path in folder.parent.iterdir()) == ["run", "script.py"]
-    return Run(folder)
+    return undisturbed_run_of_two(small_dataset, subprocess_environment, lambda: tmp_path_factory.mktemp("two"))
 
 
 @pytest.mark.slow
@@ -553,28 +487,6 @@ def test_a_run_of_two_processes_is_the_run_of_one(run_of_two: Run, small_dataset
     for name in ("seed", "train_images", "test_images", "test_correct", "parameters"):
         assert run_of_two.summary[name] == alone.summary[name], name
     assert run_of_two.summary["flip_tta_top1"] == pytest.approx(alone.summary["flip_tta_top1"])
-
-
-@pytest.mark.slow
-def test_two_processes_stop_together_and_continue_to_the_same_bits(
-    run_of_two: Run, small_dataset: Dataset, subprocess_environment: dict[str, str], tmp_path: Path
-) -> None:
-    folder = tmp_path / "run"
-    launcher = launch_run(small_dataset, folder, subprocess_environment)
-    wait_for(lambda: (folder / "checkpoints" / "last.ckpt").exists())
-    launcher.send_signal(signal.SIGTERM)
-    _, err = launcher.communicate(timeout=60)
-    assert launcher.returncode != 0
-    assert err.count("tinylab: stopped in epoch") == 1, err
-    stopped = Run(folder)
-    assert not stopped.finished
-
-    launcher = launch_run(small_dataset, folder, subprocess_environment)
-    out, err = launcher.communicate(timeout=120)
-    assert launcher.returncode == 0, err
-    assert "continuing" in out
-    assert stopped.summary["stops"] == 1
-    assert_equal_runs(stopped, run_of_two)
 
 
 def test_what_all_processes_refuse_one_of_them_tells(

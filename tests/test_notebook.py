@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -90,7 +91,7 @@ def test_cells_are_thin() -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_colab_rehearsed(tmp_path: Path) -> None:
-    """An empty folder, the code fetched by git, a stand-in for google.colab, "Run all" twice."""
+    """An empty folder, the code fetched by git, a stand-in for google.colab, "Run all" twice, then on a new machine."""
     origin = tmp_path / "origin"
     listing = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     files = subprocess.run(listing, cwd=ROOT, capture_output=True, check=True)
@@ -127,13 +128,21 @@ def test_colab_rehearsed(tmp_path: Path) -> None:
         subprocess.run(arguments, cwd=content, env=environment, check=True, timeout=280)
         notebook = nbformat.read(out, as_version=4)
         printed.append("".join(output.get("text", "") for cell in code_cells(notebook) for output in cell.outputs))
-    assert (drive / "smoke-merged-s0-e1" / "summary.json").exists()
+        shutil.rmtree(content / "tinylab")  # the machine is gone, Drive is not
+        kept = drive / "smoke-merged-s0-e1"
+        if attempt == "first":  # as if it had gone before the end: only the checkpoints had been copied
+            shutil.copytree(kept, tmp_path / "finished")
+            (kept / "summary.json").unlink()
+    assert {path.name for path in (kept / "checkpoints").iterdir()} <= {"last.ckpt", "previous.ckpt"}
+    assert (kept / "summary.json").exists()
+    assert (kept / "figures" / "curves.png").exists()
     for text in printed:
         assert f"mounted {tmp_path}/drive" in text
         assert str(content / "tinylab" / "src" / "tinylab") in text  # the fetched code ran, not this checkout
         assert "epoch 1/1" in text
-    assert "is finished" not in printed[0]
-    assert "is finished" in printed[1]
+    assert "continuing from the mirror" not in printed[0]
+    assert "continuing from the mirror" in printed[1]
+    assert (kept / "predictions.npz").read_bytes() == (tmp_path / "finished" / "predictions.npz").read_bytes()
 
 
 @pytest.mark.slow
@@ -142,22 +151,20 @@ def test_colab_rehearsed(tmp_path: Path) -> None:
 def test_a_signal_while_the_notebook_trains_saves_and_the_same_command_continues(
     tmp_path: Path, number: signal.Signals
 ) -> None:
-    values = ["SOURCE=sample", "RECIPE=smoke", "EPOCHS=1", f"DATA={tmp_path}/data", f"RUN={tmp_path}/run"]
+    values = ["SOURCE=sample", "RECIPE=smoke", "EPOCHS=2", f"DATA={tmp_path}/data", f"RUN={tmp_path}/run"]
     command = [sys.executable, str(ROOT / "notebooks" / "run.py"), str(tmp_path / "out.ipynb"), *values]
     stderr = tmp_path / "stderr"
     with open(stderr, "w") as file:
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=file, start_new_session=True)
         deadline = time.monotonic() + 120
-        while not (tmp_path / "run" / "run.json").exists():
+        while not (tmp_path / "run" / "checkpoints" / "last.ckpt").exists():
             assert time.monotonic() < deadline
             time.sleep(0.05)
-        time.sleep(1.5)  # into the first epoch
         process.send_signal(number)
         assert process.wait(timeout=60) == 128 + number
     lines = [line for line in stderr.read_text().splitlines() if "IPKernelApp" not in line]
     assert len(lines) == 1, lines
     assert "the same command continues" in lines[0]
-    assert (tmp_path / "run" / "checkpoints" / "last.ckpt").exists()
     assert not (tmp_path / "run" / "summary.json").exists()
     subprocess.run(command, check=True, timeout=120)
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["stops"] == 1

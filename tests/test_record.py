@@ -15,7 +15,15 @@ import pytest
 from tinylab import record
 from tinylab.device import choose
 from tinylab.recipe import Recipe, UserError, published
-from tinylab.record import Run, default_folder, describe_environment, enter_run, relative_to_here, results_table
+from tinylab.record import (
+    Run,
+    copy_run,
+    default_folder,
+    describe_environment,
+    enter_run,
+    relative_to_here,
+    results_table,
+)
 
 IDENTITY = {
     "protocol": "merged",
@@ -234,6 +242,40 @@ def test_paths_below_here_are_relative(tmp_path: Path, monkeypatch: pytest.Monke
 def test_the_environment_names_data_and_split(finished_run: Run) -> None:
     for name in ("content_sha256", "split_sha256"):
         assert finished_run.environment[name] == finished_run.identity[name]
+
+
+def test_a_copy_of_a_run_is_whole_or_no_finished_run(
+    finished_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As to Drive and back: the summary comes last, and all is read again."""
+    copied = copy_run(finished_run, tmp_path / "drive" / "run")
+    assert copied.finished
+    assert copied.summary == finished_run.summary
+    assert not copied.trained
+    assert copy_run(copied, tmp_path / "back").summary == finished_run.summary
+
+    real = record.write_atomically
+
+    def fails_at(name: str) -> None:
+        def write(path: Path, data: bytes) -> None:
+            if path.name == name:
+                raise UserError(f"cannot write {path}")
+            real(path, data)
+
+        monkeypatch.setattr(record, "write_atomically", write)
+
+    for name in (*record.FINAL_FILES, record.CHECKSUMS, "summary.json"):
+        fails_at(name)
+        with pytest.raises(UserError, match="cannot write"):
+            copy_run(finished_run, tmp_path / name)
+        assert not Run(tmp_path / name).finished
+    monkeypatch.setattr(record, "write_atomically", lambda path, data: real(path, data[:-1] + b"x"))
+    with pytest.raises(UserError, match="damaged"):
+        copy_run(finished_run, tmp_path / "lying")
+    (copied.folder / "predictions.npz").unlink()
+    monkeypatch.undo()
+    with pytest.raises(UserError, match=r"cannot copy .*predictions\.npz: No such file"):
+        copy_run(copied, tmp_path / "another")
 
 
 def test_only_runs_that_differ_in_seed_share_a_line() -> None:

@@ -62,7 +62,7 @@ def gradients(state: TrainState) -> list[torch.Tensor]:
 
 
 def everything(state: TrainState) -> dict:
-    return copy.deepcopy(state.to_checkpoint() | {"bad_step": state.bad_step})
+    return copy.deepcopy(state.to_checkpoint())
 
 
 def assert_same(first: object, second: object, where: str = "") -> None:
