@@ -33,7 +33,7 @@ SOURCE = "auto"  # "auto" finds or downloads Tiny ImageNet; also a URL, a zip, a
 DATA = None  # where the decoded images go; None: data/tiny-imagenet or data/sample
 RUN = None  # the run folder; None: runs/<recipe>-<split>-s<seed>
 FIGURES = None  # the figures are copied here, too
-DRIVE = None  # in Colab: keep runs in this folder, for example "/content/drive/MyDrive/tinylab"
+DRIVE = None  # in Colab: a folder that outlives the machine, for example "/content/drive/MyDrive/tinylab"
 REPOSITORY = "https://github.com/OWNER/tinylab"  # where the code is fetched from if it is not here
 
 # %% [markdown]
@@ -90,12 +90,18 @@ place = device.choose()
 on_cpu = place.device.type == "cpu"
 print(place, "| for a GPU in Colab: Runtime > Change runtime type > T4 GPU" if on_cpu else "")
 
+# %% [markdown]
+# With `DRIVE`, every checkpoint is copied there, too, and read again to be sure; a new machine continues from the newest
+# one that is whole. Runs that are finished come back from there.
+
 # %%
+runs = Path("runs")
 if DRIVE and "google.colab" in sys.modules:
     from google.colab import drive
 
     drive.mount(DRIVE.partition("/MyDrive")[0])
-runs = Path(DRIVE or "runs")
+    for finished in Path(DRIVE).glob("*/summary.json"):
+        record.copy_run(record.Run(finished.parent), runs / finished.parent.name)
 
 # %% [markdown]
 # ## Data
@@ -176,7 +182,9 @@ show("learning_rate", plots.learning_rate_curve(learning_rates, momenta, recipe.
 # only shows its log.
 
 # %%
-run = train(recipe, dataset, folder=run.folder, seed=SEED, limit_classes=classes)
+on_drive = Path(DRIVE) / run.folder.name if DRIVE else None
+mirror = on_drive / "checkpoints" if on_drive else None
+run = train(recipe, dataset, folder=run.folder, seed=SEED, limit_classes=classes, mirror=mirror)
 
 # %% [markdown]
 # ## Curves
@@ -239,6 +247,8 @@ run.write("explain.json", mistakes.to_json())
 if FIGURES:
     shutil.copytree(run.figures, FIGURES, dirs_exist_ok=True)
     record.note_figures(run, Path(FIGURES))
+if on_drive:
+    record.copy_run(run, on_drive)
 kept = {".json", ".jsonl", ".npz", ".png", ".safetensors"}
 for path in sorted(run.folder.rglob("*")):
     if path.suffix in kept:
