@@ -54,7 +54,7 @@ test: setup
 	@$(VENV_PYTHON) -m pytest
 
 soak: setup
-	@$(VENV_PYTHON) -m pytest tests/reliability --soak --table benchmarks/RELIABILITY.md --timeout 1800
+	@$(VENV_PYTHON) -m pytest tests/reliability --soak --table benchmarks/RELIABILITY.md --readme README.md --timeout 1800
 
 bench: setup
 	@for script in benchmarks/bench_*.py; do echo "== $$script"; $(VENV_PYTHON) "$$script" || exit 1; done

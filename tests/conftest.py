@@ -22,6 +22,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--soak", action="store_true", help="the full amount of every test of reliability")
     parser.addoption("--table", metavar="FILE", help="write the table of the tests of reliability")
+    parser.addoption("--readme", metavar="FILE", help="the page whose part on reliability is rewritten, too")
 
 
 @pytest.fixture(scope="session", autouse=True)

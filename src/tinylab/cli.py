@@ -306,8 +306,8 @@ class Publish:
         run = Run(self.run_folder)
         _ = run.identity, run.summary  # refuses what is no finished run
         require_repository()
-        print(publish_run(run, RESULTS))
-        Table().run()
+        for path in publish_run(run, RESULTS, README):
+            print(path)
 
 
 @dataclass(frozen=True)

@@ -19,12 +19,15 @@ import datetime
 import hashlib
 import io
 import json
+import math
 import os
 import platform
 import re
 import statistics
 import subprocess
 import tempfile
+import unicodedata
+import urllib.parse
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -87,7 +90,8 @@ class Run:
     @property
     def identity(self) -> dict:
         """What decides the result besides the recipe. Raises `UserError` if the folder is no run."""
-        return self._read("run.json", needs=("content_sha256", "protocol", "classes", "split_sha256"))
+        needs = {"content_sha256": str, "protocol": str, "classes": int, "split_sha256": str}
+        return self._read("run.json", needs=needs)
 
     @property
     def environment(self) -> dict:
@@ -96,7 +100,7 @@ class Run:
     @property
     def summary(self) -> dict:
         unfinished = "the run is not finished: `tinylab train` with the same arguments continues it"
-        return self._read("summary.json", unfinished, needs=("model_sha256", "test_top1"))
+        return self._read("summary.json", unfinished, needs=SUMMARY)
 
     @property
     def title(self) -> str:
@@ -108,24 +112,39 @@ class Run:
     def history(self) -> list[dict]:
         """One dictionary per finished epoch, as in metrics.jsonl: accuracies in percent, losses in nats, seconds."""
         path = self.folder / "metrics.jsonl"
+        if not os.path.lexists(path):
+            return []
         try:
-            return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-        except ValueError as error:
-            raise UserError(f"{path} is damaged: {error}; delete {self.folder} and train again") from error
+            rows = [_parse(line) for line in _content(path).splitlines()]
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path} cannot be read: {_reason(error)}; delete {self.folder} and train again") from error
+        for row in rows:
+            if not isinstance(row, dict) or (wrong := _of_other_types(row, EPOCH)):
+                lacks = wrong if isinstance(row, dict) else "its fields"
+                raise UserError(f"{path} lacks {lacks}, or has them of another type: tinylab did not write it")
+        return rows
 
     @property
     def predictions(self) -> dict[str, np.ndarray]:
         """rows int64 (N,) into the data set, labels int64 (N,), logits float16 (N, classes) of the test images."""
         path = self.folder / "predictions.npz"
-        if not path.exists():
+        if not os.path.lexists(path):
             raise UserError(
                 f"{path} is missing: the run is not finished: `tinylab train` with the same arguments continues it"
             )
+        broken = (OSError, ValueError, EOFError, MemoryError, zipfile.BadZipFile, zlib.error, NotImplementedError)
         try:
+            _require_file(path)
+            with zipfile.ZipFile(path) as members:
+                if sum(member.file_size for member in members.infolist()) > LARGEST:
+                    raise ValueError("it is too large")
             with np.load(path, allow_pickle=False) as arrays:
-                return dict(arrays)
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+                found = dict(arrays)
+            if not all(isinstance(array, np.ndarray) for array in found.values()):
+                raise ValueError("it holds something else than arrays")
+        except broken as error:
             raise UserError(f"{path} is damaged: delete {self.folder} and train again") from error
+        return found
 
     def write(self, name: str, value: dict) -> None:
         write_atomically(self.folder / name, _as_json(value))
@@ -147,19 +166,82 @@ class Run:
         """Removes what a killed process was writing here; only the holder of the lock may call this."""
         sweep(self.folder)
 
-    def _read(self, name: str, otherwise: str = "this folder is no run", needs: tuple[str, ...] = ()) -> dict:
-        path = self.folder / name
-        try:
-            value = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError as error:
-            raise UserError(f"{path} is missing: {otherwise}") from error
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path} cannot be read: {error}") from error
-        if not isinstance(value, dict):
-            raise UserError(f"{path} is not what tinylab writes: a JSON object is expected")
-        if missing := [key for key in needs if key not in value]:
-            raise UserError(f"{path} lacks {', '.join(missing)}: this version of tinylab did not write it")
-        return value
+    def _read(self, name: str, otherwise: str = "this folder is no run", needs: dict[str, type] | None = None) -> dict:
+        return read_object(self.folder / name, otherwise, needs)
+
+
+# --- Reading what may be anybody's ------------------------------------------------------------------------------------
+
+LARGEST = 1 << 30
+"""Bytes that no record comes near: predictions of all test images have 14 MB."""
+
+SUMMARY = {
+    "model_sha256": str, "recipe": str, "protocol": str, "classes": int, "seed": int, "epochs": int,
+    "train_images": int, "test_images": int, "test_top1": float, "test_top5": float, "train_seconds": float,
+}  # fmt: skip
+EPOCH = {
+    "epoch": int, "learning_rate": float, "train_loss": float, "train_top1": float, "train_top5": float,
+    "test_loss": float, "test_top1": float, "test_top5": float, "test_correct": int, "test_total": int,
+    "train_seconds": float, "eval_seconds": float, "images_per_second": float,
+}  # fmt: skip
+"""Fields that a record must have, and their types."""
+
+
+def read_object(path: Path, otherwise: str, needs: dict[str, type] | None = None) -> dict:
+    """The JSON object in the file at `path`. Raises `UserError` if the file is missing (`otherwise` says what that
+    means), is no such file, or lacks one of the fields of those types; numbers must be finite."""
+    try:
+        value = _parse(_content(path))
+    except FileNotFoundError as error:
+        raise UserError(f"{path} is missing: {otherwise}") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {_reason(error)}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} is not what tinylab writes: a JSON object is expected")
+    if wrong := _of_other_types(value, needs or {}):
+        raise UserError(f"{path} lacks {wrong}, or has them of another type: this version of tinylab did not write it")
+    return value
+
+
+def _content(path: Path) -> str:
+    _require_file(path)
+    with open(path, "rb") as file:
+        data = file.read(LARGEST + 1)
+    if len(data) > LARGEST:
+        raise ValueError("it is too large")
+    return data.decode("utf-8")
+
+
+def _require_file(path: Path) -> None:
+    if path.exists() and not path.is_file():
+        raise ValueError("it is no file")  # a pipe would be waited for, a device might never end
+
+
+def _parse(text: str) -> object:
+    """JSON as tinylab writes it: without NaN, which is no JSON. Raises `ValueError`."""
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is no number")
+
+    try:
+        return json.loads(text, parse_constant=refuse)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
+def _of_other_types(value: dict, needs: dict[str, type]) -> str:
+    """The fields that are missing or of another type, separated by commas. A whole number serves as a float."""
+
+    def fits(field: object, wanted: type) -> bool:
+        if wanted is float:
+            return type(field) is int or (type(field) is float and math.isfinite(field))
+        return type(field) is wanted
+
+    return ", ".join(name for name, wanted in needs.items() if not fits(value.get(name), wanted))
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error).splitlines()[0]
 
 
 @contextlib.contextmanager
@@ -251,7 +333,8 @@ def _short(value: object) -> object:
 
 
 def _as_json(value: dict) -> bytes:
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+    # A lone surrogate, which UTF-8 does not know, becomes the very escape that JSON has for it.
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
 
 
 def _hashes(identity: dict) -> dict:
@@ -390,45 +473,74 @@ def _sha256(path: Path) -> str | None:
         return None
 
 
-def publish_run(run: Run, results: Path) -> Path:
-    """Copies what is small and says nothing about the machine's folders to results/<run>; returns that folder.
+def publish_run(run: Run, results: Path, readme: Path) -> list[Path]:
+    """Copies what is small and says nothing about the machine's folders to results/<run>, and makes the tables anew;
+    returns what was written.
 
-    Raises `UserError` if the run is not finished, or a different run of that name was published.
+    Raises `UserError` if the run is not finished or its records are not sound, if a different run of that name was
+    published, or if the tables cannot be made; nothing has been changed then.
     """
     target = Run(results / run.folder.resolve().name)
+    _ = run.recipe
     records = {
         "recipe.json": run._read("recipe.json"),
         "run.json": {key: value for key, value in run.identity.items() if key != "data_folder"},
         "environment.json": run.environment | _hashes(run.identity),
         "summary.json": run.summary,
     }
+    history = run.history
     if target.finished and target.summary["model_sha256"] != run.summary["model_sha256"]:
         raise UserError(f"{target.folder} holds another run of that name; delete it first to replace it")
-    target.folder.mkdir(parents=True, exist_ok=True)
-    target.write_history(run.history)
+    _ = _tables(results, readme)
+    try:
+        target.folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write {target.folder}: {error.strerror}") from error
+    target.write_history(history)
     for name, value in records.items():
         target.write(name, value)
-    return target.folder
+    return [target.folder, *rewrite_tables(results, readme)]
 
 
 def rewrite_tables(results: Path, readme: Path) -> list[Path]:
     """Makes results.csv (a line per published run, every field of its recipe) and the README's generated parts anew.
 
-    Raises `UserError` if the README has no place for them. Returns the files written.
+    Raises `UserError` if a record is not sound or the README has no place for them. Returns the files written.
     """
+    tables = _tables(results, readme)
+    for path, content in tables.items():
+        write_atomically(path, content)
+    return list(tables)
+
+
+def _tables(results: Path, readme: Path) -> dict[Path, bytes]:
+    """What results.csv and the README are to hold."""
     runs = [Run(path.parent) for path in sorted(results.glob("*/summary.json"))]
     rows = [_csv_row(run) for run in runs]
     columns = list(dict.fromkeys(column for row in rows for column in row))
     text = io.StringIO()
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_atomically(results / "results.csv", text.getvalue().encode())
-    page = readme.read_text()
-    page = _between(page, "results", results_table(rows, published_history(results)), readme)
-    page = _between(page, "figures", figures_part(readme.parent / "images-A"), readme)
-    write_atomically(readme, page.encode())
-    return [results / "results.csv", readme]
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow([_cell(column) for column in columns])
+    writer.writerows([_cell(row.get(column)) for column in columns] for row in rows)
+    try:
+        page = _content(readme)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{readme} cannot be read: {_reason(error)}") from error
+    page = replace_between(page, "results", results_table(rows, published_history(results)), readme)
+    page = replace_between(page, "figures", figures_part(readme.parent / "images-A"), readme)
+    return {results / "results.csv": text.getvalue().encode("utf-8", "backslashreplace"), readme: page.encode()}
+
+
+def _cell(value: object) -> object:
+    """A value for a CSV file: text that a spreadsheet would take for a formula gets an apostrophe in front."""
+    return f"'{value}" if isinstance(value, str) and re.match(r"\s*[=+@-]", value) else value
+
+
+def plain_text(value: object) -> str:
+    """`value` as Markdown and HTML that show it as it is: no markup, no link, one line, at most 200 characters."""
+    shown = "".join(c for c in " ".join(str(value).split()) if not unicodedata.category(c).startswith("C"))[:200]
+    escaped = "".join(c if c.isalnum() or c in " .,:;+-()%/" else f"&#{ord(c)};" for c in shown)
+    return escaped.replace("://", "&#58;//").replace("www.", "www&#46;")  # which sites turn into links by themselves
 
 
 def note_figures(run: Run, figures: Path) -> None:
@@ -454,14 +566,17 @@ CAPTIONS = {
 def figures_part(figures: Path) -> str:
     """The README's figures in Markdown, each with a caption, headed by the run that they show."""
     path = figures / "figures.json"
-    if not path.exists():
+    if not os.path.lexists(path):
         return "Not yet drawn: `make run DATA=full` draws them."
-    shown = json.loads(path.read_text())
+    texts = dict.fromkeys(("run", "title", "device", "precision", "torch", "date"), str)
+    numbers = {"train_images": int, "test_images": int, "test_top1": float, "test_top5": float}
+    shown = read_object(path, "it was there just now", texts | numbers)
+    said = {name: plain_text(shown[name]) for name in texts}
     lines = [
-        f"All from one run, [`{shown['run']}`](results/{shown['run']}): {shown['title']}, "
+        f"All from one run, {_link(shown['run'], shown['run'])}: {said['title']}, "
         f"{shown['train_images']:,} / {shown['test_images']:,} images, **{shown['test_top1']:.2f} % top-1** and "
-        f"{shown['test_top5']:.2f} % top-5 after the last epoch ({shown['device']}, {shown['precision']}, "
-        f"torch {shown['torch']}, {shown['date']}).",
+        f"{shown['test_top5']:.2f} % top-5 after the last epoch ({said['device']}, {said['precision']}, "
+        f"torch {said['torch']}, {said['date']}).",
     ]
     for name, caption in CAPTIONS.items():
         if (figures / f"{name}.png").exists():
@@ -510,17 +625,23 @@ def _table_line(runs: list[dict]) -> str:
     first = runs[0]
     minutes = statistics.mean(run["train_seconds"] for run in runs) / 60
     cells = [
-        f"[`{first['recipe']}`](results/{first['run']}){_overrides(first)}",
-        f"{first['protocol']}, {_which_classes(first['classes'])}",
+        f"{_link(first['recipe'], first['run'])}{plain_text(_overrides(first))}",
+        f"{plain_text(first['protocol'])}, {_which_classes(first['classes'])}",
         f"{first['train_images']:,} / {first['test_images']:,}",
         str(first["epochs"]),
         _mean_and_spread(runs, "test_top1"),
         _mean_and_spread(runs, "test_top5"),
         str(len(runs)),
         f"{minutes:.1f} min",
-        f"{first['device']}, {first['precision']}",
+        plain_text(f"{first['device']}, {first['precision']}"),
     ]
     return f"| {' | '.join(cells)} |"
+
+
+def _link(text: str, run: str) -> str:
+    name = run.replace("/", "_").lstrip(".")  # what no folder of a published run has leads nowhere
+    folder = urllib.parse.quote(name.encode("utf-8", "replace"), safe="") or "unknown"
+    return f"[`{plain_text(text)}`](results/{folder})"
 
 
 def _which_classes(classes: int) -> str:
@@ -543,8 +664,9 @@ def _mean_and_spread(rows: list[dict], name: str) -> str:
     return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.2f}"
 
 
-def _between(page: str, name: str, text: str, readme: Path) -> str:
-    """`page` with what stands between the comments `<!-- name -->` and `<!-- /name -->` replaced by `text`."""
+def replace_between(page: str, name: str, text: str, readme: Path) -> str:
+    """`page` with what stands between the comments `<!-- name -->` and `<!-- /name -->` replaced by `text`. Raises
+    `UserError` if they are not there once each; `readme` is the page's path, for the message."""
     begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
     if page.count(begin) != 1 or page.count(end) != 1:
         raise UserError(f"{readme} must hold {begin} and {end} once each: the generated part goes between them")

