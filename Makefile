@@ -50,11 +50,12 @@ $(VENV)/.done: requirements.txt pyproject.toml
 run: setup
 	@$(VENV_PYTHON) notebooks/run.py runs/$(NAME)-$(DATA).ipynb --html $(PARAMETERS)
 
+# Two processes: each test computes on one thread, or waits for a process of its own.
 test: setup
-	@$(VENV_PYTHON) -m pytest
+	@$(VENV_PYTHON) -m pytest -n 2 --dist loadfile
 
 soak: setup
-	@$(VENV_PYTHON) -m pytest tests/reliability --soak --table benchmarks/RELIABILITY.md --readme README.md --timeout 1800
+	@$(VENV_PYTHON) -m pytest -n 2 --dist loadfile tests/reliability --soak --table benchmarks/RELIABILITY.md --readme README.md --timeout 1800
 
 bench: setup
 	@for script in benchmarks/bench_*.py; do echo "== $$script"; $(VENV_PYTHON) "$$script" || exit 1; done

@@ -81,7 +81,7 @@ from tinylab import device, explain, loader, model, plots, record
 from tinylab.augment import normalise
 from tinylab.dataset import prepare
 from tinylab.evaluate import per_class
-from tinylab.recipe import named
+from tinylab.recipe import UserError, named
 from tinylab.sample import write_sample
 from tinylab.split import make_split
 from tinylab.train import schedule, train
@@ -92,7 +92,7 @@ print(place, "| for a GPU in Colab: Runtime > Change runtime type > T4 GPU" if o
 
 # %% [markdown]
 # With `DRIVE`, every checkpoint is copied there, too, and read again to be sure; a new machine continues from the newest
-# one that is whole. Runs that are finished come back from there.
+# one that is whole. A run that is finished comes back from there.
 
 # %%
 runs = Path("runs")
@@ -100,8 +100,13 @@ if DRIVE and "google.colab" in sys.modules:
     from google.colab import drive
 
     drive.mount(DRIVE.partition("/MyDrive")[0])
-    for finished in Path(DRIVE).glob("*/summary.json"):
-        record.copy_run(record.Run(finished.parent), runs / finished.parent.name)
+
+
+def come_back(run):
+    if DRIVE and (problem := record.restore_run(run, Path(DRIVE) / run.folder.name)):
+        print(problem)
+    return run
+
 
 # %% [markdown]
 # ## Data
@@ -117,8 +122,8 @@ dataset = prepare(str(source), Path(DATA or ("data/sample" if made_up else "data
 
 # A CPU would take more than a day for all of it; a run that is finished can be shown anywhere.
 recipe, classes, epochs = named(RECIPE), CLASSES, EPOCHS
-whole = RUN or runs / record.default_folder(recipe, "merged", SEED).name
-if on_cpu and not made_up and not record.Run(Path(whole)).finished:
+whole = come_back(record.Run(Path(RUN or runs / record.default_folder(recipe, "merged", SEED).name)))
+if on_cpu and not made_up and not whole.finished:
     classes, epochs = (10 if CLASSES is None else CLASSES), (15 if EPOCHS is None else EPOCHS)
 recipe = recipe if epochs is None else replace(recipe, epochs=epochs)
 split = make_split(dataset, "merged", classes)
@@ -133,7 +138,7 @@ print(f"split {split.sha256[:16]}")
 
 # %%
 suffix = (f"-c{classes}" if classes else "") + (f"-e{epochs}" if epochs else "")
-run = record.Run(Path(RUN or runs / f"{record.default_folder(recipe, 'merged', SEED).name}{suffix}"))
+run = come_back(record.Run(Path(RUN or runs / f"{record.default_folder(recipe, 'merged', SEED).name}{suffix}")))
 batches = loader.TrainingBatches(dataset, split.train, recipe, SEED)
 rows = batches.rows_at(epoch=1, step=0)[:16]
 titles = [names[label] for label in dataset.labels[rows]]
@@ -248,7 +253,10 @@ if FIGURES:
     shutil.copytree(run.figures, FIGURES, dirs_exist_ok=True)
     record.note_figures(run, Path(FIGURES))
 if on_drive:
-    record.copy_run(run, on_drive)
+    try:
+        record.copy_run(run, on_drive)
+    except UserError as error:
+        print("note:", error)
 kept = {".json", ".jsonl", ".npz", ".png", ".safetensors"}
 for path in sorted(run.folder.rglob("*")):
     if path.suffix in kept:

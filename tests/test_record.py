@@ -4,9 +4,11 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -276,6 +278,26 @@ def test_a_copy_of_a_run_is_whole_or_no_finished_run(
     monkeypatch.undo()
     with pytest.raises(UserError, match=r"cannot copy .*predictions\.npz: No such file"):
         copy_run(copied, tmp_path / "another")
+
+
+def test_a_finished_run_comes_back_and_what_is_of_no_use_is_told(finished_run: Run, tmp_path: Path) -> None:
+    kept = copy_run(finished_run, tmp_path / "drive")
+    assert record.restore_run(Run(tmp_path / "run"), kept.folder) is None
+    assert Run(tmp_path / "run").summary == finished_run.summary
+    (kept.folder / record.CHECKSUMS).unlink()  # a run of before there was this file
+    assert record.restore_run(Run(tmp_path / "run"), kept.folder) is None  # it is here already
+    assert "is of no use: " in record.restore_run(Run(tmp_path / "another"), kept.folder)
+    assert not Run(tmp_path / "another").finished
+    assert record.restore_run(Run(tmp_path / "third"), tmp_path / "nothing") is None
+
+
+def test_a_run_of_before_the_class_order_was_noted_is_still_shown(
+    train_tiny: Callable[..., Run], finished_run: Run, tmp_path: Path
+) -> None:
+    shutil.copytree(finished_run.folder, tmp_path / "run")
+    run = Run(tmp_path / "run")
+    run.write("run.json", {name: value for name, value in run.identity.items() if name != "class_order_sha256"})
+    assert train_tiny(tmp_path / "run").finished
 
 
 def test_only_runs_that_differ_in_seed_share_a_line() -> None:

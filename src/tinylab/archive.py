@@ -610,7 +610,7 @@ def _lock_file(path: Path) -> Path:
     except BlockingIOError:
         return beside  # somebody has it, so it can be locked
     except OSError as error:
-        if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP):
+        if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK):
             raise
         key = hashlib.sha256(os.fsencode(os.path.realpath(path))).hexdigest()[:32]
         return Path(tempfile.gettempdir()) / f"tinylab-{os.getuid()}-{key}.lock"

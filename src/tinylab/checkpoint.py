@@ -121,7 +121,7 @@ def find(folder: Path) -> Found:
 
 
 def load(
-    folder: Path, mirror: Path | None = None, mirror_fails: Callable[[OSError], None] = lambda _: None
+    folder: Path, mirror: Path | None = None, mirror_fails: Callable[[Exception], None] = lambda _: None
 ) -> tuple[dict | None, str | None]:
     """The newest whole checkpoint of `folder` and its `mirror`, on the CPU, or None; and a line for the user if
     anything was passed over. Changes nothing. A mirror that cannot be read is none, and `mirror_fails` hears of it.
@@ -135,7 +135,9 @@ def load(
     if mirror is not None:
         try:
             found.append(find(mirror))
-        except OSError as error:
+        except (OSError, UserError) as error:
+            if isinstance(error, UserError) and found[0].state is None:
+                raise
             mirror_fails(error)
     best = max(found, key=lambda each: each.progress)  # of equals the first: at home
     damaged = ", ".join(str(path) for each in found for path in each.damaged)
@@ -173,7 +175,7 @@ def read(path: Path) -> dict | None:
         return None
     try:
         state = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError):
+    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, TypeError, AttributeError):
         return None
     numbers = [state.get("epoch"), state.get("step")] if isinstance(state, dict) else [None]
     return state if all(type(number) is int for number in numbers) else None

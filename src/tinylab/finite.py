@@ -30,9 +30,9 @@ class Statistics:
         self._kept = self.values()
 
     @torch.no_grad()
-    def put_back(self, where: torch.Tensor) -> None:
-        """Makes the buffers what they were if `where`, bool (), is true."""
-        for group, kept, now in zip(self._groups, self._kept, self.values(), strict=True):
+    def put_back(self, where: torch.Tensor, values: list[torch.Tensor]) -> None:
+        """Makes the buffers what they were if `where`, bool (), is true; `values` are what they are now."""
+        for group, kept, now in zip(self._groups, self._kept, values, strict=True):
             parts = torch.where(where, kept, now).split([buffer.numel() for buffer in group])
             torch._foreach_copy_(group, [part.view_as(buffer) for part, buffer in zip(parts, group, strict=True)])
 

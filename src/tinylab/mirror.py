@@ -12,8 +12,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from tinylab.checkpoint import NEWEST, PREVIOUS, Parts, sync_folder
+from tinylab.checkpoint import NEWEST, PREVIOUS, Parts, clean, sync_folder
 
+HANGS = 300.0
+"""Seconds after which a copy that has not ended is told of."""
 TEMPORARY = f"{NEWEST}.tmp"
 _COPYING = threading.Lock()
 """A run that was stopped in a notebook may still be copying when it is started again."""
@@ -23,23 +25,26 @@ class Mirror:
     """Keeps the newest checkpoints of a run in `folder`, too. `say` tells the user, once, that it fails.
 
     A context manager: on leaving it waits for the last copy, at most `patience` seconds, or two if the run was told to
-    stop.
+    stop. A folder that cannot be read or made at the start is left alone: it may hold a newer checkpoint than any here.
     """
 
     def __init__(self, folder: Path, say: Callable[[str], None], patience: float = 120.0) -> None:
         self.folder, self._say, self._patience = Path(folder), say, patience
         self._waiting: Parts | None = None
         self._trouble: str | None = None
-        self._warned = self._busy = self._closing = False
+        self._warned = self._closing = self._left_alone = False
+        self._busy_since: float | None = None
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._work, name="mirror", daemon=True)
 
     def __enter__(self) -> "Mirror":
         # Only now: a folder that vanishes later is a drive that is gone, and a new one in its place would be no copy.
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            if not self._left_alone:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                clean(self.folder)  # a copy goes over the oldest file, which must not be the only whole one
         except OSError as error:
-            self.fails(error)
+            self.leave_alone(error)
         self._thread.start()
         return self
 
@@ -48,27 +53,33 @@ class Mirror:
             self._closing = True
             self._changed.notify_all()
         self._thread.join(self._patience if kind is None else min(2.0, self._patience))
-        if self._thread.is_alive():
-            self._trouble = self._trouble or "the last checkpoint was not copied in time"
         self._warn()
+        with self._changed:
+            late, self._waiting = self._waiting is not None or self._busy_since is not None, None
+        if late and not self._warned:
+            self._say(f"note: the last checkpoint was not copied to the mirror {self.folder} in time")
 
     def update(self, checkpoint: Parts) -> None:
         """Has `checkpoint` copied, and returns at once. If the one before is still waiting, it is left out."""
-        self._warn()
+        if self._left_alone:
+            return
         with self._changed:
             self._waiting = checkpoint
             self._changed.notify_all()
+            if self._busy_since is not None and time.monotonic() - self._busy_since > HANGS:
+                self._trouble = self._trouble or f"a copy has taken more than {HANGS / 60:.0f} minutes"
+        self._warn()
 
-    def fails(self, error: OSError) -> None:
-        """Tells the user of an error in the mirror, if it is the first."""
-        self._trouble = f"{error.strerror or error}"
+    def leave_alone(self, error: Exception) -> None:
+        """Has nothing written there any more, and tells the user why."""
+        self._left_alone, self._trouble = True, f"{getattr(error, 'strerror', None) or error}"
         self._warn()
 
     def wait(self, seconds: float) -> bool:
         """Whether all is copied, or has failed, within so many seconds."""
         deadline = time.monotonic() + seconds
         with self._changed:
-            while self._waiting is not None or self._busy:
+            while self._waiting is not None or self._busy_since is not None:
                 if not self._changed.wait(deadline - time.monotonic()):
                     return False
         return True
@@ -85,14 +96,14 @@ class Mirror:
                     if self._closing:
                         return
                     self._changed.wait()
-                checkpoint, self._waiting, self._busy = self._waiting, None, True
+                checkpoint, self._waiting, self._busy_since = self._waiting, None, time.monotonic()
             try:
                 with _COPYING:
                     copy(checkpoint, self.folder)
             except Exception as error:  # whatever it is, it must not end the training
                 self._trouble = f"{getattr(error, 'strerror', None) or error or type(error).__name__}"
             with self._changed:
-                self._busy = False
+                self._busy_since = None
                 self._changed.notify_all()
 
 

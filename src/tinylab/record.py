@@ -250,13 +250,13 @@ def hold(folder: Path) -> Iterator[None]:
     # On the local disk: the folder may lie on a mounted Google Drive, which knows no locks.
     user = os.getuid() if hasattr(os, "getuid") else 0  # another user's lock could not be opened
     name = hashlib.sha256(f"{user} {folder.resolve()}".encode()).hexdigest()[:24]
-    lock = filelock.FileLock(Path(tempfile.gettempdir()) / f"tinylab-{name}.lock", blocking=False)
     try:
+        lock = filelock.FileLock(Path(tempfile.gettempdir()) / f"tinylab-{name}.lock", blocking=False)
         lock.acquire()
     except filelock.Timeout as error:
         raise UserError(f"another process is writing {folder}; wait for it or choose another --run") from error
     except OSError as error:
-        raise UserError(f"cannot lock {folder}: {lock.lock_file}: {error.strerror}") from error
+        raise UserError(f"cannot lock {folder}: {error.filename or ''} {error.strerror}") from error
     try:
         yield
     finally:
@@ -280,8 +280,9 @@ def refuse_foreign(run: Run) -> None:
         raise UserError(f"{run.folder} is not empty and no run; choose another --run")
 
 
-def enter_run(run: Run, recipe: Recipe, identity: dict, environment: dict) -> list[str]:
+def enter_run(run: Run, recipe: Recipe, identity: dict, environment: dict, elsewhere: dict | None = None) -> list[str]:
     """Makes the locked folder this run's, or finds that it is already; returns lines for the user about what changed.
+    elsewhere: the environment in which the run has begun in another folder, if it has.
 
     Raises `UserError` if the folder belongs to a run that differs in anything that decides the result, naming what.
     """
@@ -289,25 +290,27 @@ def enter_run(run: Run, recipe: Recipe, identity: dict, environment: dict) -> li
     if not run.begun:
         refuse_foreign(run)
         run.write("recipe.json", dataclasses.asdict(recipe))
-        run.write("environment.json", environment)
+        run.write("environment.json", elsewhere or environment)
         run.write("run.json", identity)  # last: a folder that has it is complete
-        return []
-    refuse_another(run, recipe, identity)
+        return _environment_notice(run, environment)
+    refuse_another(run, dataclasses.asdict(recipe) | identity)
     if run.identity != identity and not run.finished:
         run.write("run.json", identity)
     return _environment_notice(run, environment)
 
 
-def refuse_another(run: Run, recipe: Recipe, identity: dict, before: dict | None = None) -> None:
-    """Raises `UserError`, naming what differs, if `recipe` and `identity` are not those of the run in the folder, or of
-    the checkpoint that says it is of the run `before`."""
+def refuse_another(run: Run, now: dict, before: dict | None = None) -> None:
+    """Raises `UserError`, naming what differs, if `now`, the recipe's fields and the identity, is not what the run in
+    the folder is, or what a checkpoint says that it is of (`before`)."""
     checkpoint = before is not None
     before = _plain(before if checkpoint else dataclasses.asdict(run.recipe) | run.identity)
-    now = _plain(dataclasses.asdict(recipe) | identity)
+    now = _plain(now)
     where = {"data_folder"}  # may move; the content hash says whether it is the same data
+    if "class_order_sha256" not in before and not checkpoint:
+        where |= {"class_order_sha256"}  # of before there was this field; the content hash covers it
     if run.finished:
         where |= {"device", "precision"}  # it is only shown
-    elif not run.trained:
+    elif not run.trained and not checkpoint:
         where |= {"micro_batch"}  # the first try may have told that memory is short
     differing = [
         key for key in sorted(before.keys() | now.keys()) if key not in where and before.get(key) != now.get(key)
@@ -364,7 +367,7 @@ def describe_environment(place: Placement) -> dict:
         "threads": torch.get_num_threads(),
         "platform": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),  # else it is of a type of its own, which no checkpoint may hold
         "cuda": torch.version.cuda if cuda else None,
         "cudnn": torch.backends.cudnn.version() if cuda else None,
         "tf32_convolutions": torch.backends.cudnn.allow_tf32 if cuda else None,  # fp32 is not all of fp32 then
@@ -404,12 +407,17 @@ def verify_run(run: Run) -> str:
     if not run.finished:
         _ = run.identity, run.recipe, run.environment
         return f"{run.folder}: not finished, {len(run.history)} epochs done, {verify_checkpoints(run.checkpoints)}"
+    files = _verify_files(run)
+    return f"{run.folder}: finished, {files} files as they were written, {verify_checkpoints(run.checkpoints)}"
+
+
+def _verify_files(run: Run) -> int:
+    """How many files of a finished run are as they were written: all. Raises `UserError` naming those that are not."""
     sums = _read_checksums(run)
     bad = [name for name, expected in sums.items() if _sha256(run.folder / name) != expected]
     if bad:
         raise UserError(f"{run.folder} is damaged: not as written or missing: {', '.join(bad)}")
-    checkpoints = verify_checkpoints(run.checkpoints)
-    return f"{run.folder}: finished, {len(sums)} files as they were written, {checkpoints}"
+    return len(sums)
 
 
 def verify_checkpoints(folder: Path) -> str:
@@ -446,8 +454,20 @@ def copy_run(run: Run, target: Path) -> Run:
             write_atomically(target / name, (run.folder / name).read_bytes())
     except OSError as error:
         raise UserError(f"cannot copy {run.folder} to {target}: {error.filename}: {error.strerror}") from error
-    verify_run(Run(target))
+    _verify_files(Run(target))
     return Run(target)
+
+
+def restore_run(run: Run, kept: Path) -> str | None:
+    """Copies a run that is finished in the folder `kept`, and not here, from there; a line if that is not possible."""
+    if run.finished or not Run(kept).finished:
+        return None
+    try:
+        with run.lock():
+            copy_run(Run(kept), run.folder)
+    except UserError as error:
+        return f"note: {kept} is of no use: {error}"
+    return None
 
 
 def _read_checksums(run: Run) -> dict[str, str]:
@@ -641,7 +661,8 @@ def _table_line(runs: list[dict]) -> str:
 def _link(text: str, run: str) -> str:
     name = run.replace("/", "_").lstrip(".")  # what no folder of a published run has leads nowhere
     folder = urllib.parse.quote(name.encode("utf-8", "replace"), safe="") or "unknown"
-    return f"[`{plain_text(text)}`](results/{folder})"
+    shown = f"`{text}`" if re.fullmatch(r"[\w.-]{1,200}", text, re.ASCII) else plain_text(text)
+    return f"[{shown}](results/{folder})"
 
 
 def _which_classes(classes: int) -> str:

@@ -62,6 +62,10 @@ class TrainState:
     stops: int = 0
     """How often the run was continued after a stop."""
     history: list[dict] = field(default_factory=list)
+    run: dict = field(default_factory=dict)
+    """What decides the result, recipe and all: a checkpoint says whose it is."""
+    environment: dict = field(default_factory=dict)
+    """What the last bits depend on."""
 
     @property
     def test_batch(self) -> int:
@@ -90,12 +94,14 @@ class TrainState:
             "scaler": self.scaler.state_dict(),
             "totals": self.totals,
             "skips": self.skips,
+            "run": self.run,
+            "environment": self.environment,
             **{name: getattr(self, name) for name in numbers},
         }
 
     def load_checkpoint(self, saved: dict) -> None:
         """Puts everything back; the optimiser last: a schedule touched later would overwrite its learning rate."""
-        saved = dict(saved)
+        saved = {name: value for name, value in saved.items() if name not in ("run", "environment")}
         self.model.load_state_dict(saved.pop("model"))
         average = saved.pop("average", None)
         if self.average is not None:
@@ -116,7 +122,7 @@ class TrainState:
             return UserError(
                 f"loss or gradients are not finite in {MOST_IN_A_ROW} steps in a row, up to epoch {self.epoch}, step "
                 f"{self.step}: the run has diverged; what is saved is finite; start another run with a lower "
-                "max-learning-rate"
+                f"max-learning-rate{' or --precision fp32' if self.scaler.is_enabled() else ''}"
             )
         if self.scaler.is_enabled() and self.scaler.get_scale() < 1:
             return UserError(
@@ -178,14 +184,16 @@ def _update(state: TrainState, recipe: Recipe, place: Placement, batch: Batch, r
     try:
         losses = _gradients(state, recipe, place, batch, resolution)
     except Abandoned:
-        state.statistics.put_back(torch.ones((), dtype=torch.bool, device=place.device))
+        always = torch.ones((), dtype=torch.bool, device=place.device)
+        state.statistics.put_back(always, state.statistics.values())
         state.totals.copy_(totals)
         state.optimizer.zero_grad(set_to_none=True)
         raise
     gradients = [parameter.grad for parameter in state.model.parameters() if parameter.grad is not None]
-    bad = any_rank(state.world, ~all_finite([*gradients, *losses, *state.statistics.values()]))
+    statistics = state.statistics.values()
+    bad = any_rank(state.world, ~all_finite([*gradients, *losses, *statistics]))
     guarded_step(state.optimizer, state.scaler, bad)
-    state.statistics.put_back(bad)
+    state.statistics.put_back(bad, statistics)
     _count_skip(state.skips, bad)
     if state.average is not None:
         state.average.update_parameters(state.model)

@@ -115,16 +115,17 @@ def train(
         job = _Job(recipe, dataset, images, rows, seed, place, world, run, loader, stop, say, second)
         with contextlib.closing(loader), _one_writer(job), _memory_hint(recipe, place, world):
             state = new_state(recipe, rows.classes, seed, loader.steps, place, world, compiled)
-            state.micro_batch = _micro_batch(job, state, micro_batch)
-            identity = _identity(job, compiled, state.micro_batch)
-            if _begin(job, state, identity, compiled):
+            saved, notice = from_rank_0(world, lambda: _newest_checkpoint(job))
+            state.micro_batch = _micro_batch(job, state, micro_batch, saved)
+            state.run = dataclasses.asdict(recipe) | _identity(job, compiled, state.micro_batch)
+            if _begin(job, state, saved, notice, compiled):
                 return run
             state.set_up_seconds += time.perf_counter() - started
             if place.device.type == "cpu" and not compiled and not world.several:
                 for network in {state.model, state.tested}:
                     abandon_when(lambda: stop.received is not None, network)
             copying = job.mirror if job.mirror and world.writes else contextlib.nullcontext()
-            with stop, copying:  # until here a signal ends the run at once: there is nothing to save
+            with copying, stop:  # until here a signal ends the run at once: there is nothing to save
                 _train(job, state)
     return run
 
@@ -196,12 +197,12 @@ def _check(recipe: Recipe, rows: Split, world: World, compiled: bool, micro_batc
         raise UserError(f"--compile serves at most {MOST_GRAPHS} shapes of batches: use a shorter ramp or --drop-last")
 
 
-def _micro_batch(job: _Job, state: TrainState, asked: int | str | None) -> int | None:
+def _micro_batch(job: _Job, state: TrainState, asked: int | str | None, saved: dict | None) -> int | None:
     """The images per forward pass: as asked, as a run that continues had it, or as many as memory holds."""
     if asked != "auto":
         return None if asked is None or asked >= job.recipe.batch_size else int(asked)
-    if job.run.trained:
-        return job.run.identity.get("micro_batch")
+    if saved is not None or job.run.finished:
+        return (job.run.identity if saved is None else saved.get("run", {})).get("micro_batch")
     found = fit_micro_batch(state, job.recipe, job.place)
     job.say(f"micro-batch: {found or 'the whole batch fits into memory'}")
     return found
@@ -216,17 +217,16 @@ def _mirror(dataset: Dataset, run: Run, folder: Path | None, say: Callable[[str]
     return Mirror(Path(folder), say)
 
 
-def _begin(job: _Job, state: TrainState, identity: dict, compiled: bool) -> bool:
-    """Everything up to the first step: whose folder it is, where the run stands, what it will cost. Whether the run is
-    finished already; then its log is shown, and no more."""
+def _begin(job: _Job, state: TrainState, saved: dict | None, notice: str | None, compiled: bool) -> bool:
+    """Everything up to the first step: whose folder it is, where the run stands (`saved` is its newest checkpoint, with
+    a line about it), what it will cost. Whether the run is finished already; then its log is shown, and no more."""
     run, world, say = job.run, job.world, job.say
     begun, finished = from_rank_0(world, lambda: (run.begun, run.finished))
-    if not begun:
-        from_rank_0(world, lambda: refuse_foreign(run))
-    saved, notice = (None, None) if finished else from_rank_0(world, lambda: _newest_checkpoint(job, identity))
+    from_rank_0(world, lambda: _refuse_others(job, state.run, saved))
+    state.environment = describe_environment(job.place) | {"processes": world.size}
     if not begun:
         _warm_up(job, state, compiled)  # what fails on this machine fails before the folder is this run's
-    for line in from_rank_0(world, lambda: _enter(job, identity)):
+    for line in from_rank_0(world, lambda: _enter(job, state, saved)):
         say(f"note: {line}")
     if finished:
         say(f"{run.folder} is finished; this is its log")
@@ -244,16 +244,22 @@ def _begin(job: _Job, state: TrainState, identity: dict, compiled: bool) -> bool
     return False
 
 
-def _newest_checkpoint(job: _Job, identity: dict) -> tuple[dict | None, str | None]:
-    """The checkpoint to continue from, at home or in the mirror, if there is one, and a line for the user about it.
-    Raises `UserError` if it is another run's."""
+def _newest_checkpoint(job: _Job) -> tuple[dict | None, str | None]:
+    """The checkpoint to continue from, at home or in the mirror, if there is one, and a line for the user about it."""
+    if job.run.finished:
+        return None, None
+    mirror = (job.mirror.folder, job.mirror.leave_alone) if job.mirror else ()
+    return checkpoint.load(job.run.checkpoints, *mirror)
+
+
+def _refuse_others(job: _Job, now: dict, saved: dict | None) -> None:
+    """Raises `UserError` if the folder or the checkpoint is another run's than the one that `now` describes."""
     if job.run.begun:
-        refuse_another(job.run, job.recipe, identity)  # says more than a checkpoint does
-    mirror = (job.mirror.folder, job.mirror.fails) if job.mirror else ()
-    saved, notice = checkpoint.load(job.run.checkpoints, *mirror)
+        refuse_another(job.run, now)  # says more than a checkpoint does
+    else:
+        refuse_foreign(job.run)
     if saved is not None:
-        refuse_another(job.run, job.recipe, identity, saved["run"])
-    return saved, notice
+        refuse_another(job.run, now, saved.get("run", {}))
 
 
 def _identity(job: _Job, compiled: bool, micro_batch: int | None) -> dict:
@@ -273,9 +279,11 @@ def _identity(job: _Job, compiled: bool, micro_batch: int | None) -> dict:
     }
 
 
-def _enter(job: _Job, identity: dict) -> list[str]:
-    environment = describe_environment(job.place) | {"processes": job.world.size}
-    notices = enter_run(job.run, job.recipe, identity, environment)
+def _enter(job: _Job, state: TrainState, saved: dict | None) -> list[str]:
+    fields = {field.name for field in dataclasses.fields(job.recipe)}
+    identity = {name: value for name, value in state.run.items() if name not in fields}
+    elsewhere = None if saved is None else saved.get("environment")
+    notices = enter_run(job.run, job.recipe, identity, state.environment, elsewhere)
     if not job.run.finished:
         job.run.sweep()
         checkpoint.clean(job.run.checkpoints)
@@ -329,8 +337,7 @@ def _warm_up(job: _Job, state: TrainState, compiled: bool) -> None:
 
 def _continue(job: _Job, state: TrainState, saved: dict) -> None:
     """Puts a checkpoint into `state`, and shows the log so far."""
-    own = {name: value for name, value in saved.items() if name != "run"}
-    state.load_checkpoint(own | {"totals": _own_totals(saved["totals"], job.world)})
+    state.load_checkpoint(saved | {"totals": _own_totals(saved["totals"], job.world)})
     state.stops += 1
     if job.world.writes:
         job.run.write_history(state.history)  # a line whose checkpoint was lost goes, too
@@ -392,7 +399,7 @@ def _train_epoch(job: _Job, state: TrainState) -> None:
         for batch in batches:
             with contextlib.suppress(Abandoned):  # the wish is to stop, then
                 train_step(state, job.recipe, job.place, batch)
-            bar.update()
+                bar.update()
             now, trouble = time.perf_counter(), None
             if now - shown > 0.5 or job.place.device.type == "cpu":  # a GPU would be waited for
                 trouble = state.trouble()
@@ -407,7 +414,8 @@ def _train_epoch(job: _Job, state: TrainState) -> None:
                 saved = now
                 state.epoch_seconds = before + now - started
                 _save_within(job, state, stopping=wish == _Wish.STOP)
-    _require_finite(job, state)
+    no_images = sum_over_ranks(job.world, state.totals)[3] == 0
+    _require_finite(job, state, epoch_without_images=bool(no_images))
     job.place.synchronise()
     state.epoch_seconds = before + time.perf_counter() - started
 
@@ -420,10 +428,13 @@ def _wish(job: _Job, trouble: UserError | None, since_saved: float) -> _Wish:
     return _Wish.SAVE if since_saved > SAVE_SECONDS else _Wish.GO
 
 
-def _require_finite(job: _Job, state: TrainState) -> None:
+def _require_finite(job: _Job, state: TrainState, epoch_without_images: bool = False) -> None:
     """Ends the run if its numbers are not finite, with a checkpoint to continue from: an earlier one if there is any,
     as what has gone wrong since may have been chance."""
     trouble = state.trouble()
+    if trouble is None and epoch_without_images:
+        lower = "start another run with a lower max-learning-rate"
+        trouble = UserError(f"no step of epoch {state.epoch} had a finite loss: {lower}")
     if highest(job.world, int(trouble is not None)) and not from_rank_0(job.world, lambda: job.run.trained):
         _save(job, state)
     agree(job.world, trouble)
@@ -460,8 +471,7 @@ def _save(job: _Job, state: TrainState) -> None:
         )
     totals = gather_rows(job.world, state.totals[None]).squeeze(0)  # a row for each of several processes
     if job.world.writes:
-        belongs_to = dataclasses.asdict(job.recipe) | job.run.identity
-        content = checkpoint.save(job.run.checkpoints, state.to_checkpoint() | {"totals": totals, "run": belongs_to})
+        content = checkpoint.save(job.run.checkpoints, state.to_checkpoint() | {"totals": totals})
         if job.mirror is not None:
             job.mirror.update(content)
 
@@ -522,10 +532,6 @@ def _stoppable(job: _Job, state: TrainState, batches: Iterable[Item]) -> Iterato
 def _history_row(job: _Job, state: TrainState, evaluation: Evaluation, eval_seconds: float) -> dict:
     """One line of metrics.jsonl: accuracies in percent, losses in nats per image."""
     totals = sum_over_ranks(job.world, state.totals)
-    if totals[3] == 0:
-        raise UserError(
-            f"no step of epoch {state.epoch} had a finite loss: start another run with a lower max-learning-rate"
-        )
     loss, top1, top5 = _means(totals)
     return {
         "epoch": state.epoch,

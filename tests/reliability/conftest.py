@@ -112,11 +112,30 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> Itera
     return report
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: object, error: object) -> None:
+    """Adds what a worker process of pytest-xdist has counted."""
+    counted = getattr(node, "workeroutput", {}).get("promises")
+    if counted is None:
+        return
+    table = _table(node.config)
+    for row, counts in counted["counts"].items():
+        table.counts[row].update(counts)
+    table.seconds.update(counted["seconds"])
+    table.skipped.update(counted["skipped"])
+    table.failed |= set(counted["failed"])
+
+
 def pytest_sessionfinish(session: pytest.Session) -> None:
+    table = _table(session.config)
+    if hasattr(session.config, "workeroutput"):
+        counts = {row: dict(counts) for row, counts in table.counts.items()}
+        own = {"seconds": dict(table.seconds), "skipped": dict(table.skipped), "failed": sorted(table.failed)}
+        session.config.workeroutput["promises"] = own | {"counts": counts}
+        return
     path = session.config.getoption("--table")
     if path is None:
         return
-    table = _table(session.config)
     amount = "full" if session.config.getoption("--soak") else "quick"
     minutes = sum(table.seconds.values()) / 60
     commit = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True).stdout.strip()

@@ -169,7 +169,7 @@ NAMES = {
     "train smoke --max-learning-rate {}": ["", "1e999", "-inf", "1_", "0x1p4", "-1", "nan", LONG],
     "train smoke --batch-size {}": ["1000000000", "-1", "0", "abc", "2.0"],
     "train smoke --split {}": [LONG, "", "0.7", "-0.1", "nan", "Merged"],
-    "train smoke --{}": ["", LONG, "x=", "\ud800", "epochs.x", "__class__", "recipe.epochs", "recipe", "-epochs"],
+    "train smoke --{}": [LONG, "x=", "\ud800", "epochs.x", "__class__", "recipe.epochs", "recipe", "-epochs"],
     "{}": [LONG, "\0", "\ud800", "Train", "train ", "--", "-", "-x", "\x1b[31m"],
     "explain run --count {}": ["-1", "1000000000", str(MOST_EXPLAINED + 1), "abc", "9" * 5000, "", "1.5"],
     "explain run --figures {}": ["file", "file/x", "data", "data/figures", "/dev/null", LONG, "\0"],
@@ -272,7 +272,7 @@ def test_an_impossible_training_is_refused_in_one_line(
 @pytest.mark.parametrize("line", NAMES)
 def test_any_text_in_any_place_is_refused(refused: Callable, place: Path, line: str) -> None:
     for filling in NAMES[line]:
-        refused(hole(line, filling))
+        refused(hole(line, filling), "^(?!.*no data set in data/tiny-imagenet)")  # not for want of data
 
 
 def test_the_terminal_s_letters_change_the_frame_not_the_line(

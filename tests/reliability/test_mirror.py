@@ -187,6 +187,30 @@ def test_one_process_writes_a_mirror(train_tiny: TrainTiny, tmp_path: Path) -> N
         train_tiny(tmp_path / "run", mirror=tmp_path / "mirror")
 
 
+def test_a_new_machine_keeps_the_micro_batch_and_tells_of_its_environment(
+    train_tiny: TrainTiny, narrow: Recipe, tmp_path: Path, stopping: Callable, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    """Batch norm sees the pieces, so another number of images would be another run."""
+    recipe, mirror = replace(narrow, batch_size=6), tmp_path / "mirror"
+    undisturbed = train_tiny(tmp_path / "undisturbed", recipe, micro_batch=2)
+    stopping(1, 2)
+    with pytest.raises(Stopped):
+        train_tiny(tmp_path / "first", recipe, micro_batch=2, mirror=mirror)
+    monkeypatch.undo()
+    for other in (3, None):
+        with pytest.raises(UserError, match="micro_batch 2 -> "):
+            train_tiny(tmp_path / "other", recipe, micro_batch=other, mirror=mirror)
+    real = train_module.describe_environment
+    monkeypatch.setattr(train_module, "describe_environment", lambda place: real(place) | {"threads": 64})
+    monkeypatch.setattr(train_module, "fit_micro_batch", lambda *_: 3)
+    run = train_tiny(tmp_path / "second", recipe, micro_batch="auto", mirror=mirror, quiet=False)
+    notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: the environment")]
+    assert len(notes) == 1
+    assert "threads 1 -> 64" in notes[0]
+    assert run.environment["earlier"][0]["threads"] == 1
+    assert_equal_runs(run, undisturbed)
+
+
 # --- A mirror that fails ----------------------------------------------------------------------------------------------
 
 
@@ -257,6 +281,90 @@ def test_an_error_in_the_copy_warns_once_and_leaves_the_newest_copy_whole(
     tally(failing_copies=3)
 
 
+def test_a_mirror_that_cannot_be_read_at_the_start_is_left_alone(
+    train_tiny: TrainTiny,
+    finished_run: Run,
+    tmp_path: Path,
+    stopping: Callable,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys,
+) -> None:
+    """It may hold what is further than anything here: a run that begins anew must not write over it."""
+    mirror = tmp_path / "mirror"
+    stopping(2, 2)
+    with pytest.raises(Stopped):
+        train_tiny(tmp_path / "first", mirror=mirror)
+    monkeypatch.undo()
+    before, real = {path.name: path.read_bytes() for path in mirror.iterdir()}, checkpoint.read
+
+    def unreadable(path: Path) -> dict | None:
+        if path.parent == mirror:
+            raise OSError(5, "Input/output error")
+        return real(path)
+
+    monkeypatch.setattr(checkpoint, "read", unreadable)
+    run = train_tiny(tmp_path / "second", mirror=mirror, quiet=False)
+    assert capsys.readouterr().out.count("fails (Input/output error); training goes on without it") == 1
+    assert_equal_runs(run, finished_run)
+    assert {path.name: path.read_bytes() for path in mirror.iterdir()} == before
+
+
+def test_a_damaged_newest_copy_is_not_kept_in_place_of_the_whole_one(tmp_path: Path) -> None:
+    """A copy goes over the oldest file, which here is the only whole one."""
+    mirror = tmp_path / "mirror"
+    mirror.mkdir()
+    for number in (1, 2):
+        copy(save(tmp_path / "home", state(number)), mirror)
+    (mirror / NEWEST).write_bytes(b"damaged")
+    with Mirror(mirror, print) as second, pytest.MonkeyPatch.context() as patched:
+        patched.setattr(mirror_module.os, "posix_fadvise", fails_with(OSError(28, "No space left on device")))
+        second.update(save(tmp_path / "home", state(3)))
+        assert second.wait(10)
+    assert find(mirror).state["epoch"] == 1
+    assert find(mirror).damaged == []
+
+
+def test_a_mirror_of_another_version_is_left_alone_where_there_is_a_checkpoint_at_home(
+    train_tiny: TrainTiny, finished_run: Run, tmp_path: Path, stopping: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mirror = tmp_path / "mirror"
+    stopping(1, 2)
+    with pytest.raises(Stopped):
+        train_tiny(tmp_path / "run", mirror=mirror)
+    monkeypatch.undo()
+    (mirror / NEWEST).write_bytes(b"tinylab checkpoint 1\n" + bytes(100))
+    with pytest.raises(UserError, match="another version of tinylab wrote"):
+        train_tiny(tmp_path / "empty", mirror=mirror)
+    assert_equal_runs(train_tiny(tmp_path / "run", mirror=mirror), finished_run)
+    assert (mirror / NEWEST).read_bytes().startswith(b"tinylab checkpoint 1")
+
+
+def test_a_copy_that_takes_for_ever_is_told_of_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    released, busy, said = threading.Event(), threading.Event(), []
+
+    def hanging(*_: object) -> None:
+        busy.set()
+        released.wait(60)
+
+    monkeypatch.setattr(mirror_module, "copy", hanging)
+    monkeypatch.setattr(mirror_module, "HANGS", 0.0)
+    with Mirror(tmp_path / "mirror", said.append, patience=10) as mirror:
+        mirror.update(save(tmp_path / "home", state(1)))
+        assert busy.wait(10)
+        mirror.update(save(tmp_path / "home", state(2)))
+        assert len(said) == 1
+        assert "a copy has taken more than" in said[0]
+        released.set()
+    assert len(said) == 1
+
+
+def fails_with(error: Exception) -> Callable:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    return fail
+
+
 def test_a_copy_that_reads_back_differently_does_not_count(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tally: Callable
 ) -> None:
@@ -300,7 +408,7 @@ def test_a_drive_that_hangs_holds_up_neither_training_nor_its_end(
         run = train_tiny(tmp_path / "run", mirror=tmp_path / "mirror", quiet=False)
     finally:
         released.set()
-    assert capsys.readouterr().out.count("was not copied in time") == 1
+    assert capsys.readouterr().out.count(f"note: the last checkpoint was not copied to the mirror {tmp_path}") == 1
     assert_equal_runs(run, finished_run)
     tally(hanging_mirrors=1)
 

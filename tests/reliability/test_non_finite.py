@@ -371,10 +371,10 @@ def test_statistics_are_put_back_only_where_asked() -> None:
     before = copy.deepcopy(norm.state_dict())
     norm(torch.randn(4, 3, 2, 2, generator=torch.Generator().manual_seed(0)))
     after = copy.deepcopy(norm.state_dict())
-    kept.put_back(torch.tensor(False))
+    kept.put_back(torch.tensor(False), kept.values())
     assert same(norm.state_dict(), after)
     norm.running_mean[0] = float("nan")
-    kept.put_back(torch.tensor(True))
+    kept.put_back(torch.tensor(True), kept.values())
     assert same(norm.state_dict(), before)
     assert int(norm.num_batches_tracked) == 0
 
