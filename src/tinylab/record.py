@@ -184,6 +184,7 @@ EPOCH = {
     "test_loss": float, "test_top1": float, "test_top5": float, "test_correct": int, "test_total": int,
     "train_seconds": float, "eval_seconds": float, "images_per_second": float,
 }  # fmt: skip
+ENVIRONMENT = {"device": str, "precision": str, "torch": str}
 """Fields that a record must have, and their types."""
 
 
@@ -505,7 +506,7 @@ def publish_run(run: Run, results: Path, readme: Path) -> list[Path]:
     records = {
         "recipe.json": run._read("recipe.json"),
         "run.json": {key: value for key, value in run.identity.items() if key != "data_folder"},
-        "environment.json": run.environment | _hashes(run.identity),
+        "environment.json": run._read("environment.json", needs=ENVIRONMENT) | _hashes(run.identity),
         "summary.json": run.summary,
     }
     history = run.history
@@ -606,7 +607,7 @@ def figures_part(figures: Path) -> str:
 
 def _csv_row(run: Run) -> dict:
     """What results.csv says of one run: result first, then what decided it, then where it was measured."""
-    summary, environment = run.summary, run.environment
+    summary, environment = run.summary, run._read("environment.json", needs=ENVIRONMENT)
     recipe = {f"recipe.{name}": value for name, value in dataclasses.asdict(run.recipe).items()}
     identity = {name: value for name, value in run.identity.items() if name not in summary}
     return {"run": run.folder.name, **summary, **identity, **recipe, **environment}
@@ -629,13 +630,13 @@ def results_table(rows: list[dict], published: list[dict]) -> str:
         )
     if not any(row["recipe"] == "published" and row["classes"] == 200 for row in rows):
         lines.append("| `published` | merged, 200 | 77,000 / 33,000 | 30 | not yet measured | | | | needs a GPU |")
-    groups: dict[tuple, list[dict]] = {}
+    groups: dict[str, list[dict]] = {}
     for row in rows:
         same = ("protocol", "classes", "content_sha256", "device", "precision")
         unusual = [row.get("compiled"), row.get("micro_batch"), row.get("processes") or 1]
         fields = [value for name, value in row.items() if name.startswith("recipe.")]
         key = [row[name] for name in same] + unusual + fields
-        groups.setdefault(tuple(key), []).append(row)
+        groups.setdefault(json.dumps(key), []).append(row)
     lines += [_table_line(members) for members in groups.values()]
     return "\n".join(lines)
 
