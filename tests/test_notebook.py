@@ -89,7 +89,7 @@ def test_cells_are_thin() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 def test_colab_rehearsed(tmp_path: Path) -> None:
     """An empty folder, the code fetched by git, a stand-in for google.colab, "Run all" twice, then on a new machine."""
     origin = tmp_path / "origin"
@@ -125,7 +125,7 @@ def test_colab_rehearsed(tmp_path: Path) -> None:
     for attempt in ("first", "second"):
         out = tmp_path / f"{attempt}.ipynb"
         arguments = [sys.executable, "-c", script, str(ROOT / "notebooks"), origin.as_uri(), str(out), str(drive)]
-        subprocess.run(arguments, cwd=content, env=environment, check=True, timeout=280)
+        subprocess.run(arguments, cwd=content, env=environment, check=True, timeout=550)
         notebook = nbformat.read(out, as_version=4)
         printed.append("".join(output.get("text", "") for cell in code_cells(notebook) for output in cell.outputs))
         shutil.rmtree(content / "tinylab")  # the machine is gone, Drive is not
@@ -146,7 +146,7 @@ def test_colab_rehearsed(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_while_the_notebook_trains_saves_and_the_same_command_continues(
     tmp_path: Path, number: signal.Signals
@@ -156,15 +156,15 @@ def test_a_signal_while_the_notebook_trains_saves_and_the_same_command_continues
     stderr = tmp_path / "stderr"
     with open(stderr, "w") as file:
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=file, start_new_session=True)
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         while not (tmp_path / "run" / "checkpoints" / "last.ckpt").exists():
             assert time.monotonic() < deadline
             time.sleep(0.05)
         process.send_signal(number)
-        assert process.wait(timeout=60) == 128 + number
+        assert process.wait(timeout=120) == 128 + number
     lines = [line for line in stderr.read_text().splitlines() if "IPKernelApp" not in line]
     assert len(lines) == 1, lines
     assert "the same command continues" in lines[0]
     assert not (tmp_path / "run" / "summary.json").exists()
-    subprocess.run(command, check=True, timeout=120)
+    subprocess.run(command, check=True, timeout=400)
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["stops"] == 1
