@@ -187,13 +187,17 @@ def test_real_signals_while_46_mb_are_saved(
     for _ in range(most if full else quick):
         process = saving()
         time.sleep(rng.uniform(0, 0.15))  # a save takes about as long: any moment of it
-        process.send_signal(number)
-        out, _ = process.communicate(timeout=60)
+        out = None
+        while out is None:
+            process.send_signal(number)
+            # Inside torch's writer, which is C++ that calls Python, a Ctrl-C may be swallowed; a person would repeat it.
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                out, _ = process.communicate(timeout=10)
         finished = [int(line) for line in out.split() if line.isdecimal()]
         loaded, _ = load(tmp_path)
         assert loaded is not None
         assert torch.equal(loaded["weight"], torch.full((11_500_000,), float(loaded["epoch"])))
-        assert loaded["epoch"] >= max(finished, default=1) >= seen
+        assert loaded["epoch"] >= max(finished, default=seen) >= seen
         seen = loaded["epoch"]
         tally(**{f"{signal.Signals(number).name}_while_46_MB_are_saved": 1})
     clean(tmp_path)
