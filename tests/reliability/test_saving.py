@@ -190,7 +190,7 @@ def test_real_signals_while_46_mb_are_saved(
         out = None
         while out is None:
             process.send_signal(number)
-            # Inside torch's writer, which is C++ that calls Python, a Ctrl-C may be swallowed; a person would repeat it.
+            # Inside torch's writer, C++ that calls Python, a Ctrl-C may be swallowed; a person would repeat it.
             with contextlib.suppress(subprocess.TimeoutExpired):
                 out, _ = process.communicate(timeout=10)
         finished = [int(line) for line in out.split() if line.isdecimal()]
