@@ -192,7 +192,7 @@ def test_real_signals_while_46_mb_are_saved(
             process.send_signal(number)
             # Inside torch's writer, C++ that calls Python, a Ctrl-C may be swallowed; a person would repeat it.
             with contextlib.suppress(subprocess.TimeoutExpired):
-                out, _ = process.communicate(timeout=10)
+                out, _ = process.communicate(timeout=2)
         finished = [int(line) for line in out.split() if line.isdecimal()]
         loaded, _ = load(tmp_path)
         assert loaded is not None
