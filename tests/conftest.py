@@ -11,7 +11,7 @@ import torch
 
 import tinylab
 from tinylab.dataset import Dataset, open_dataset, prepare
-from tinylab.recipe import Recipe, smoke
+from tinylab.recipe import Recipe, accurate, smoke
 from tinylab.record import Run
 from tinylab.sample import write_sample
 from tinylab.train import train
@@ -123,6 +123,25 @@ def train_tiny(tiny_dataset: Dataset, narrow: Recipe) -> Callable[..., Run]:
 def finished_run(train_tiny: Callable[..., Run], tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A run on `tiny_dataset` that nothing disturbed. Read only."""
     return train_tiny(tmp_path_factory.mktemp("finished") / "run")
+
+
+@pytest.fixture(scope="session")
+def rich(narrow: Recipe) -> Recipe:
+    """The `accurate` recipe's ingredients and a ramp, on a narrow network: 2 epochs of 3 steps of 4 images."""
+    shape = {"name": "rich", "epochs": 2, "batch_size": 4, "width": 16, "ramp": ((32, 0.5),)}
+    mixing = {"cutmix_probability": 0.3, "mixup_probability": 0.2, "resizemix_probability": 0.2, "unmixed_share": 0.0}
+    return replace(accurate(), **shape, **mixing, max_learning_rate=0.05, ema_decay=0.6, ema_bn_batches=2)
+
+
+@pytest.fixture(scope="session", params=["sgd", "muon"])
+def rich_reference(
+    request: pytest.FixtureRequest,
+    train_tiny: Callable[..., Run],
+    rich: Recipe,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Run:
+    """An undisturbed rich run with either optimiser."""
+    return train_tiny(tmp_path_factory.mktemp("rich") / "run", replace(rich, optimizer=request.param))
 
 
 def without_seconds(record: dict) -> dict:

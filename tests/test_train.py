@@ -22,7 +22,7 @@ from tinylab.dataset import Dataset
 from tinylab.device import choose
 from tinylab.loader import Batch, TrainingBatches
 from tinylab.model import build_model, load_weights
-from tinylab.recipe import Recipe, UserError, accurate
+from tinylab.recipe import Recipe, UserError
 from tinylab.record import Run
 from tinylab.split import make_split
 from tinylab.step import TrainState, inference, new_state, train_step
@@ -460,22 +460,6 @@ def test_an_impossible_run_is_refused_before_its_folder_is_made(
 
 
 # --- Everything that the target recipes are made of ------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def rich(narrow: Recipe) -> Recipe:
-    """The `accurate` recipe's ingredients and a ramp, on a narrow network: 2 epochs of 3 steps of 4 images."""
-    shape = {"name": "rich", "epochs": 2, "batch_size": 4, "width": 16, "ramp": ((32, 0.5),)}
-    mixing = {"cutmix_probability": 0.3, "mixup_probability": 0.2, "resizemix_probability": 0.2, "unmixed_share": 0.0}
-    return replace(accurate(), **shape, **mixing, max_learning_rate=0.05, ema_decay=0.6, ema_bn_batches=2)
-
-
-@pytest.fixture(scope="module", params=["sgd", "muon"])
-def rich_reference(
-    request: pytest.FixtureRequest, train_tiny: TrainTiny, rich: Recipe, tmp_path_factory: pytest.TempPathFactory
-) -> Run:
-    """An undisturbed rich run with either optimiser."""
-    return train_tiny(tmp_path_factory.mktemp("rich") / "run", replace(rich, optimizer=request.param))
 
 
 def test_rich_runs_are_equal_in_every_bit(train_tiny: TrainTiny, rich_reference: Run, tmp_path: Path) -> None:

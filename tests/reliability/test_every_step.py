@@ -2,7 +2,6 @@
 
 import signal
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,7 @@ from reliability.harness import moments, plain_recipe, rich_recipe, send
 from tinylab import checkpoint
 from tinylab import train as train_module
 from tinylab.dataset import Dataset
-from tinylab.recipe import Recipe, accurate
+from tinylab.recipe import Recipe
 from tinylab.record import Run
 from tinylab.train import Stopped, train
 
@@ -85,22 +84,6 @@ def test_a_run_stopped_after_every_step_ends_the_same(
 
 
 # --- Everything that the target recipes are made of ------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def rich(narrow: Recipe) -> Recipe:
-    """The `accurate` recipe's ingredients and a ramp, on a narrow network: 2 epochs of 3 steps of 4 images."""
-    shape = {"name": "rich", "epochs": 2, "batch_size": 4, "width": 16, "ramp": ((32, 0.5),)}
-    mixing = {"cutmix_probability": 0.3, "mixup_probability": 0.2, "resizemix_probability": 0.2, "unmixed_share": 0.0}
-    return replace(accurate(), **shape, **mixing, max_learning_rate=0.05, ema_decay=0.6, ema_bn_batches=2)
-
-
-@pytest.fixture(scope="module", params=["sgd", "muon"])
-def rich_reference(
-    request: pytest.FixtureRequest, train_tiny: TrainTiny, rich: Recipe, tmp_path_factory: pytest.TempPathFactory
-) -> Run:
-    """An undisturbed rich run with either optimiser."""
-    return train_tiny(tmp_path_factory.mktemp("rich") / "run", replace(rich, optimizer=request.param))
 
 
 def stop_after(patched: pytest.MonkeyPatch, step: int) -> None:
