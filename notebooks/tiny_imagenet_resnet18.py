@@ -21,18 +21,21 @@
 # * **With a GPU** (in Colab: *Runtime > Change runtime type > T4 GPU*) the whole published experiment runs: 200 classes,
 #   30 epochs. The published run took 79 minutes of training on a Colab GPU.
 # * **Without one** that would take more than a day, so the notebook trains the same network in the same way on the first
-#   10 classes for 15 epochs: about an hour and a quarter on two busy cores with bf16.
+#   10 classes for 10 epochs: an hour and a half on two busy cores without 16-bit formats.
 # * **Interrupted?** Run it again: training continues where it stopped, and what is finished is only shown.
 
 # %% tags=["parameters"]
 RECIPE = "published"  # "published", or "smoke": the same, shrunk for the made-up sample data
-EPOCHS = None  # None: the recipe's own number; without a GPU 15
+EPOCHS = None  # None: the recipe's own number; without a GPU 10
 CLASSES = None  # None: all 200; without a GPU the first 10
 SEED = 0
 SOURCE = "auto"  # "auto" finds or downloads Tiny ImageNet; also a URL, a zip, a folder; "sample": made-up data
 DATA = None  # where the decoded images go; None: data/tiny-imagenet or data/sample
 RUN = None  # the run folder; None: runs/<recipe>-<split>-s<seed>
 FIGURES = None  # the figures are copied here, too
+IMAGE = None  # a picture of your own, for the section "Try your own image"
+UPLOAD = False  # in Colab: ask for such a picture
+ONNX = False  # also export the network to ONNX
 DRIVE = None  # in Colab: a folder that outlives the machine, for example "/content/drive/MyDrive/tinylab"
 REPOSITORY = "https://github.com/OWNER/tinylab"  # where the code is fetched from if it is not here
 
@@ -77,10 +80,11 @@ from dataclasses import replace
 
 from IPython.display import Image
 
-from tinylab import device, explain, loader, model, plots, record
-from tinylab.augment import normalise
+from tinylab import device, loader, model, plots, record
+from tinylab.analysis import analyse_run, explain_answers
+from tinylab.card import write_hand_over
 from tinylab.dataset import prepare
-from tinylab.evaluate import per_class
+from tinylab.predict import export_onnx, predict, read_image
 from tinylab.recipe import UserError, named
 from tinylab.sample import write_sample
 from tinylab.split import make_split
@@ -124,7 +128,7 @@ dataset = prepare(str(source), Path(DATA or ("data/sample" if made_up else "data
 recipe, classes, epochs = named(RECIPE), CLASSES, EPOCHS
 whole = come_back(record.Run(Path(RUN or runs / record.default_folder(recipe, "merged", SEED).name)))
 if on_cpu and not made_up and not whole.finished:
-    classes, epochs = (10 if CLASSES is None else CLASSES), (15 if EPOCHS is None else EPOCHS)
+    classes, epochs = (10 if CLASSES is None else CLASSES), (10 if EPOCHS is None else EPOCHS)
 recipe = recipe if epochs is None else replace(recipe, epochs=epochs)
 split = make_split(dataset, "merged", classes)
 names = dataset.names[: split.classes]
@@ -205,59 +209,130 @@ print(f"top-1 {result['test_top1']:.2f} %, top-5 {result['test_top5']:.2f} % of 
 print(f"{result['train_seconds'] / 60:.1f} minutes of training, {result['images_per_second']:.0f} images/s, {place}")
 
 # %% [markdown]
-# ## Accuracy per class
-
-# %%
-correct, total = per_class(run.predictions["logits"], run.predictions["labels"])
-show("classes", plots.class_accuracy(names, 100 * correct / total, total))
-
-# %% [markdown]
 # ## What it gets wrong
 #
-# Ten misclassified test images, drawn at random from all of them.
+# Everything below comes from the predictions that the run has kept and, for the maps, from its network. First the
+# accuracy of each class.
 
 # %%
-network, _ = model.load_weights(run.weights, dataset.wnids[: split.classes])
-mistakes = explain.explain(
-    network,
-    images=dataset.images,
-    labels=dataset.labels,
-    boxes=dataset.boxes,
-    rows=split.test,
-    logits=run.predictions["logits"],
-    wnids=dataset.wnids[: split.classes],
-    names=names,
-    normalise=lambda images: normalise(images, recipe),
+network, about = model.load_weights(run.weights, dataset.wnids[: split.classes])
+found = analyse_run(run, dataset, split, network.to(place.device), progress=True)
+print(f"{found.explanation.wrong:,} of {found.explanation.tested:,} test images are wrong")
+show("classes", found.figures["classes"])
+
+# %% [markdown]
+# Which classes are taken for which: the whole table, in an order that puts classes that are confused next to each other,
+# and the pairs that are confused most often with some of their images.
+
+# %%
+show("confusion", found.figures["confusion"])
+
+# %%
+show("confused_pairs", found.figures["confused_pairs"])
+
+# %% [markdown]
+# Ten mistakes, drawn at random from all of them, and the ten that the network was surest of.
+
+# %%
+show("misclassified", found.figures["misclassified"])
+
+# %%
+show("confident_mistakes", found.figures["confident_mistakes"])
+
+# %% [markdown]
+# ## Does it know how sure it is?
+#
+# Of the answers that are given with 80 % probability, 80 % should be right. A temperature, by which all logits are
+# divided, often mends the rest; each half of the test images is judged with the one that fits the other half.
+
+# %%
+show("reliability", found.figures["reliability"])
+
+# %% [markdown]
+# ## Labels that cannot both be right
+#
+# Tiny ImageNet holds identical images with different labels, found here by comparing all pixels. Whoever learns one of
+# them is wrong about the other; the share of all mistakes that this explains is small.
+
+# %%
+doubts = found.conflicts
+print(
+    f"{len(doubts['pairs'])} pairs; {doubts['tested']} of these images are tested here, {doubts['wrong']} of them wrong"
 )
-print(f"{mistakes.wrong:,} of {mistakes.tested:,} test images are wrong")
-show("misclassified", plots.misclassified(mistakes.images, mistakes.entries))
+show("label_conflicts", found.figures["label_conflicts"])
 
 # %% [markdown]
 # ## Where it looked
 #
-# Grad-CAM of the four stages for the class that the network predicted, heat map and overlay. Each map is scaled to
-# itself, so brightness cannot be compared between images or stages.
+# Grad-CAM on the ten mistakes: what spoke for the class that was predicted, and what for the one that was right. Each
+# map is scaled to itself, so brightness cannot be compared between images or classes. The last stage has 8 x 8 values.
 
 # %%
-show("gradcam", plots.gradcam_stages(mistakes.images, mistakes.maps, mistakes.entries))
+show("class_maps", found.figures["class_maps"])
+
+# %% [markdown]
+# The same for all four stages and the predicted class, heat map and overlay.
+
+# %%
+show("gradcam", found.figures["gradcam"])
+
+# %% [markdown]
+# ## Do the maps look at the object?
+#
+# Tiny ImageNet tells where the object is. Two questions to every map: does its highest point lie in the box (the
+# pointing game), and how much of it does? Many boxes are large, so the answer means little without two baselines: the
+# centre of the image as the point, and a map that is the same everywhere. Where the box covers less than half of the
+# image, both are harder.
+
+# %%
+print(found.localisation.in_words())
+show("localisation", found.figures["localisation"])
+
+# %% [markdown]
+# ## Try your own image
+#
+# Set `IMAGE` to the path of a JPEG, PNG or WebP, or, in Colab, `UPLOAD` to `True` and run the cell. It is turned
+# upright, cut to its middle square and scaled to 64 x 64, as the training images were. The network knows the classes
+# above and nothing else: it will name one of them whatever it sees.
+
+# %%
+if UPLOAD and "google.colab" in sys.modules:
+    from google.colab import files
+
+    IMAGE = next(iter(files.upload()), None)
+mine = read_image(Path(IMAGE)) if IMAGE else dataset.images[split.test[0]]
+(top,) = predict(network, about, mine[None])
+heat = explain_answers(network, about, mine[None], [top])[0]
+title = Path(IMAGE).name if IMAGE else f"a test image: {dataset.names[dataset.labels[split.test[0]]]}"
+show("prediction", plots.prediction(mine, top, heat, title=title))
 
 # %% [markdown]
 # ## What is left behind
 #
 # The run folder holds recipe, environment, log, predictions, figures, and `model.safetensors`: the weights with the class
-# list, in the order of the logits, in its metadata.
+# list, in the order of the logits, in its metadata. `export/` holds what to hand on: the weights, a model card with the
+# numbers, the class list, and, if `ONNX` is set (it needs `pip install onnx onnxscript onnxruntime`), the network for
+# other programs, compared with this one.
 
 # %%
-run.write("explain.json", mistakes.to_json())
+for name, figure in found.figures.items():
+    plots.save(figure, run.figures / f"{name}.png")
+found.write_tables(run.folder)
+run.write("explain.json", found.to_json(run))
+write_hand_over(run, about, run.folder / "export")
+if ONNX:
+    print(export_onnx(network, about, run.folder / "export" / "model.onnx"))
 if FIGURES:
     shutil.copytree(run.figures, FIGURES, dirs_exist_ok=True)
     record.note_figures(run, Path(FIGURES))
+
+# %%
 if on_drive:
     try:
         record.copy_run(run, on_drive)
     except UserError as error:
         print("note:", error)
-kept = {".json", ".jsonl", ".npz", ".png", ".safetensors"}
+kept = {".csv", ".json", ".jsonl", ".md", ".npz", ".onnx", ".png", ".safetensors"}
 for path in sorted(run.folder.rglob("*")):
     if path.suffix in kept:
         print(f"{path.stat().st_size:>12,} bytes  {record.relative_to_here(path)}")

@@ -1,5 +1,6 @@
 """The benchmarks run, compare like with like, and end in a line of JSON whose numbers make sense."""
 
+import collections
 import importlib
 import json
 import subprocess
@@ -78,10 +79,49 @@ def test_step_compares_ours_with_the_plain_loop_and_timm(start: Start) -> None:
 
 @pytest.mark.slow
 def test_explain_compares_batches_with_one_by_one(start: Start) -> None:
-    _, result = start("explain")
+    text, result = start("explain")
     assert set(result["ways"]) == {"ours", "library, one by one", "library, batched", "library, averaged"}
     assert_rates(result["ways"], result["ratios"])
     assert result["precision"] == "fp32"
+    metric = result["box_metric"]
+    assert (metric["images"], metric["width"]) == (4, 16)
+    assert set(metric["ways"]) == set(metric["seconds"]) == {"ours", "library, batched", "library, one by one"}
+    assert_rates(metric["ways"], metric["ratios"])
+    for name, seconds in metric["seconds"].items():
+        assert seconds == pytest.approx(4 / metric["ways"][name]["images_per_second"]["median"], rel=0.01, abs=0.006)
+    assert "box metric of 4 images" in text
+
+
+def test_the_box_metric_s_peers_see_the_same_images_and_classes(
+    benchmark_module: Callable, monkeypatch: pytest.MonkeyPatch, sample_dataset: Dataset
+) -> None:
+    explain = benchmark_module("explain")
+    asked: dict[str, list] = {"ours": [], "library": []}
+    gradcam, library = explain.gradcam, explain.library
+
+    def note(inputs: torch.Tensor, classes: torch.Tensor, way: str) -> None:
+        asked[way] += [
+            (round(image.double().sum().item(), 3), index)
+            for image, index in zip(inputs, classes.tolist(), strict=True)
+        ]
+
+    def ours(model, inputs, classes, *rest, **options) -> dict:
+        note(inputs, classes, "ours")
+        return gradcam(model, inputs, classes, *rest, **options)
+
+    def theirs(cams, inputs, classes, batch) -> None:
+        note(inputs, classes, "library")
+        library(cams, inputs, classes, batch)
+
+    monkeypatch.setattr("tinylab.localisation.gradcam", ours)
+    monkeypatch.setattr(explain, "library", theirs)
+    rows = np.arange(0, 600, 17)
+    explain.measure_boxes(sample_dataset, rows, choose("cpu", "fp32"), 1, 0)
+    expected = collections.Counter(asked["ours"])
+    assert len(rows) < expected.total() <= 2 * len(rows), "two maps for a wrong answer"
+    found = collections.Counter(asked["library"])
+    assert found.total() == 2 * 2 * len(rows), "batched and one by one"
+    assert set(found) == set(expected)
 
 
 @pytest.mark.slow

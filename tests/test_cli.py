@@ -14,7 +14,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from tinylab.cli import COMMANDS, main
 from tinylab.recipe import Recipe
@@ -195,13 +197,101 @@ def test_explaining_draws_every_figure(in_chain: Callable, chain: Path) -> None:
     lines = in_chain("explain runs/smoke-official-s0 --count 2")
     run = Run(chain / "runs" / "smoke-official-s0")
     names = {"samples", "augmentation", "learning_rate", "curves", "classes", "misclassified", "gradcam"}
-    assert {path.stem for path in run.figures.iterdir()} >= names
+    names |= {"class_maps", "confusion", "confused_pairs", "confident_mistakes", "hesitant_hits", "reliability"}
+    names |= {"label_conflicts", "localisation"}
+    assert {path.stem for path in run.figures.iterdir()} == names
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in run.figures.glob("*.png"))
     explained = json.loads((run.folder / "explain.json").read_text())
     wrong = run.summary["test_images"] - run.summary["test_correct"]
     assert (explained["tested"], explained["wrong"]) == (20, wrong)
     assert len(explained["images"]) == min(2, wrong)
+    assert set(explained["figures"]) == names
+    assert explained["localisation"]["scored"] + explained["localisation"]["degenerate"] == 20
+    assert explained["faithfulness"] is None
     assert lines[-1].startswith(f"{wrong} of 20 test images are wrong")
+    for name, count in (("classes.csv", 3), ("confusion.csv", 3), ("localisation.csv", 21)):
+        assert len((run.folder / name).read_text().splitlines()) == count
+
+
+def test_explaining_all_images_of_another_stage_and_asking_for_faithfulness(in_chain: Callable, chain: Path) -> None:
+    in_chain("explain runs/smoke-official-s0 --count 1 --all --layer layer3 --method eigencam --faithfulness 3")
+    run = Run(chain / "runs" / "smoke-official-s0")
+    explained = run.explanation
+    assert (explained["localisation"]["stage"], explained["localisation"]["method"]) == ("layer3", "eigencam")
+    assert explained["localisation"]["native_size"] == [16, 16]
+    assert explained["faithfulness"]["images"] == 3
+    assert (run.figures / "faithfulness.png").exists()
+
+
+def test_a_report_is_one_file_and_explains_what_is_not_yet_explained(in_chain: Callable, chain: Path) -> None:
+    run = Run(chain / "runs" / "smoke-official-s0")
+    (run.folder / "explain.json").unlink(missing_ok=True)
+    lines = in_chain("report runs/smoke-official-s0")
+    assert lines[-1].startswith("runs/smoke-official-s0/report.html")
+    page = (run.folder / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == len(run.explanation["figures"])
+    assert f"{run.summary['test_top1']:.2f}" in page
+    before = (run.folder / "explain.json").stat().st_mtime_ns
+    lines = in_chain("report runs/smoke-official-s0 --out new/page.html")
+    assert len(lines) == 1
+    assert (chain / "new" / "page.html").read_text() == page
+    assert (run.folder / "explain.json").stat().st_mtime_ns == before
+
+
+def test_an_explanation_of_other_weights_does_not_count(in_chain: Callable, chain: Path) -> None:
+    in_chain("explain runs/smoke-official-s0 --count 1 --sample 0")
+    run = Run(chain / "runs" / "smoke-official-s0")
+    assert run.explanation["localisation"] is None
+    path = run.folder / "explain.json"
+    path.write_text(path.read_text().replace(run.summary["model_sha256"], "0" * 64))
+    assert run.explanation is None
+
+
+def test_predicting_names_classes_and_draws(in_chain: Callable, chain: Path) -> None:
+    rng = np.random.default_rng(0)
+    (chain / "there").mkdir(exist_ok=True)
+    for name in ("a.png", "there/a.png"):
+        Image.fromarray(rng.integers(0, 256, (90, 120, 3), dtype=np.uint8)).save(chain / name)
+    lines = in_chain("predict runs/smoke-official-s0 a.png there/a.png --gradcam seen --json")
+    answers = [json.loads(line) for line in lines]
+    assert [answer["image"] for answer in answers] == ["a.png", "there/a.png"]
+    assert [Path(answer["figure"]).name for answer in answers] == ["a.png", "a-2.png"]
+    assert all((chain / answer["figure"]).read_bytes().startswith(b"\x89PNG") for answer in answers)
+    for answer in answers:
+        assert len(answer["top"]) == 2  # the run has no more classes
+        assert sum(guess["probability"] for guess in answer["top"]) == pytest.approx(1)
+    lines = in_chain("predict runs/smoke-official-s0/model.safetensors a.png --top 1")
+    assert lines[0] == "a.png"
+    assert re.fullmatch(r" *[\d.]+ %  n\d{8}  .+", lines[1])
+    assert answers[0]["top"][0]["wnid"] in lines[1]
+
+
+def test_exporting_hands_over_what_can_be_loaded(in_chain: Callable, chain: Path) -> None:
+    pytest.importorskip("onnxruntime", reason="the extra 'export' is not installed")
+    lines = in_chain("export runs/smoke-official-s0 --onnx given/model.onnx --to given")
+    assert {path.name for path in (chain / "given").iterdir()} >= {"model.safetensors", "README.md", "model.onnx"}
+    assert "differ by at most" in lines[-1]
+    there = Run(chain / "runs" / "smoke-official-s0").weights
+    assert (chain / "given" / "model.safetensors").read_bytes() == there.read_bytes()
+
+
+def test_finding_a_learning_rate_leaves_a_picture_and_no_run(in_chain: Callable, chain: Path) -> None:
+    before = set((chain / "runs").iterdir())
+    lines = in_chain("find-lr smoke --width 16 --limit-classes 2 --split official --steps 12 --workers 0")
+    assert lines[0] == "runs/find-lr-smoke-official-s0.png"
+    assert set((chain / "runs").iterdir()) - before == {chain / "runs" / "find-lr-smoke-official-s0.png"}
+    assert "--max-learning-rate" in lines[1] or lines[1].startswith("no suggestion")
+
+
+def test_tracking_writes_every_epoch_for_tensorboard(in_chain: Callable, chain: Path) -> None:
+    accumulator = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator", reason="the extra 'track' is not installed"
+    )
+    in_chain(f"{TRAIN} --run runs/tracked --track tensorboard")
+    events = accumulator.EventAccumulator(str(chain / "runs" / "tracked" / "tensorboard"))
+    events.Reload()
+    shown = [(event.step, event.value) for event in events.Scalars("top1/test")]
+    assert shown == [(1, pytest.approx(Run(chain / "runs" / "tracked").summary["test_top1"], rel=1e-6))]
 
 
 def test_ctrl_c_in_a_command_without_a_run_is_one_line(

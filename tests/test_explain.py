@@ -5,10 +5,13 @@ import json
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
+from pytorch_grad_cam.utils.svd_on_activations import get_2d_projection
 from torch import nn
 
-from tinylab.explain import METHODS, STAGES, explain, gradcam, misclassified, softmax
+from tinylab.errors import softmax
+from tinylab.explain import METHODS, STAGES, bootstrap, explain, gradcam, misclassified, sample
 from tinylab.model import ResNet18
 from tinylab.recipe import UserError
 
@@ -40,8 +43,28 @@ def inputs() -> torch.Tensor:
     return torch.randn(5, 3, 32, 32, generator=torch.Generator().manual_seed(2))
 
 
-def by_hand(model: nn.Module, inputs: torch.Tensor, targets: torch.Tensor) -> dict[str, np.ndarray]:
-    """Grad-CAM from its definition, in double precision, one image and one stage at a time."""
+def combined(method: str, activations: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+    """What the methods' papers make of one image's activations and gradient, each (C, h, w), before the ReLU."""
+    if method == "gradcam":
+        return (gradient.mean(dim=(1, 2), keepdim=True) * activations).sum(dim=0)
+    if method == "hirescam":
+        return (gradient * activations).sum(dim=0)
+    if method == "layercam":
+        return (gradient.relu() * activations).sum(dim=0)
+    if method == "gradcam++":
+        total = activations.sum(dim=(1, 2), keepdim=True)
+        alpha = gradient**2 / (2 * gradient**2 + total * gradient**3 + 1e-6)
+        return ((gradient.relu() * alpha).sum(dim=(1, 2), keepdim=True) * activations).sum(dim=0)
+    assert method == "eigencam"
+    flat = activations.flatten(1) - activations.flatten(1).mean(dim=1, keepdim=True)
+    component = torch.linalg.eigh(flat @ flat.T).eigenvectors[:, -1] @ flat
+    return (component * (component @ flat.sum(dim=0)).sign()).view_as(activations[0])
+
+
+def by_hand(
+    model: nn.Module, inputs: torch.Tensor, targets: torch.Tensor, method: str = "gradcam"
+) -> dict[str, np.ndarray]:
+    """Maps from their definition, in double precision, one image and one stage at a time."""
     model, inputs = copy.deepcopy(model).double(), inputs.double()
     maps: dict[str, list[np.ndarray]] = {stage: [] for stage in STAGES}
     for image, target in zip(inputs, targets, strict=True):
@@ -51,9 +74,9 @@ def by_hand(model: nn.Module, inputs: torch.Tensor, targets: torch.Tensor) -> di
             logit = model(image[None])[0, target]
             handle.remove()
             (gradient,) = torch.autograd.grad(logit, seen[0])
-            summed = torch.relu((gradient.mean(dim=(2, 3), keepdim=True) * seen[0]).sum(dim=1))[0]
+            summed = torch.relu(combined(method, seen[0][0].detach(), gradient[0]))
             summed = summed - summed.min()
-            maps[stage].append((summed / summed.max() if summed.any() else summed).detach().numpy())
+            maps[stage].append((summed / summed.max() if summed.any() else summed).numpy())
     return {stage: np.stack(values) for stage, values in maps.items()}
 
 
@@ -61,12 +84,13 @@ def equal(one: dict[str, np.ndarray], other: dict[str, np.ndarray], atol: float 
     return one.keys() == other.keys() and all(np.allclose(one[stage], other[stage], atol=atol) for stage in one)
 
 
-def test_gradcam_equals_its_definition_at_every_stage(model: ResNet18, inputs: torch.Tensor) -> None:
+@pytest.mark.parametrize("method", METHODS)
+def test_maps_equal_their_definition_at_every_stage(model: ResNet18, inputs: torch.Tensor, method: str) -> None:
     inputs = torch.cat([inputs, inputs.flip(1)], dim=3).repeat(1, 1, 2, 1)  # 64 x 64, as the data set has it
-    maps = gradcam(model, inputs, TARGETS)
+    maps = gradcam(model, inputs, TARGETS, method=method)
     sides = {"layer1": 64, "layer2": 32, "layer3": 16, "layer4": 8}
     assert {stage: values.shape for stage, values in maps.items()} == {s: (5, n, n) for s, n in sides.items()}
-    assert equal(maps, by_hand(model, inputs, TARGETS))
+    assert equal(maps, by_hand(model, inputs, TARGETS, method), atol=1e-4)
     for values in maps.values():
         assert values.dtype == np.float32
         assert values.min() == 0
@@ -94,7 +118,9 @@ def test_stages_may_be_asked_for_in_any_order(model: ResNet18, inputs: torch.Ten
     assert equal(some, {stage: everything[stage] for stage in some})
 
 
-def test_model_is_left_as_it_was(model: ResNet18, inputs: torch.Tensor) -> None:
+@pytest.mark.parametrize("stages", [STAGES, ("layer4",)])
+@pytest.mark.parametrize("method", ["gradcam", "eigencam"])
+def test_model_is_left_as_it_was(model: ResNet18, inputs: torch.Tensor, method: str, stages: tuple[str, ...]) -> None:
     model.train()
     model.layer2.eval()
     model.fc.weight.requires_grad_(False)
@@ -103,7 +129,7 @@ def test_model_is_left_as_it_was(model: ResNet18, inputs: torch.Tensor) -> None:
     asks = {name: weight.requires_grad for name, weight in model.named_parameters()}
     state = copy.deepcopy(model.state_dict())
 
-    gradcam(model, inputs, TARGETS)
+    gradcam(model, inputs, TARGETS, stages, method=method)
 
     assert {name: module.training for name, module in model.named_modules()} == modes
     assert {name: weight.requires_grad for name, weight in model.named_parameters()} == asks
@@ -111,7 +137,10 @@ def test_model_is_left_as_it_was(model: ResNet18, inputs: torch.Tensor) -> None:
     gradients = {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
     assert gradients.keys() == {"conv1.weight"}
     assert (gradients["conv1.weight"] == 3).all()
-    assert not any(module._forward_hooks for module in model.modules())
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    assert not any(getattr(module, name) for module in model.modules() for name in hooks)
+    assert not inputs.requires_grad
+    assert inputs.grad is None
 
 
 def test_train_mode_and_frozen_weights_change_nothing(model: ResNet18, inputs: torch.Tensor) -> None:
@@ -127,6 +156,8 @@ def test_surroundings_change_nothing(model: ResNet18, inputs: torch.Tensor, surr
     plain = gradcam(model, inputs, TARGETS)
     with surroundings():
         assert equal(gradcam(model, inputs.clone(), TARGETS), plain)
+        assert equal(gradcam(model, inputs.clone(), TARGETS, ("layer4",)), {"layer4": plain["layer4"]})
+        assert equal(gradcam(copy.deepcopy(model), inputs.clone(), TARGETS, ("layer4",)), {"layer4": plain["layer4"]})
 
 
 def test_wrappers_are_taken_off(model: ResNet18, inputs: torch.Tensor) -> None:
@@ -134,6 +165,10 @@ def test_wrappers_are_taken_off(model: ResNet18, inputs: torch.Tensor) -> None:
     averaged = torch.optim.swa_utils.AveragedModel(model)
     assert equal(gradcam(averaged, inputs, TARGETS), plain)
     assert equal(gradcam(torch.compile(averaged), inputs, TARGETS), plain)
+    last = {"layer4": plain["layer4"]}
+    assert equal(gradcam(torch.compile(averaged), inputs, TARGETS, ("layer4",)), last)
+    averaged.module.fc.weight.data.neg_()
+    assert not equal(gradcam(averaged, inputs, TARGETS, ("layer4",)), last), "the average's own weights count"
 
 
 def test_half_precision_network_is_explained_in_float32(model: ResNet18, inputs: torch.Tensor) -> None:
@@ -149,8 +184,112 @@ def test_methods_run_and_differ(model: ResNet18, inputs: torch.Tensor, method: s
     assert (method == "gradcam") == np.allclose(maps, gradcam(model, inputs, TARGETS)["layer3"], atol=1e-3)
 
 
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_alone_has_the_maps_that_it_has_among_all(
+    model: ResNet18, inputs: torch.Tensor, method: str, stage: str
+) -> None:
+    """Gradients end at the first stage that is asked for; the maps of the later ones are the same."""
+    alone = gradcam(model, inputs, TARGETS, stages=(stage,), method=method)
+    assert equal(alone, {stage: gradcam(model, inputs, TARGETS, method=method)[stage]})
+
+
+def test_the_last_stage_alone_asks_for_no_gradient_below_it(model: ResNet18, inputs: torch.Tensor) -> None:
+    asked = []
+
+    def note(_: nn.Module, arguments: tuple, output: torch.Tensor) -> None:
+        asked.append((arguments[0].requires_grad, output.requires_grad))
+
+    model.layer3.register_forward_hook(note)  # goes to the copy, too
+    gradcam(model, inputs, TARGETS, stages=("layer4",))
+    assert asked == [(False, False)]
+
+
+def test_eigencam_is_the_library_s_but_for_the_sign(model: ResNet18, inputs: torch.Tensor) -> None:
+    seen = []
+    handle = model.layer4.register_forward_hook(lambda _, __, output: seen.append(output.detach().numpy()))
+    model(inputs)
+    handle.remove()
+    theirs = get_2d_projection(seen[0])
+    ours = gradcam(model, inputs, TARGETS, stages=("layer4",), method="eigencam")["layer4"]
+    for one, projected in zip(ours, theirs, strict=True):
+        either = [np.maximum(signed, 0) / signed.max() for signed in (projected, -projected)]
+        assert not np.allclose(*either, atol=0.1)
+        assert any(np.allclose(one, scaled, atol=1e-4) for scaled in either)
+
+
+def test_eigencam_knows_no_classes(model: ResNet18, inputs: torch.Tensor) -> None:
+    one, other = (gradcam(model, inputs, classes, method="eigencam") for classes in (TARGETS, TARGETS.flip(0)))
+    assert equal(one, other, atol=0)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_eigencam_shows_the_active_part_whatever_the_decomposition_s_sign(
+    monkeypatch: pytest.MonkeyPatch, sign: int
+) -> None:
+    """Even where that is the larger part, so that the quiet part is further from the mean."""
+    decompose = np.linalg.svd
+
+    def signed(*arguments, **options):
+        left, strengths, right = decompose(*arguments, **options)
+        return sign * left, strengths, sign * right
+
+    monkeypatch.setattr(np.linalg, "svd", signed)
+    image = torch.zeros(1, 3, 64, 64)
+    image[:, 0, :48, :56] = 1
+    for values in gradcam(ColourNetwork(), image, torch.tensor([0]), method="eigencam").values():
+        side = values.shape[1]
+        expected = np.zeros((side, side))
+        expected[: side * 3 // 4, : side * 7 // 8] = 1
+        assert np.allclose(values[0], expected, atol=1e-5)
+
+
+def test_sample_is_a_beginning_of_one_permutation() -> None:
+    everything = sample(100, None, seed=3)
+    assert sorted(everything.tolist()) == list(range(100))
+    assert np.array_equal(sample(100, 10, seed=3), everything[:10])
+    assert np.array_equal(sample(100, 1000, seed=3), everything)
+    assert not np.array_equal(sample(100, None, seed=4), everything)
+    assert sample(100, 0).shape == (0,)
+    with pytest.raises(UserError, match="count must be 0 or more, not -1"):
+        sample(100, -1)
+
+
+def test_bootstrap_agrees_with_scipy_and_with_theory() -> None:
+    rng = np.random.default_rng(0)
+    skewed, shares = rng.exponential(size=300), (rng.random(300) < 0.3).astype(float)
+    found = bootstrap({"skewed": skewed, "shares": shares, "difference": skewed - shares}, seed=1)
+    for name, values in {"skewed": skewed, "shares": shares, "difference": skewed - shares}.items():
+        theirs = scipy.stats.bootstrap((values,), np.mean, n_resamples=9999, method="percentile", rng=rng)
+        width = theirs.confidence_interval.high - theirs.confidence_interval.low
+        assert found[name]["mean"] == pytest.approx(values.mean(), rel=1e-12)
+        assert found[name]["low"] == pytest.approx(theirs.confidence_interval.low, abs=0.06 * width)
+        assert found[name]["high"] == pytest.approx(theirs.confidence_interval.high, abs=0.06 * width)
+        assert width == pytest.approx(2 * 1.96 * values.std() / np.sqrt(300), rel=0.06)
+
+
+def test_bootstrap_samples_whole_images() -> None:
+    """The interval of a difference is that of paired values; that of two constants is the constant."""
+    values = np.random.default_rng(0).random(50)
+    found = bootstrap({"one": values, "other": values + 0.1, "difference": (values + 0.1) - values})
+    assert found["difference"] == pytest.approx({"mean": 0.1, "low": 0.1, "high": 0.1}, abs=1e-12)
+    assert found["other"]["low"] - found["one"]["low"] == pytest.approx(0.1, abs=1e-12)
+    assert all(each["low"] <= each["mean"] <= each["high"] for each in found.values())
+    assert found == bootstrap({"one": values, "other": values + 0.1, "difference": (values + 0.1) - values})
+    assert found["one"] != bootstrap({"one": values}, seed=1)["one"]
+    assert bootstrap({"single": np.array([0.25])})["single"] == {"mean": 0.25, "low": 0.25, "high": 0.25}
+    assert bootstrap({"none": np.empty(0)}) == {"none": None}
+
+
+def test_bootstrap_intervals_cover_the_truth() -> None:
+    """Of 100 samples of 80 images, about 95."""
+    shares = np.random.default_rng(1).random((100, 80)) < 0.7
+    found = bootstrap({str(i): sample for i, sample in enumerate(shares)})
+    assert 88 <= sum(each["low"] <= 0.7 <= each["high"] for each in found.values()) <= 99
+
+
 def test_bad_requests(model: ResNet18, inputs: torch.Tensor) -> None:
-    with pytest.raises(UserError, match="unknown stage 'layer5'; there are: layer1"):
+    with pytest.raises(UserError, match="unknown layer 'layer5'; there are: layer1"):
         gradcam(model, inputs, TARGETS, stages=("layer5",))
     with pytest.raises(UserError, match="unknown method 'scorecam'; there are: gradcam"):
         gradcam(model, inputs, TARGETS, method="scorecam")
@@ -246,8 +385,23 @@ def test_explanation_says_what_was_seen_and_where() -> None:
     assert first == {"size": [64, 64], "mean": pytest.approx(24 * 40 / 64**2, abs=1e-4), "energy_in_box": 1.0}
     assert right_place["stages"]["layer4"]["size"] == [8, 8]
     assert 0.75 < right_place["stages"]["layer4"]["energy_in_box"] < 1, "enlarging blurs the edge, no more"
+    assert right_place["actual_map"]["energy_in_box"] is None, "there is no green"
     assert entries[4]["stages"]["layer1"]["energy_in_box"] == 0, "the network looked beside this box"
     assert entries[5]["stages"]["layer1"]["energy_in_box"] is None, "a box of one pixel says nothing"
+
+
+def test_the_actual_class_has_a_map_of_its_own() -> None:
+    data = colour_data()
+    data["images"][:, 40:, 40:, 1] = 100  # green: the actual class of rows 2 and 3
+    explanation = explain(ColourNetwork(), **data, count=10)
+    rows = [entry["row"] for entry in explanation.entries]
+    own = explanation.actual_maps[rows.index(2)]
+    assert own.shape == (8, 8)
+    assert np.array_equal(np.argwhere(own == 1), [[y, x] for y in (5, 6, 7) for x in (5, 6, 7)])
+    assert explanation.maps["layer4"][rows.index(2)][2:7, 1:4].all(), "the predicted class's map shows red"
+    assert explanation.entries[rows.index(2)]["actual_map"]["energy_in_box"] < 0.1
+    labelled = gradcam(ColourNetwork(), data["normalise"](torch.from_numpy(data["images"][[2]])), torch.tensor([1]))
+    assert np.array_equal(own, labelled["layer4"][0])
 
 
 def test_explanation_is_json_and_reproducible() -> None:

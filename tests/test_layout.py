@@ -29,16 +29,31 @@ MAY_IMPORT = {
     "finite": set(),
     "mirror": {"checkpoint"},
     "loader": {"recipe", "dataset", "split", "augment", "distributed"},
-    "record": {"recipe", "checkpoint", "device"},
+    "tables": set(),
+    "record": {"recipe", "checkpoint", "device", "tables"},
     "step": {
         "recipe", "augment", "average", "device", "distributed", "finite", "loader", "model", "optim", "stop",
     },
     "train": {
         "recipe", "archive", "dataset", "split", "augment", "loader", "average", "distributed", "finite", "optim",
-        "step", "stop", "model", "device", "evaluate", "checkpoint", "mirror", "record",
+        "step", "stop", "model", "device", "evaluate", "checkpoint", "mirror", "record", "track",
     },
-    "explain": {"recipe", "model", "dataset", "evaluate", "record"},
-    "predict": {"recipe", "model", "dataset", "evaluate", "record"},
+    "track": {"recipe"},
+    "range_test": {
+        "recipe", "dataset", "split", "loader", "device", "step", "optim", "finite", "stop", "augment", "distributed",
+    },
+    "errors": {"recipe", "evaluate", "checkpoint", "tables"},
+    "boxes": {"recipe"},
+    "explain": {"recipe", "boxes", "errors"},
+    "localisation": {"boxes", "checkpoint", "explain"},
+    "faithfulness": {"explain"},
+    "analysis": {
+        "recipe", "dataset", "split", "augment", "loader", "optim", "evaluate", "record", "errors", "explain",
+        "localisation", "faithfulness", "plots", "predict",
+    },
+    "predict": {"recipe", "archive", "model", "record", "errors", "augment", "checkpoint"},
+    "card": {"recipe", "archive", "checkpoint", "record", "tables"},
+    "report": {"recipe", "record"},
     "cli": set(MODULES) - {"cli"},
 }  # fmt: skip
 """Data flows one way: archive -> dataset -> split -> loader -> train -> run folder -> evaluate, explain -> plots."""

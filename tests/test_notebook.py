@@ -41,7 +41,7 @@ def test_committed_notebook_ran_from_top_to_bottom_without_errors(committed: nbf
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
     assert not [output for cell in cells for output in cell.outputs if output.output_type == "error"]
     pictures = [output for cell in cells for output in cell.outputs if "image/png" in output.get("data", {})]
-    assert len(pictures) == 7
+    assert len(pictures) == 15
 
 
 def test_committed_notebook_renders_on_github_and_tells_nothing_of_a_machine(committed: nbformat.NotebookNode) -> None:
@@ -67,7 +67,7 @@ def test_parameters_are_one_tagged_cell_and_unknown_ones_are_refused() -> None:
     notebook = builder.build()
     tagged = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
     assert len(tagged) == 1
-    for name in ("RECIPE", "EPOCHS", "SOURCE", "RUN", "DRIVE", "REPOSITORY"):
+    for name in ("RECIPE", "EPOCHS", "SOURCE", "RUN", "IMAGE", "UPLOAD", "ONNX", "DRIVE", "REPOSITORY"):
         assert f"{name} = " in tagged[0].source
     with pytest.raises(KeyError, match="EPOCS"):
         builder.inject(notebook, {"EPOCS": 3})

@@ -4,6 +4,7 @@ import csv
 import io
 import math
 import warnings
+from itertools import combinations
 from pathlib import Path
 
 import matplotlib
@@ -59,6 +60,86 @@ REFERENCE = [
     for epoch in range(1, 31)
 ]
 
+
+def square(classes: int) -> np.ndarray:
+    """A confusion matrix: class i of 100 images is right in 60 and taken for its neighbour, 30, and for all, 10."""
+    matrix = np.full((classes, classes), 0) + 60 * np.eye(classes, dtype=int)
+    for i in range(classes):
+        matrix[i, i ^ 1 if i ^ 1 < classes else i] += 30
+        matrix[i] += np.bincount(np.arange(10) % classes, minlength=classes)
+    return matrix
+
+
+def pairs(names: list[str]) -> list[dict]:
+    one, other = ({"index": i, "wnid": f"n{i}", "name": name, "images": 165} for i, name in enumerate(names[:2]))
+    pair = {"one": one, "other": other, "one_as_other": 12, "other_as_one": 0, "count": 12}
+    return [pair, pair | {"one_as_other": 0, "other_as_one": 7, "count": 7}]
+
+
+def calibration(counts: list[int], note: str | None = None) -> dict:
+    """Bins that are 20 points surer than right, before, and right as often as sure, after."""
+    bins = len(counts)
+    middles = [(i + 0.5) / bins if count else None for i, count in enumerate(counts)]
+    shared = {"nll": 1.0, "mean_confidence": 0.75, "accuracy_overall": 0.5, "confidence": middles, "count": counts}
+    below = [None if middle is None else max(middle - 0.2, 0) for middle in middles]
+    before, after = shared | {"ece": 0.2, "accuracy": below}, shared | {"ece": 0.0, "accuracy": middles}
+    return {"bins": bins, "folds": 2, "temperature": 1.5, "note": note, "before": before, "after": after}
+
+
+def located(method: str = "gradcam") -> dict:
+    """As `tinylab.localisation` sums it up; of the wrong answers with small boxes there is none."""
+    groups = []
+    for boxes, shift in (("all", 0.0), ("below half", -0.25)):
+        for answers, kind in (
+            ("all", "predicted"),
+            ("all", "actual"),
+            ("right", "both"),
+            ("wrong", "predicted"),
+            ("wrong", "actual"),
+        ):
+            images = 0 if (boxes, answers) == ("below half", "wrong") else 1234
+            values = {"hit": 0.8, "energy": 0.6, "centre_hit": 0.7, "uniform": 0.5}
+            values = {key: value + shift for key, value in values.items()}
+            values |= {"hit_minus_centre": 0.1, "energy_minus_uniform": -0.03}
+            estimates = {
+                key: {"mean": v, "low": v - 0.02, "high": v + 0.02} if images else None for key, v in values.items()
+            }
+            groups.append({"boxes": boxes, "answers": answers, "class": kind, "images": images} | estimates)
+    return {"method": method, "stage": "layer4", "native_size": [4, 8], "scored": 1234, "groups": groups}
+
+
+def road(method: str = "gradcam") -> dict:
+    estimate = {"mean": 0.07, "low": -0.01, "high": 0.15}
+    return {
+        "images": 200,
+        "method": method,
+        "stage": "layer4",
+        "percentiles": [20, 90, 50],
+        "map": {"most_relevant_first": [-0.4, -0.2, -0.3], "least_relevant_first": [None, 0.01, -0.1]},
+        "random": {"most_relevant_first": [-0.4, -0.1, -0.2], "least_relevant_first": [-0.4, -0.1, -0.2]},
+        "combined": estimate,
+        "random_combined": {"mean": None, "low": None, "high": None},
+        "difference": estimate,
+    }
+
+
+def top(names: list[str]) -> list[dict]:
+    return [{"name": name, "probability": 0.5**i} for i, name in enumerate(names)]
+
+
+def thumbnails() -> list[tuple[np.ndarray, np.ndarray]]:
+    return [(IMAGES[:3], IMAGES[:0]), (IMAGES[:0], IMAGES[3:])]
+
+
+def class_maps(names: list[str]) -> Figure:
+    return plots.class_maps(
+        IMAGES, MAPS["layer4"], MAPS["layer4"][::-1], entries(names), method=names[0], title=names[0]
+    )
+
+
+LOSSES = [5.0, 5.1, 5.0, 4.0, 3.0, 2.0, 2.5, 4.0, 9.0, math.inf]
+RATES = [10.0**power for power in range(-6, 4)]
+
 FIGURES = {
     "curves": lambda names: plots.accuracy_and_loss(history(3), REFERENCE, title=names[0], label=names[0]),
     "schedule": lambda names: plots.learning_rate_curve([0.1, 0.2, 0.1], [0.9, 0.8, 0.9], 1),
@@ -67,6 +148,16 @@ FIGURES = {
     "classes": lambda names: plots.class_accuracy(names, [0, 40, 70, 100], [50] * 4),
     "mistakes": lambda names: plots.misclassified(IMAGES, entries(names), title=names[0]),
     "gradcam": lambda names: plots.gradcam_stages(IMAGES, {"layer4": MAPS["layer4"]}, entries(names), names[0]),
+    "confusion": lambda names: plots.confusion(square(4), names, [2, 3, 0, 1]),
+    "pairs": lambda names: plots.confused_pairs(pairs(names), thumbnails(), title=names[0]),
+    "answers": lambda names: plots.confident(IMAGES, entries(names), title=names[0]),
+    "twins": lambda names: plots.label_conflicts(IMAGES[:2], [{"names": names[:2], "tested": [True, False]}] * 2),
+    "reliability": lambda names: plots.reliability(calibration([0, 3, 5, 0, 9], note=names[0])),
+    "class maps": class_maps,
+    "localisation": lambda names: plots.localisation(located(names[0])),
+    "faithfulness": lambda names: plots.faithfulness(road(names[0])),
+    "range test": lambda names: plots.learning_rate_test(RATES, LOSSES, LOSSES, 0.1),
+    "prediction": lambda names: plots.prediction(IMAGES[0], top(names), MAPS["layer4"][0], title=names[0]),
     "message": lambda names: plots.message(names[0]),
 }
 
@@ -97,6 +188,33 @@ def draw(figure: Figure) -> FigureCanvasAgg:
 
 def image_axes(figure: Figure) -> list:
     return [ax for ax in figure.axes if ax.images and ax.images[0].get_array().shape[:2] == (64, 64)]
+
+
+LONG = ["W" * 300, "$\\frac{$ \ud800 \n\x1b[31m", "金魚 " * 50, ""]
+NEW = list(FIGURES)[list(FIGURES).index("confusion") : -1]
+
+
+@pytest.mark.parametrize("names", [PLAIN, LONG], ids=["plain", "long"])
+@pytest.mark.parametrize("name", NEW)
+def test_no_text_overlaps_another_or_leaves_the_figure(name: str, names: list[str]) -> None:
+    figure = FIGURES[name](names)
+    assert_apart(figure)
+    assert figure.get_figwidth() == plots.WIDTH
+
+
+def assert_apart(figure: Figure) -> None:
+    """No two texts share a pixel, nothing is cut off, no text is read as a formula."""
+    renderer, boxes = draw(figure).get_renderer(), []
+    for text in filter(Text.get_visible, texts(figure)):
+        assert not text.get_parse_math() or "$" not in text.get_text()
+        box = text.get_window_extent(renderer)
+        assert min(box.x0, box.y0) >= -1, text
+        assert box.x1 <= figure.bbox.x1 + 1, text
+        assert box.y1 <= figure.bbox.y1 + 1, text
+        # What is slanted has an extent far wider than its letters.
+        boxes += [(box.padded(-0.5), text.get_text())] if text.get_rotation() % 90 == 0 else []
+    for (box, text), (other, beside) in combinations(boxes, 2):
+        assert not box.overlaps(other), f"{text!r} over {beside!r}"
 
 
 @pytest.mark.parametrize("name", FIGURES)
@@ -307,6 +425,283 @@ def test_gradcam_figure_says_when_there_is_nothing_to_show() -> None:
     assert "there is nothing to explain" in words(plots.gradcam_stages(IMAGES[:0], {}, []))
     nothing = {"layer4": np.zeros((1, 8, 8), np.float32)}
     assert "nothing speaks for the class" in words(plots.gradcam_stages(IMAGES[:1], nothing, entries(["cat"])))
+
+
+def matrices(figure: Figure) -> tuple[np.ma.MaskedArray, np.ma.MaskedArray]:
+    """What the confusion matrix shows of right answers and of mistakes, in percent."""
+    (ax,) = (ax for ax in figure.axes if len(ax.images) == 3)
+    return tuple(image.get_array() for image in ax.images[1:])
+
+
+def test_confusions_are_shares_of_the_row_in_the_order_given() -> None:
+    matrix = np.array([[30, 10, 0], [1, 4, 0], [0, 0, 0]])
+    figure = plots.confusion(matrix, ["cat", "dog", "emu"], [2, 1, 0])
+    right, wrong = matrices(figure)
+    assert right.mask.tolist() == [[True, True, True], [True, False, True], [True, True, False]], "emu was not tested"
+    assert right.diagonal()[1:].tolist() == [80, 75]
+    assert (wrong[1, 2], wrong[2, 1], wrong[1, 0]) == (20, 25, 0)
+    assert wrong.mask[0].all()
+    assert wrong.mask.diagonal().all()
+    for word in ("80", "75", "20", "25", "75.6 % of 45 answers are right", "White rows: no test images"):
+        assert word in words(figure)
+    upright = {
+        t.get_text(): t.get_position()[1] for t in texts(figure) if t.get_ha() == "right" and not t.get_rotation()
+    }
+    assert upright["emu"] > upright["dog"] > upright["cat"], "rows from the top"
+    slanted = {text.get_text(): text.get_position()[0] for text in texts(figure) if text.get_rotation() == 45}
+    assert slanted["emu"] < slanted["dog"] < slanted["cat"], "columns from the left"
+
+
+def test_right_answers_do_not_drown_the_mistakes() -> None:
+    figure = plots.confusion(square(200), [f"class {i}" for i in range(200)], range(200))
+    (ax,) = (ax for ax in figure.axes if len(ax.images) == 3)
+    right, wrong = ax.images[1:]
+    assert right.get_clim() == (0, 100)
+    assert wrong.get_clim() == (0, 50), "30 % is the most frequent mistake"
+    assert wrong.norm(1) > 0.1, "one of a hundred images can be seen"
+    position, (width, height) = ax.get_position(), 100 * figure.get_size_inches()
+    assert position.width * width == pytest.approx(600), "every cell has the same whole number of pixels"
+    assert position.height * height == pytest.approx(600)
+    assert position.y0 * height == pytest.approx(round(position.y0 * height))
+
+
+@pytest.mark.parametrize("classes", [1, 2, 10, 30, 31, 200])
+def test_confusions_of_few_and_many_classes(classes: int) -> None:
+    names = [f"name {i}{' long' * (i % 9)}" for i in range(classes)]
+    figure = plots.confusion(square(classes), names, range(classes))
+    assert_apart(figure)
+    labels = [text for text in texts(figure) if "name" in text.get_text()]
+    assert len(labels) == 2 * classes if classes <= 30 else 20 < len(labels) < 60
+    assert f"{classes} class" in words(figure)
+    assert ("Named are" in words(figure)) == (classes > 30)
+
+
+def test_confusion_matrix_of_extremes() -> None:
+    assert "No class has test images" in words(plots.confusion(np.zeros((3, 3), int), PLAIN[:3], [0, 1, 2]))
+    figure = plots.confusion(np.diag([5, 10**9]), ["a", "b"], [0, 1])
+    assert_apart(figure)
+    assert "100.0 % of 1,000,000,005 answers are right" in words(figure)
+    figure = plots.confusion(np.array([[0, 5], [10**6, 1]]), ["a", "b"], [0, 1])
+    assert_apart(figure)
+    assert "<1" in [text.get_text() for text in texts(figure)], "rare is not never"
+
+
+def test_confused_pairs_show_counts_and_images_of_either_mistake() -> None:
+    figure = plots.confused_pairs(pairs(["cat", "dog"]), thumbnails())
+    shown = [ax.images[0].get_array() for ax in image_axes(figure)]
+    assert np.array_equal(shown, IMAGES), "three of the first pair's one way, one of the second's other way"
+    assert all(ax.images[0].get_interpolation() == "nearest" for ax in image_axes(figure))
+    captions = [(text.get_text(), text.get_color()) for text in texts(figure)]
+    for name, color, number in (("dog", plots.VERMILION, "12"), ("cat", plots.BLUE, "of 165")):
+        at = captions.index((name, color))
+        assert captions[at + 1] == (number, color)
+    assert words(figure).count("never") == 2
+    unseen = plots.confused_pairs(pairs(["cat", "dog"])[:1], [(IMAGES[:0], IMAGES[:0])])
+    assert "no picture" in words(unseen)
+    many = plots.confused_pairs(pairs(PLAIN) * 10, [(np.repeat(IMAGES, 3, axis=0), IMAGES)] * 20)
+    assert len(image_axes(many)) == 20 * 6, "at most three each way"
+    assert_apart(many)
+    huge = pairs(["W" * 121, "W" * 121])[0] | {"one_as_other": 123_456, "other_as_one": 123_456, "count": 246_912}
+    assert_apart(plots.confused_pairs([huge] * 4, [(IMAGES, IMAGES)] * 4))
+    assert "No class was taken for another" in words(plots.confused_pairs([], []))
+
+
+def test_gallery_names_a_right_answer_once() -> None:
+    answer = {"name": "cat", "wnid": "n1", "probability": 0.125}
+    right = {"predicted": answer, "actual": dict(answer)}
+    figure = plots.confident(IMAGES[:2], [right] * 2, "Hesitant")
+    assert np.array_equal([ax.images[0].get_array() for ax in image_axes(figure)], IMAGES[:2])
+    assert words(figure).count("cat") == words(figure).count("12 %") == 2
+    assert "right answer" in words(figure)
+    assert "predicted" not in words(figure)
+    mistake = right | {"actual": answer | {"wnid": "n2"}}
+    mixed = plots.confident(IMAGES[:2], [right, mistake])
+    colors = [text.get_color() for text in texts(mixed) if text.get_text() == "cat"]
+    assert colors == [plots.INK, plots.VERMILION, plots.BLUE], "two classes of one name are a mistake"
+    for word in ("predicted", "actual", "right answer"):
+        assert word in words(mixed)
+    assert "Hesitant: there is none" in words(plots.confident(IMAGES[:0], [], "Hesitant"))
+    assert "no such answer" in words(plots.confident(IMAGES[:0], []))
+
+
+def test_identical_images_are_shown_once_with_both_labels() -> None:
+    twins = np.stack([IMAGES, IMAGES], axis=1)
+    said = [{"names": [f"a{i}", f"b{i}"], "tested": [True, False]} for i in range(4)]
+    for images in (twins, IMAGES):
+        figure = plots.label_conflicts(images, said)
+        assert np.array_equal([ax.images[0].get_array() for ax in image_axes(figure)], IMAGES)
+        captions = [text.get_text() for text in texts(figure)]
+        assert captions[captions.index("b3") - 2 :][:4] == ["a3", "test", "b3", "training"]
+        assert "4 pairs of identical images with different labels" in words(figure)
+    figure = plots.label_conflicts(IMAGES, [{"names": ["a", "b"]}] * 4, most=3)
+    assert len(image_axes(figure)) == 3
+    assert "the first 3" in words(figure)
+    assert "training" not in words(figure)
+    assert "1 pair of" in words(plots.label_conflicts(IMAGES[:1], said[:1]))
+    assert "No two identical images" in words(plots.label_conflicts(IMAGES[:0], []))
+
+
+def test_reliability_shows_accuracy_against_confidence_in_every_bin() -> None:
+    figure = plots.reliability(calibration([0, 3, 0, 1, 400]))
+    before, after, counts, _ = figure.axes
+    (dots,) = (line for line in before.lines if line.get_marker() == "o")
+    assert np.allclose(dots.get_data(), ([30, 70, 90], [10, 50, 70])), "empty bins are left out"
+    (dots,) = (line for line in after.lines if line.get_marker() == "o")
+    assert np.allclose(dots.get_data(), ([30, 70, 90], [30, 70, 90]))
+    assert np.allclose(before.lines[0].get_data(), ([0, 100], [0, 100]))
+    intervals = [line.get_ydata() for line in before.lines[1:4]]
+    assert np.allclose(intervals[2], (65.3, 74.3), atol=0.1), "Wilson's interval for 280 of 400"
+    assert [bar.get_height() for bar in counts.patches] == [0, 3, 0, 1, 400]
+    assert np.allclose([bar.get_x() + bar.get_width() / 2 for bar in counts.patches], [10, 30, 50, 70, 90])
+    for word in ("As trained: ECE 20.0 %", "(T = 1.50): ECE 0.0 %", "75.0 on average, 50.0 % are right"):
+        assert word in words(figure)
+    noted = plots.reliability(calibration([1], note="no temperature is best"))
+    assert_apart(noted)
+    assert "No temperature is best" in words(noted)
+    assert "No test images" in words(plots.reliability(calibration([0, 0])))
+
+
+def test_maps_of_the_predicted_and_the_actual_class_stand_side_by_side() -> None:
+    predicted, actual = MAPS["layer4"][:3], MAPS["layer4"][1:]
+    figure = plots.class_maps(IMAGES[:3], predicted, actual, entries(["cat", "dog", "emu"]))
+    axes = image_axes(figure)
+    assert len(axes) == 15
+    for i, (first, *cells) in enumerate([axes[i : i + 5] for i in range(0, 15, 5)]):
+        assert np.array_equal(first.images[0].get_array(), IMAGES[i])
+        assert len(first.patches) == 1, "the box"
+        for cell, values in zip(cells, (predicted[i], predicted[i], actual[i], actual[i]), strict=True):
+            picture, heat = cell.images
+            assert np.array_equal(picture.get_array(), IMAGES[i])
+            assert np.array_equal(heat.get_array(), values)
+            assert (picture.get_interpolation(), heat.get_interpolation()) == ("nearest", "bilinear")
+        assert [np.max(cell.images[1].get_alpha()) == 1 for cell in cells] == [True, False, True, False]
+        lefts = [cell.get_position().x0 for cell in (first, *cells)]
+        assert lefts == sorted(lefts)
+    for word in ("62.5 %", "6.2 %", "Grad-CAM of layer4, for either class", "scaled to itself", "8 × 8", "bilinearly"):
+        assert word in words(figure)
+    colors = [text.get_color() for text in texts(figure) if text.get_text() == "dog"]
+    assert colors == [plots.VERMILION, plots.BLUE]
+
+
+def test_class_maps_say_what_they_cannot_show() -> None:
+    one = entries(["cat"])
+    same = plots.class_maps(IMAGES[:1], MAPS["layer4"][:1], MAPS["layer4"][:1], one, method="Eigen-CAM")
+    assert "Eigen-CAM of layer4, whatever the class" in words(same)
+    nothing = np.zeros((1, 8, 8), np.float32)
+    assert "nothing speaks for the class" in words(plots.class_maps(IMAGES[:1], MAPS["layer4"][:1], nothing, one))
+    del one[0]["box"]
+    assert not image_axes(plots.class_maps(IMAGES[:1], MAPS["layer4"][:1], nothing, one))[0].patches
+    empty = plots.class_maps(IMAGES[:0], MAPS["layer4"][:0], MAPS["layer4"][:0], [])
+    assert "there is nothing to explain" in words(empty)
+
+
+def test_localisation_shows_both_measures_beside_their_baselines() -> None:
+    figure = plots.localisation(located())
+    hit, energy, small, _ = figure.axes
+
+    def marked(ax: plots.Axes, marker: str) -> list[float]:
+        return [float(line.get_xdata()[0]) for line in ax.lines if line.get_marker() == marker]
+
+    assert np.allclose(marked(hit, "o"), [80] * 5)
+    assert np.allclose(marked(hit, "D"), [70] * 5)
+    assert np.allclose(marked(hit, "|"), [50] * 5)
+    assert np.allclose(marked(energy, "o"), [60] * 5)
+    assert np.allclose(marked(energy, "|"), [50] * 5)
+    assert marked(energy, "D") == [], "a point has no share of a map"
+    assert np.allclose(marked(small, "o"), [55] * 3), "two groups have no images"
+    intervals = [line.get_xdata() for line in hit.lines if len(line.get_xdata()) == 2]
+    assert np.allclose(intervals, [(78, 82)] * 5)
+    labels = [label.get_text() for label in hit.get_yticklabels()]
+    assert labels[1:3] == ["all, actual class (1,234)", "right (1,234)"]
+    shown = words(figure)
+    assert shown.count("no images") == 4
+    assert shown.count("+10.0 (+8.0 to +12.0)") == 8
+    assert shown.count("−3.0 (−5.0 to −1.0)") == 8
+    assert "gradcam, layer4 (8 × 4)" in shown, "width before height"
+    nobody = located()
+    nobody["groups"] = [group | {"images": 0} for group in nobody["groups"]]
+    assert "No image was scored" in words(plots.localisation(nobody))
+
+
+def test_faithfulness_shows_how_many_pixels_are_removed() -> None:
+    figure = plots.faithfulness(road())
+    most, least = figure.axes
+    random, ours = most.lines
+    assert np.allclose(ours.get_data(), ([10, 50, 80], [-20, -30, -40])), "above the 90th percentile lie 10 % of pixels"
+    assert np.allclose(random.get_data(), ([10, 50, 80], [-10, -20, -40]))
+    assert random.get_linestyle() != ours.get_linestyle()
+    assert np.allclose(least.lines[1].get_ydata(), [1, -10, math.nan], equal_nan=True)
+    assert most.get_ylim() == least.get_ylim()
+    for word in (
+        "the maps −40.00",
+        "200 test images",
+        "maps +7.0 (−1.0 to +15.0)",
+        "random unknown",
+        "difference +7.0",
+    ):
+        assert word in words(figure)
+    assert "No image was scored" in words(plots.faithfulness(road() | {"images": 0}))
+
+
+def test_range_test_marks_the_suggestion_and_cuts_what_explodes() -> None:
+    raw = [5.0, math.nan, 5.0, 4.0, 3.0, 1.9, 2.5, 4.0, 1e30, math.inf]
+    figure = plots.learning_rate_test(RATES, raw, LOSSES, 0.0123)
+    (ax,) = figure.axes
+    batches, smoothed, suggestion = ax.lines
+    assert ax.get_xscale() == "log"
+    assert np.allclose(smoothed.get_data(), (RATES[:9], LOSSES[:9]))
+    assert len(batches.get_xdata()) == 8
+    assert set(suggestion.get_xdata()) == {0.0123}
+    assert ax.get_ylim()[0] < 1.9
+    assert 5.1 < ax.get_ylim()[1] < 9
+    assert_apart(figure)
+    assert "suggestion 0.012" in words(figure)
+    assert "0.001" in words(figure), "ticks are plain numbers"
+
+
+@pytest.mark.parametrize("rates", [RATES, [0.01 * 1.05**i for i in range(10)], [0.1] * 10, [1e-300] * 9 + [1e300]])
+@pytest.mark.parametrize("losses", [LOSSES, [0.0] * 10, [1e-12] * 10, [math.nan] * 9 + [2.0]])
+def test_range_test_of_any_curve(rates: list[float], losses: list[float]) -> None:
+    figure = plots.learning_rate_test(rates, losses, losses)
+    assert_apart(figure)
+    assert "no suggestion" in words(figure)
+
+
+def test_range_test_without_a_finite_loss() -> None:
+    for rates, losses in (([], []), ([0.1], [math.nan]), ([0.0], [1.0])):
+        assert "No step has a finite loss" in words(plots.learning_rate_test(rates, losses, losses))
+
+
+def test_prediction_shows_the_image_the_map_and_bars() -> None:
+    answers = [{"name": "cat", "probability": 0.75}, {"name": "dog", "probability": 0.0}]
+    figure = plots.prediction(IMAGES[0], answers, MAPS["layer4"][0], "mine.png")
+    plain, overlay = image_axes(figure)
+    assert np.array_equal(plain.images[0].get_array(), IMAGES[0])
+    assert len(plain.images) == 1
+    assert np.array_equal(overlay.images[1].get_array(), MAPS["layer4"][0])
+    widths = [
+        patch.get_width() for patch in figure.findobj(Rectangle) if patch.get_transform() and patch in figure.artists
+    ]
+    assert np.allclose(np.array(widths)[[1, 3]] / np.array(widths)[[0, 2]], [0.75, 0])
+    for word in (
+        "mine.png",
+        "cat",
+        "75.0 %",
+        "dog",
+        "0.0 %",
+        "what spoke for the first answer",
+        "64 × 64 pixels",
+        "8 × 8",
+    ):
+        assert word in words(figure)
+    alone = plots.prediction(IMAGES[0], answers, None)
+    assert len(image_axes(alone)) == 1
+    assert "map" not in words(alone)
+    assert_apart(alone)
+    silent = plots.prediction(IMAGES[0], answers, np.zeros((8, 8), np.float32))
+    assert "nothing spoke for the first answer" in words(silent)
+    assert_apart(plots.prediction(IMAGES[0], top(["W" * 121] * 10), MAPS["layer4"][0]))
+    assert "no answer" in words(plots.prediction(IMAGES[0], [], None))
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,9 @@ imports wait until a command runs, so that a bad option is refused at once.
 
 import contextlib
 import errno
-import hashlib
 import io
 import json
+import math
 import os
 import re
 import signal
@@ -28,6 +28,7 @@ from tinylab.recipe import RECIPES, Recipe, UserError, named
 if TYPE_CHECKING:
     import numpy as np
 
+    from tinylab.analysis import Analysis
     from tinylab.dataset import Dataset
     from tinylab.model import ResNet18
     from tinylab.record import Run
@@ -43,6 +44,8 @@ MOST_EXPLAINED = 400
 """Rows of the figure of heat maps: a PNG of more than 65,535 pixels cannot be drawn."""
 DeviceName = Literal["auto", "cpu", "cuda", "mps"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
+Stage = Literal["layer1", "layer2", "layer3", "layer4"]
+Method = Literal["gradcam", "gradcam++", "hirescam", "layercam", "eigencam"]
 RecipeFields = Annotated[Recipe, tyro.conf.arg(name="", help="")]
 
 
@@ -110,6 +113,8 @@ class Train:
     """Processes that run albumentations; they do not change the result."""
     mirror: Path | None = None
     """A folder of this run's own, on another disk (Google Drive), that keeps the newest checkpoints, too."""
+    track: Literal["none", "tensorboard"] = "none"
+    """tensorboard: also write each epoch's numbers to the run folder's tensorboard/ (needs the extra "track")."""
 
     def run(self) -> None:
         from tinylab.dataset import open_dataset
@@ -128,6 +133,7 @@ class Train:
             micro_batch=self.micro_batch,
             workers=self.workers,
             mirror=self.mirror,
+            track=None if self.track == "none" else self.track,
         )
         if not _first("RANK"):
             return  # one of several processes, of which the first tells the result
@@ -204,63 +210,229 @@ class Evaluate:
 
 @dataclass(frozen=True)
 class Explain:
-    """Draw a finished run: curves, classes, mistakes, and Grad-CAM of the four stages."""
+    """Tell what a finished run gets wrong and where it looks: tables, figures, Grad-CAM, box metric."""
 
     run_folder: Annotated[Positional[Path], tyro.conf.arg(name="run")]
-    """The run folder; explain.json is written there."""
+    """The run folder; explain.json, classes.csv, confusion.csv, localisation.csv and figures/ are written there."""
     count: int = 10
     """Misclassified test images to show, drawn at random from all of them."""
-    method: Literal["gradcam", "gradcam++", "hirescam", "layercam"] = "gradcam"
+    method: Method = "gradcam"
     """How activations and gradients become a map."""
+    stage: Annotated[Stage, tyro.conf.arg(aliases=("--layer",))] = "layer4"
+    """The stage whose maps are compared with the boxes."""
+    sample: int = 2000
+    """Test images whose maps are compared with the boxes, drawn by a fixed seed; 0: none."""
+    all: bool = False
+    """Compare the maps of all test images with the boxes."""
+    faithfulness: int = 0
+    """Test images for ROAD, which asks whether the network needs what the maps point at; about a second each."""
     data: Path | None = None
     """The data folder, if it has moved since training."""
     figures: Path | None = None
-    """Where the figures go; by default the run folder's figures/."""
+    """A folder that gets the figures, too."""
+    device: DeviceName = "auto"
+    """Where to compute the maps."""
 
     def run(self) -> None:
-        if not 0 <= self.count <= MOST_EXPLAINED:
-            raise UserError(f"count must be from 0 to {MOST_EXPLAINED}, not {self.count}: a row of the figure for each")
+        _require_counts(self.count, self.sample, self.faithfulness)
         from tinylab.dataset import refuse_inside
 
         finished, dataset, rows = open_finished(self.run_folder, self.data)
         if self.figures:
             refuse_inside(dataset, self.figures, "figures")
-        require_folder(self.figures or finished.figures, "figures")
-        from tinylab import plots
-        from tinylab.augment import normalise, resize
-        from tinylab.explain import explain
-        from tinylab.record import note_figures
+            require_folder(self.figures, "figures")
+        require_folder(finished.figures, "figures")
+        from tinylab.analysis import analyse_run
+        from tinylab.device import choose
 
-        recipe, target = finished.recipe, self.figures or finished.figures
-        explanation = explain(
-            trained_model(finished, dataset),
-            images=dataset.images,
-            labels=dataset.labels,
-            boxes=dataset.boxes,
-            rows=rows.test,
-            logits=predictions_of(finished, dataset, rows)["logits"],
-            wnids=dataset.wnids[: rows.classes],
-            names=dataset.names[: rows.classes],
-            normalise=lambda images: normalise(resize(images, recipe.test_resolution), recipe),
+        _ = predictions_of(finished, dataset, rows)
+        analysis = analyse_run(
+            finished,
+            dataset,
+            rows,
+            trained_model(finished, dataset).to(choose(self.device, "fp32").device),
             count=self.count,
             method=self.method,
+            stage=self.stage,
+            sample=None if self.all else self.sample,
+            faithful=self.faithfulness,
+            progress=True,
         )
-        drawn = figures_of_training(finished, dataset, rows)
-        shown = (explanation.images, explanation.entries)
-        drawn["misclassified"] = plots.misclassified(*shown)
-        method = "Grad-CAM" if self.method == "gradcam" else self.method
-        drawn["gradcam"] = plots.gradcam_stages(
-            explanation.images, explanation.maps, explanation.entries, method=method
+        _write_analysis(finished, analysis, self.figures)
+
+
+@dataclass(frozen=True)
+class Report:
+    """Write one HTML file that holds all of a finished run: recipe, curves, tables, galleries, maps."""
+
+    run_folder: Annotated[Positional[Path], tyro.conf.arg(name="run")]
+    """The run folder. What `tinylab explain` has not yet found out is found out first."""
+    out: Path | None = None
+    """The file to write; by default the run folder's report.html."""
+    data: Path | None = None
+    """The data folder, if it has moved since training."""
+    device: DeviceName = "auto"
+    """Where to compute the maps, if they are missing."""
+
+    def run(self) -> None:
+        from tinylab.checkpoint import write_atomically
+        from tinylab.record import Run
+
+        finished = Run(self.run_folder)
+        _ = finished.identity, finished.recipe, finished.summary  # refuses what is no finished run
+        out = self.out or finished.folder / "report.html"
+        require_folder(out.parent, "the report")
+        refuse_data_folder(out)
+        if out.is_dir():
+            raise UserError(f"{out} is a folder: name a file with --out")
+        if finished.explanation is None:
+            Explain(self.run_folder, data=self.data, device=self.device).run()
+        from tinylab.report import page
+
+        explanation = finished.explanation
+        pictures = {name: finished.figures / f"{name}.png" for name in explanation["figures"]}
+        shown = {name: path.read_bytes() for name, path in pictures.items() if path.is_file()}
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(out, page(finished, explanation, shown).encode("utf-8", "replace"))
+        print(f"{out}: {out.stat().st_size / 1e6:.1f} MB, everything inside")
+
+
+@dataclass(frozen=True)
+class Predict:
+    """Say what is on your own images: the five most probable classes of each."""
+
+    run_folder: Annotated[Positional[Path], tyro.conf.arg(name="run")]
+    """The folder of a finished run, or a model.safetensors that tinylab wrote."""
+    images: Positional[tuple[Path, ...]]
+    """JPEG, PNG or WebP files of any size: turned upright, cut to their middle square, scaled to 64 x 64."""
+    top: int = 5
+    """How many classes to name."""
+    json: bool = False
+    """One JSON object per image on stdout, nothing else."""
+    gradcam: Path | None = None
+    """A folder that gets a figure for each image: what spoke for the class that was answered."""
+    method: Method = "gradcam"
+    """How activations and gradients become that map."""
+
+    def run(self) -> None:
+        if not 1 <= self.top <= 1000:
+            raise UserError(f"top must be from 1 to 1,000, not {self.top}")
+        if not self.images:
+            raise UserError("which images? `tinylab predict RUN IMAGE...`")
+        if self.gradcam:
+            require_folder(self.gradcam, "figures")
+            refuse_data_folder(self.gradcam)
+        from tinylab.predict import load, predict, read_image
+
+        model, about = load(self.run_folder)
+        pictures = [read_image(path) for path in self.images]  # all before the first answer: one that is bad stops all
+        figures = [None] * len(pictures)
+        answers = [predict(model, about, picture[None], self.top)[0] for picture in pictures]
+        if self.gradcam:
+            figures = _explain_answers(self, model, about, pictures, answers)
+        for path, answer, figure in zip(self.images, answers, figures, strict=True):
+            if self.json:
+                print(json.dumps({"image": str(path), "top": answer} | ({"figure": str(figure)} if figure else {})))
+                continue
+            print(_shown(str(path)))
+            for guess in answer:
+                print(f"{100 * guess['probability']:8.2f} %  {guess['wnid']}  {_shown(guess['name'])}")
+            if figure:
+                print(f"            {figure}")
+
+
+@dataclass(frozen=True)
+class Export:
+    """Hand a finished run over: weights, model card and class list in one folder; ONNX if asked."""
+
+    run_folder: Annotated[Positional[Path], tyro.conf.arg(name="run")]
+    """The run folder."""
+    to: Path | None = None
+    """The folder that gets model.safetensors, README.md (the model card) and classes.csv; by default RUN/export."""
+    onnx: Path | None = None
+    """An ONNX file to write, which is then compared with the network in onnxruntime (needs the extra "export")."""
+
+    def run(self) -> None:
+        from tinylab.record import Run
+
+        finished = Run(self.run_folder)
+        _ = finished.identity, finished.recipe, finished.summary  # refuses what is no finished run
+        folder = self.to or finished.folder / "export"
+        for path in filter(None, (folder, self.onnx)):
+            require_folder(path if path is folder else path.parent, "the model")
+            refuse_data_folder(path)
+        from tinylab.card import write_hand_over
+        from tinylab.predict import export_onnx, load
+
+        model, about = load(finished.folder)
+        checked = export_onnx(model, about, self.onnx) if self.onnx else None
+        for path in write_hand_over(finished, about, folder):
+            print(path)
+        if checked:
+            print(f"{self.onnx}: opset {checked['opset']}, logits in onnxruntime differ by at most ", end="")
+            print(f"{checked['largest_difference']:.1e} from torch's")
+
+
+@dataclass(frozen=True)
+class FindLr:
+    """Try rising learning rates for a hundred steps and suggest one; nothing that was trained changes."""
+
+    recipe: RecipeFields
+    data: Path = DATA
+    """The data folder that `tinylab prepare` made."""
+    seed: int = 0
+    """Decides the first weights and the images."""
+    split: Literal["merged", "official", "select"] = "select"
+    """Whose training images to use; none is tested."""
+    limit_classes: int | None = None
+    """Only the first so many classes, by sorted wnid."""
+    steps: int = 100
+    """Optimiser steps between the lowest and the highest rate."""
+    lowest: float = 1e-5
+    """Where to begin."""
+    highest: float = 10.0
+    """Where to end, unless the loss has risen to four times its lowest before."""
+    device: DeviceName = "auto"
+    """Where to compute."""
+    precision: Precision = "auto"
+    """Number format of convolutions and matrix products."""
+    workers: int | None = None
+    """Processes that run albumentations; they do not change the result."""
+    figure: Path | None = None
+    """The picture to draw; by default runs/find-lr-<recipe>-<split>-s<seed>.png."""
+
+    def run(self) -> None:
+        if not 0 < self.lowest < self.highest < math.inf:
+            raise UserError(f"lowest must be above 0 and below highest, not {self.lowest} and {self.highest}")
+        if not 10 <= self.steps <= 2000:
+            raise UserError(f"steps must be from 10 to 2,000, not {self.steps}")
+        out = self.figure or Path("runs") / f"find-lr-{self.recipe.name}-{self.split}-s{self.seed}.png"
+        require_folder(out.parent, "the picture")
+        from tinylab import plots
+        from tinylab.dataset import open_dataset
+        from tinylab.range_test import find_lr
+
+        refuse_data_folder(out)
+        found = find_lr(
+            self.recipe,
+            open_dataset(self.data),
+            split=self.split,
+            seed=self.seed,
+            limit_classes=self.limit_classes,
+            device=self.device,
+            precision=self.precision,
+            steps=self.steps,
+            start=self.lowest,
+            stop=self.highest,
+            workers=self.workers,
         )
-        try:
-            for name, figure in drawn.items():
-                print(plots.save(figure, target / f"{name}.png"))
-        except OSError as error:
-            raise UserError(f"cannot write figures to {target}: {error.strerror or error}") from error
-        finished.write("explain.json", explanation.to_json())
-        if self.figures:
-            note_figures(finished, self.figures)
-        print(f"{explanation.wrong:,} of {explanation.tested:,} test images are wrong; {finished.folder}/explain.json")
+        curve = (found.learning_rates, found.losses, found.smoothed, found.suggestion)
+        print(plots.save(plots.learning_rate_test(*curve), out))
+        if found.suggestion is None:
+            print(f"no suggestion: {found.reason}")
+            return
+        command = f"tinylab train {self.recipe.name} --max-learning-rate {found.suggestion:.2g}"
+        print(f"{found.reason}; to try it: {command}")
 
 
 @dataclass(frozen=True)
@@ -323,10 +495,22 @@ class Table:
 
 
 COMMANDS = {
-    command.__name__.lower(): command
-    for command in (Sample, Prepare, Train, Evaluate, Explain, Schedule, Summary, Verify, Publish, Table)
+    "sample": Sample,
+    "prepare": Prepare,
+    "train": Train,
+    "evaluate": Evaluate,
+    "explain": Explain,
+    "report": Report,
+    "predict": Predict,
+    "export": Export,
+    "schedule": Schedule,
+    "find-lr": FindLr,
+    "summary": Summary,
+    "verify": Verify,
+    "publish": Publish,
+    "table": Table,
 }
-WITH_RECIPE = ("train", "schedule")
+WITH_RECIPE = ("train", "schedule", "find-lr")
 
 
 def require_repository() -> None:
@@ -357,19 +541,12 @@ def open_finished(folder: Path, data: Path | None) -> "tuple[Run, Dataset, Split
 
 
 def trained_model(run: "Run", dataset: "Dataset") -> "ResNet18":
-    """The run's network on the CPU, its file checked against the summary, its classes against the data set."""
-    from tinylab.model import load_weights
+    """The run's network on the CPU, checked by `predict.load`, its classes against the data set's."""
+    from tinylab.predict import load
 
-    try:
-        found = hashlib.sha256(run.weights.read_bytes()).hexdigest() if run.weights.is_file() else None
-    except OSError as error:
-        raise UserError(f"{run.weights} cannot be read: {error.strerror or error}") from error
-    if found != run.summary["model_sha256"]:
-        raise UserError(f"{run.weights} is missing or damaged: it is not the file that the run's summary names")
-    model, about = load_weights(run.weights, dataset.wnids[: run.identity["classes"]])
-    told, known = run.recipe, (about["recipe"]["width"], about["mean"], about["std"])
-    if known != (told.width, list(told.mean), list(told.std)):
-        raise UserError(f"{run.weights} is of another network or normalisation than {run.folder}/recipe.json tells")
+    model, about = load(run.folder)
+    if tuple(about["wnids"]) != dataset.wnids[: len(about["wnids"])]:
+        raise UserError(f"{run.weights} was trained on other classes, or in another order, than this data set has")
     return model
 
 
@@ -394,27 +571,60 @@ def require_folder(folder: Path, what: str) -> None:
         raise UserError(f"cannot write {what} to {folder}: {nearest} is no folder")
 
 
-def figures_of_training(run: "Run", dataset: "Dataset", rows: "Split") -> dict:
-    """Figures by file name: sample images, augmentation, schedule, curves, accuracy per class."""
-    from tinylab import plots
-    from tinylab.evaluate import per_class
-    from tinylab.loader import TrainingBatches
-    from tinylab.optim import schedule
-    from tinylab.record import published_history
+def refuse_data_folder(path: Path) -> None:
+    """Raises `UserError` if `path` lies in a data folder: nothing else may be written there."""
+    for folder in (path, *path.absolute().parents):
+        if (folder / "meta.json").exists() and (folder / "images.npy").exists():
+            raise UserError(f"cannot write to {path}: {folder} is a data folder; choose another place")
 
-    recipe, names = run.recipe, dataset.names[: rows.classes]
-    batches = TrainingBatches(dataset, rows.train, recipe, run.identity["seed"])
-    first = batches.rows_at(1, 0)[:16]
-    images, titles = dataset.images[first], [names[label] for label in dataset.labels[first]]
-    _, learning_rates, momenta = zip(*schedule(recipe, len(rows.train)), strict=True)
-    correct, total = per_class(run.predictions["logits"], run.predictions["labels"])
-    return {
-        "samples": plots.image_grid(images, titles, dataset.boxes[first]),
-        "augmentation": plots.before_after(images, batches[1, 0][0][:16].numpy(), titles),
-        "learning_rate": plots.learning_rate_curve(learning_rates, momenta, recipe.steps_per_epoch(len(rows.train))),
-        "curves": plots.accuracy_and_loss(run.history, published_history(), title=run.title),
-        "classes": plots.class_accuracy(names, 100 * correct / total.clip(1), total),
-    }
+
+def _require_counts(count: int, sample: int, faithfulness: int) -> None:
+    if not 0 <= count <= MOST_EXPLAINED:
+        raise UserError(f"count must be from 0 to {MOST_EXPLAINED}, not {count}: a row of the figure for each")
+    for name, number in (("sample", sample), ("faithfulness", faithfulness)):
+        if not 0 <= number <= 10**9:
+            raise UserError(f"{name} must be 0 or more, not {number}: it is a number of test images")
+
+
+def _write_analysis(run: "Run", analysis: "Analysis", figures: Path | None) -> None:
+    """Writes figures, tables and, last, explain.json into the run folder, and the figures into `figures`, too."""
+    from tinylab import plots
+    from tinylab.record import note_figures
+
+    for target in filter(None, (run.figures, figures)):
+        try:
+            for name, figure in analysis.figures.items():
+                print(plots.save(figure, target / f"{name}.png"))
+        except OSError as error:
+            raise UserError(f"cannot write figures to {target}: {error.strerror or error}") from error
+    for path in analysis.write_tables(run.folder):
+        print(path)
+    run.write("explain.json", analysis.to_json(run))
+    if figures:
+        note_figures(run, figures)
+    if analysis.localisation is not None:
+        print(analysis.localisation.in_words())
+    seen = analysis.explanation
+    print(f"{seen.wrong:,} of {seen.tested:,} test images are wrong; {run.folder}/explain.json")
+
+
+def _explain_answers(
+    asked: Predict, model: "ResNet18", about: dict, pictures: "list[np.ndarray]", answers: list[list[dict]]
+) -> list[Path]:
+    """Draws for each picture what spoke for the answer; returns the figures' paths in the folder that was asked for."""
+    import numpy as np
+
+    from tinylab import plots
+    from tinylab.analysis import explain_answers
+
+    maps = explain_answers(model, about, np.stack(pictures), answers, asked.method)
+    paths = []
+    for path, picture, answer, heat in zip(asked.images, pictures, answers, maps, strict=True):
+        taken = sum(path.stem == other.stem for other in asked.images[: len(paths)])
+        name = f"{path.stem}{f'-{taken + 1}' if taken else ''}.png"
+        figure = plots.prediction(picture, answer, heat, title=path.name)
+        paths.append(plots.save(figure, asked.gradcam / name))
+    return paths
 
 
 def parse(arguments: list[str]) -> object:

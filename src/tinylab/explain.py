@@ -1,4 +1,4 @@
-"""Why the network was wrong: misclassified test images, and Grad-CAM of its four stages for the class it chose.
+"""Why the network was wrong: misclassified test images, and Grad-CAM for the class it chose and for the actual one.
 
 Grad-CAM (Selvaraju et al. 2017, arXiv:1610.02391) weighs the channels of a stage by the mean gradient of a class's
 logit and adds them up; what is left above zero is where the stage speaks for that class. The maps come from the
@@ -6,29 +6,54 @@ pytorch-grad-cam library (Gildenblat et al.).
 """
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from pytorch_grad_cam import GradCAM, GradCAMPlusPlus, HiResCAM, LayerCAM
+from pytorch_grad_cam import EigenCAM, GradCAM, GradCAMPlusPlus, HiResCAM, LayerCAM
 from pytorch_grad_cam.base_cam import BaseCAM
 from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 from torch import Tensor, nn
-from torch.nn import functional
 
+from tinylab.boxes import box_area, energy, usable
+from tinylab.errors import softmax
 from tinylab.recipe import UserError
 
 STAGES = ("layer1", "layer2", "layer3", "layer4")
 """The four stages of the network, in the order in which an image passes through them."""
+
+
+class SignedEigenCAM(EigenCAM):
+    """The library's Eigen-CAM (Muhammad and Yeasin 2020, arXiv:2008.00299): the first principal component of a stage's
+    activations, here with a definite sign, positive where the stage is more active than on average.
+
+    The sign of a singular vector is chance, so the library's maps are now and then the negative of what they mean. The
+    decomposition is the thin one: the library's makes a square matrix of all pixels, 67 MB for one image's layer1.
+    """
+
+    def get_cam_image(self, input_tensor, target_layer, targets, activations, grads, eigen_smooth=False) -> np.ndarray:
+        flat = activations.reshape(*activations.shape[:2], -1)  # (B, C, h * w)
+        centred = flat - flat.mean(axis=2, keepdims=True)
+        _, strengths, places = np.linalg.svd(centred, full_matrices=False)
+        component = strengths[:, :1] * places[:, 0]
+        same_way = (component * centred.sum(axis=1)).sum(axis=1, keepdims=True) >= 0
+        signed = np.where(same_way, component, -component)
+        return signed.reshape(len(activations), *activations.shape[2:])
+
 
 METHODS: dict[str, type[BaseCAM]] = {
     "gradcam": GradCAM,
     "gradcam++": GradCAMPlusPlus,
     "hirescam": HiResCAM,
     "layercam": LayerCAM,
+    "eigencam": SignedEigenCAM,
 }
-"""Ways to turn activations and gradients into a map. One forward and one backward pass serve all stages."""
+"""Ways to turn activations and gradients into a map. One forward and one backward pass serve all stages. Eigen-CAM
+needs no gradients and knows no classes: its maps for the predicted and the actual class are the same."""
+
+RESAMPLES = 2000
+"""Bootstrap samples; the ends of an interval then wobble by a few percent of its width."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +64,8 @@ class Explanation:
     """uint8 (n, 64, 64, 3)."""
     maps: dict[str, np.ndarray]
     """float32 (n, h, w) in 0..1 for each stage, for the predicted class (see `gradcam`)."""
+    actual_maps: np.ndarray
+    """float32 (n, h, w) in 0..1: the last stage's, for the actual class."""
     entries: list[dict]
     """One JSON-ready dict per image (see `explain`)."""
     tested: int
@@ -62,13 +89,6 @@ class Explanation:
         }
 
 
-def softmax(logits: np.ndarray) -> np.ndarray:
-    """Probabilities, float64 (N, C), of logits (N, C) of any float type."""
-    # In double precision: the exponentials of stored float16 logits would round to three digits.
-    exponentials = np.exp(logits.astype(np.float64) - logits.max(axis=1, keepdims=True))
-    return exponentials / exponentials.sum(axis=1, keepdims=True)
-
-
 def misclassified(logits: np.ndarray, labels: np.ndarray, count: int, seed: int = 0) -> np.ndarray:
     """Indices, int64 (at most `count`,), of images whose largest logit is not the label's: a fair draw, nothing picked.
 
@@ -79,9 +99,17 @@ def misclassified(logits: np.ndarray, labels: np.ndarray, count: int, seed: int 
     if count < 0:
         raise UserError(f"count must be 0 or more, not {count}: it is the number of images to explain")
     assert len(logits) == len(labels), f"{len(logits)} rows of logits for {len(labels)} labels"
-    shuffled = np.random.default_rng(seed).permutation(len(labels))
+    shuffled = sample(len(labels), None, seed)
     wrong = logits.argmax(axis=1) != labels
     return shuffled[wrong[shuffled]][:count]
+
+
+def sample(tested: int, count: int | None, seed: int = 0) -> np.ndarray:
+    """Which of the tested images are looked at, int64 (at most `count`,): the first of a permutation by `seed`, so that
+    a larger sample begins with a smaller one; None: all. Raises `UserError` for a negative count."""
+    if count is not None and count < 0:
+        raise UserError(f"count must be 0 or more, not {count}: it is the number of images to look at")
+    return np.random.default_rng(seed).permutation(tested)[:count]
 
 
 def gradcam(
@@ -99,33 +127,42 @@ def gradcam(
     brightness cannot be compared between images, stages or classes; one that is 0 everywhere found nothing.
 
     Works in float32 on a copy (45 MB for ResNet-18) in evaluation mode: the model keeps its mode, gradients and hooks,
-    may be compiled or wrapped, and the caller may be inside `no_grad`, `inference_mode` or autocast.
+    may be compiled or wrapped, and the caller may be inside `no_grad`, `inference_mode` or autocast. Gradients are
+    computed down to the first of `stages` only, so the last stage alone costs little more than a forward pass.
     Raises `UserError` for an unknown stage or method, `ValueError` for targets that do not fit the images.
     """
-    for stage in stages:
-        if stage not in STAGES:
-            raise UserError(f"unknown stage '{stage}'; there are: {', '.join(STAGES)}")
-    if method not in METHODS:
-        raise UserError(f"unknown method '{method}'; there are: {', '.join(METHODS)}")
-    network = _unwrapped(model)
+    require_known(method, stages)
     # The library gives an image without a target a map of zeros, and prints and swallows an index out of range.
     if targets.shape != inputs.shape[:1]:
         raise ValueError(f"one target for each image, please: {tuple(targets.shape)} for {len(inputs)} images")
-    if targets.min() < 0 or targets.max() >= network.fc.out_features:
-        raise ValueError(f"targets must lie in 0..{network.fc.out_features - 1}")
+    classes = unwrapped(model).fc.out_features
+    if targets.min() < 0 or targets.max() >= classes:
+        raise ValueError(f"targets must lie in 0..{classes - 1}")
 
     # The library matches layers to activations by the order of execution, so it has to get them in that order.
     ordered = [stage for stage in STAGES if stage in stages]
-    device = next(network.parameters()).device
+    device = next(model.parameters()).device
     batches: list[list[np.ndarray]] = []
     with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
-        network = copy.deepcopy(network).float().eval().requires_grad_(False)
-        with _at_native_size(METHODS[method])(network, [getattr(network, stage) for stage in ordered]) as cam:
-            for images, classes in zip(inputs.split(batch_size), targets.split(batch_size), strict=True):
-                # The weights of the copy ask for no gradient, so the image has to.
-                pixels = images.to(device, torch.float32, copy=True).requires_grad_()
-                batches.append(cam(pixels, [ClassifierOutputTarget(index) for index in classes.tolist()]))
+        network = frozen_copy(model)
+        layers = [getattr(network, stage) for stage in ordered]
+        # The copy's weights ask for no gradient: the first stage's output does, before the library's hooks see it.
+        layers[0].register_forward_hook(lambda _module, _inputs, output: output.requires_grad_())
+        with _at_native_size(METHODS[method])(network, layers) as cam:
+            for images, wanted in zip(inputs.split(batch_size), targets.split(batch_size), strict=True):
+                pixels = images.to(device, torch.float32, copy=True)
+                batches.append(cam(pixels, [ClassifierOutputTarget(index) for index in wanted.tolist()]))
+                cam.outputs = None  # or the graph would be kept during the next batch's forward pass
     return {stage: _to_full_scale([maps[i] for maps in batches]) for i, stage in enumerate(ordered)}
+
+
+def require_known(method: str, stages: Sequence[str]) -> None:
+    """Raises `UserError` unless the method is one of `METHODS` and the stages are of `STAGES`, one or more."""
+    if method not in METHODS:
+        raise UserError(f"unknown method '{method}'; there are: {', '.join(METHODS)}")
+    for stage in stages or [""]:
+        if stage not in STAGES:
+            raise UserError(f"unknown layer '{stage}'; there are: {', '.join(STAGES)}")
 
 
 def explain(
@@ -143,24 +180,30 @@ def explain(
     seed: int = 0,
     method: str = "gradcam",
 ) -> Explanation:
-    """Draws `count` misclassified test images and shows, for each, what spoke for the class the network predicted.
+    """Draws `count` misclassified test images and shows, for each, what spoke for the class the network predicted, and
+    in the last stage what spoke for the actual class.
 
     `images` uint8 (M, 64, 64, 3), `labels` (M,) and `boxes` (M, 4) are the whole data set's, in canonical order, and
     may be memory-mapped: only the drawn rows are read. `rows` (N,) says which of them were tested, `logits` (N, C) what
     the network answered. `normalise` turns uint8 (n, 64, 64, 3) into the network's float32 (n, 3, 64, 64).
 
     An entry holds `row`; `predicted` and `actual`, each with wnid, name and probability; `box`, the actual object's x0
-    y0 x1 y1, inclusive; `box_area`, its share of the image; and for each stage the map's `size`, its `mean` and
-    `energy_in_box`, the share of the map that lies in the box. A map that knows nothing would score `box_area`; None
-    stands where the box is degenerate or the map is 0. Raises `UserError` as `misclassified` and `gradcam` do.
+    y0 x1 y1, inclusive; `box_area`, its share of the image; and for each of `stages`, and for `actual_map`, the map's
+    `size`, its `mean` and `energy_in_box`, the share of the map that lies in the box. A map that knows nothing would
+    score `box_area`; None stands where the box is degenerate or the map is 0. Raises `UserError` as `misclassified` and
+    `gradcam` do.
     """
+    require_known(method, STAGES)
     assert logits.shape == (len(rows), len(wnids)), f"logits {logits.shape}: {len(rows)} rows, {len(wnids)} classes"
     drawn = misclassified(logits, labels[rows], count, seed)
     wrong = int((logits.argmax(axis=1) != labels[rows]).sum())
     maps: dict[str, np.ndarray] = {}
+    actual = np.empty((0, 8, 8), np.float32)
     if len(drawn):
         inputs = normalise(torch.from_numpy(images[rows[drawn]]))
         maps = gradcam(model, inputs, torch.from_numpy(logits[drawn].argmax(axis=1)), method=method)
+        labelled = torch.from_numpy(labels[rows[drawn]].astype(np.int64))
+        actual = gradcam(model, inputs, labelled, STAGES[-1:], method=method)[STAGES[-1]]
 
     probabilities = softmax(logits[drawn])
     entries = []
@@ -170,16 +213,47 @@ def explain(
         for answer, index in answers.items():
             probability = round(float(probabilities[i, index]), 6)
             entry[answer] = {"wnid": wnids[index], "name": names[index], "probability": probability}
-        entry |= _box_figures(boxes[row].tolist(), {stage: stage_maps[i] for stage, stage_maps in maps.items()})
+        entry |= _box_figures(boxes[row], {stage: stage_maps[i] for stage, stage_maps in maps.items()})
+        entry["actual_map"] = _box_figures(boxes[row], {"": actual[i]})["stages"][""]
         entries.append(entry)
-    return Explanation(images[rows[drawn]], maps, entries, len(rows), wrong, seed, method)
+    return Explanation(images[rows[drawn]], maps, actual, entries, len(rows), wrong, seed, method)
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
+def unwrapped(model: nn.Module) -> nn.Module:
     """The network itself, without the wrappers of torch.compile, DistributedDataParallel and AveragedModel."""
     while inner := getattr(model, "_orig_mod", None) or getattr(model, "module", None):
         model = inner
     return model
+
+
+def frozen_copy(model: nn.Module) -> nn.Module:
+    """A copy of the network without its wrappers: float32, in evaluation mode, its weights ask for no gradients."""
+    return copy.deepcopy(unwrapped(model)).float().eval().requires_grad_(False)
+
+
+def bootstrap(measures: Mapping[str, np.ndarray], seed: int = 0) -> dict[str, dict[str, float] | None]:
+    """Of each measure, float (n,), one value per image: its mean and its 95 % interval, as mean, low and high; None
+    where there are no values.
+
+    Percentiles of the means of 2,000 samples of n images, drawn with replacement (Efron and Tibshirani 1993, section
+    13.3). All measures see the same samples, so that a difference of two belongs to the same images. `seed` decides
+    which samples.
+    """
+    values = np.stack(list(measures.values()), axis=1).astype(np.float64)
+    count = len(values)
+    if count == 0:
+        return dict.fromkeys(measures)
+    rng = np.random.default_rng(seed)
+    # How often each image was drawn, one sample at a time: all samples of 33,000 images would take half a gigabyte.
+    drawn = (np.bincount(rng.integers(count, size=count), minlength=count) for _ in range(RESAMPLES))
+    samples = np.stack([times @ values for times in drawn]) / count
+    means = values.mean(axis=0)
+    low, high = np.quantile(samples, (0.025, 0.975), axis=0)
+    # Of equal values, rounding alone could put the mean outside.
+    rows = np.stack([means, np.minimum(low, means), np.maximum(high, means)], axis=1).tolist()
+    return {
+        name: dict(zip(("mean", "low", "high"), row, strict=True)) for name, row in zip(measures, rows, strict=True)
+    }
 
 
 def _at_native_size(method: type[BaseCAM]) -> type[BaseCAM]:
@@ -202,20 +276,15 @@ def _to_full_scale(batches: list[np.ndarray]) -> np.ndarray:
     return maps / np.where(peak > 0, peak, 1)
 
 
-def _box_figures(box: list[int], maps: dict[str, np.ndarray]) -> dict:
+def _box_figures(box: np.ndarray, maps: dict[str, np.ndarray]) -> dict:
     """The entries `box`, `box_area` and `stages` of one image, whose maps are (h, w); see `explain`."""
-    x0, y0, x1, y1 = box
-    side = 64  # of the images; the maps are enlarged to it, so that a box can cut through a coarse map's pixels
+    boxes = box[None]
     stages = {}
     for stage, small in maps.items():
-        tensor = torch.from_numpy(small)[None, None]
-        large = functional.interpolate(tensor, size=(side, side), mode="bilinear").numpy()[0, 0]
-        known = x1 > x0 and y1 > y0 and large.sum() > 0
-        share = float(large[y0 : y1 + 1, x0 : x1 + 1].sum() / large.sum()) if known else None
+        known = bool(usable(boxes)[0]) and bool(small.any())
         stages[stage] = {
             "size": list(small.shape),
             "mean": round(float(small.mean()), 4),
-            "energy_in_box": None if share is None else round(share, 4),
+            "energy_in_box": round(float(energy(small[None], boxes)[0]), 4) if known else None,
         }
-    area = max(x1 - x0 + 1, 0) * max(y1 - y0 + 1, 0) / side**2
-    return {"box": box, "box_area": round(area, 4), "stages": stages}
+    return {"box": box.tolist(), "box_area": round(float(box_area(boxes)[0]), 4), "stages": stages}

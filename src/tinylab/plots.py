@@ -12,18 +12,20 @@ import textwrap
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 
 import matplotlib.style
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import Colormap, LinearSegmentedColormap, Normalize, PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
 from matplotlib.textpath import TextPath
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 WIDTH = 9.0  # inches; at the 100 dpi of a notebook as many pixels as a README column on GitHub has
 FONT = "DejaVu Sans"  # comes with matplotlib: the same picture on every machine
@@ -245,23 +247,7 @@ def misclassified(images: np.ndarray, entries: Sequence[Mapping], columns: int =
     """
     if not len(images):
         return message("No misclassified image: every answer was right.")
-    margin, gap, text, size = 0.08, 0.22, 0.42, 8.5
-    side = (WIDTH - 2 * margin + gap) / columns - gap
-    rows, top = math.ceil(len(images) / columns), 0.42
-    with _style():
-        figure = _canvas(top + rows * (text + side + 0.12), title)
-        _text(figure, WIDTH - margin - 0.55, 0.27, "predicted", size=size, color=VERMILION, weight="bold", ha="right")
-        _text(figure, WIDTH - margin, 0.27, "actual", size=size, color=BLUE, weight="bold", ha="right")
-        for i, (image, entry) in enumerate(zip(images, entries, strict=True)):
-            left, upper = margin + i % columns * (side + gap), top + i // columns * (text + side + 0.12)
-            for line, (kind, color) in enumerate(KINDS.items()):
-                height = upper + 0.17 * (line + 1)
-                percent = f"{100 * entry[kind]['probability']:.0f} %"
-                name = _fitted(entry[kind]["name"], side - 0.4, size)
-                _text(figure, left, height, name, size=size, color=color)
-                _text(figure, left + side, height, percent, size=size, color=color, ha="right")
-            _picture(figure, left, upper + text, side, image)
-    return figure
+    return _gallery(images, entries, columns, title)
 
 
 def gradcam_stages(
@@ -300,7 +286,353 @@ def gradcam_stages(
             for left, values in zip(lefts, maps.values(), strict=True):
                 _heat_map(_picture(figure, left, upper, side, image), values[i], hide_picture=True)
                 _heat_map(_picture(figure, left + side + near, upper, side, image), values[i], hide_picture=False)
-        _heat_key(figure, margin, top + len(images) * row_height, method)
+        notes = (
+            f"{clean(method)} for the predicted class. Every map is scaled to itself: it shows where, never how much.\n"
+            "Maps are computed at the size given above them and enlarged bilinearly; image pixels are left as they are."
+        )
+        _heat_key(figure, margin, top + len(images) * row_height, notes)
+    return figure
+
+
+def confusion(matrix: np.ndarray, names: Sequence[str], order: Sequence[int]) -> Figure:
+    """How often images of each class (rows) were answered by each class (columns), in percent of the row.
+
+    `matrix` holds counts, integer (C, C); `order` (C,) is that of the classes on both axes: blocks show if it places
+    classes that are confused with each other side by side. Right answers, on the diagonal, have a scale of their own,
+    or the mistakes would drown. Up to 30 classes are all named; of more, those that are most often taken for one other.
+    """
+    if not np.sum(matrix):
+        return message("No class has test images: nothing to draw.")
+    matrix, names = matrix[np.ix_(order, order)], [names[i] for i in order]
+    images, classes = matrix.sum(axis=1), len(matrix)
+    shares = np.where(images[:, None] > 0, 100 * matrix / np.maximum(images, 1)[:, None], np.nan)
+    worst = np.where(np.eye(classes) + (images == 0)[:, None], 0, shares).max(axis=1)
+    every, highest = classes <= 30, float(worst.max(initial=0))
+    right = f"{100 * np.trace(matrix) / matrix.sum():.1f} % of {matrix.sum():,} answers are right"
+    with _style():
+        size, room = (8.5, 1.8) if every else (7.5, 1.5)
+        widest = max(_inches(_fitted(name, room, size), size) for name in names) if every else room
+        left, top, below = 0.4 + max(widest, 0.4), 1.0, 0.4 + (0.75 * widest if every else 0)
+        cell = max(min(math.floor(100 * (WIDTH - left - 0.12) / classes), 60), 1) / 100  # whole pixels: no uneven cells
+        side, named = cell * classes, range(classes) if every else _apart(worst, math.ceil(0.12 / cell))
+        bottom = top + side + below
+        figure = _canvas(math.ceil(100 * bottom + 44) / 100, f"{classes} class{'' if classes == 1 else 'es'}: {right}")
+        _cells(figure, left, top, cell, shares, _share_scales(figure, left, highest, even=every))
+        for i in named:
+            middle, label = (i + 0.5) * cell, _fitted(names[i], room, size)
+            _text(figure, left - 0.05, top + middle, label, size=size, ha="right", va="center_baseline")
+            if every:
+                slanted = {"rotation": 45, "rotation_mode": "anchor", "ha": "right", "va": "center"}
+                _text(figure, left + middle, top + side + 0.09, label, size=size, **slanted)
+        axis = {"color": MUTED, "ha": "center", "va": "center"}
+        _text(figure, 0.14, top + side / 2, "actual class", rotation=90, **axis)
+        _text(figure, left + side / 2, bottom - 0.18, "predicted class", **axis)
+        notes = "Same order on both axes: a block on the diagonal is a group of classes that are taken for each other."
+        if not every:
+            notes += "\nNamed are the classes that are most often taken for one other, as far as there is room."
+        if not images.all():
+            notes += f"{' ' if not every else chr(10)}White rows: no test images."
+        _text(figure, 0.08, bottom + 0.02, notes, va="top", color=MUTED, size=8, linespacing=1.45)
+    return figure
+
+
+def confused_pairs(
+    pairs: Sequence[Mapping], thumbnails: Sequence[tuple[np.ndarray, np.ndarray]], title: str = ""
+) -> Figure:
+    """Pairs of classes that are taken for each other, with up to three images of either mistake.
+
+    A pair has `one` and `other`, each with `name` and `images` (tested), and the counts `one_as_other`, `other_as_one`
+    and `count`, their sum. Its thumbnails are uint8 (k, h, w, 3) of images of `one` that were predicted as `other`, and
+    of the reverse.
+    """
+    if not pairs:
+        return message("No class was taken for another: there is no confused pair.")
+    margin, gutter, side, near, far, text, columns = 0.08, 0.32, 0.64, 0.02, 0.1, 0.4, 2
+    half = 3 * side + 2 * near
+    column, height = (WIDTH - 2 * margin + 0.16) / columns, text + side + 0.2
+    heading = title or "Classes that are taken for each other most often"
+    top = _title_height(heading)
+    with _style():
+        figure = _canvas(top + math.ceil(len(pairs) / columns) * height + 0.24, heading)
+        _names_key(figure, KINDS)
+        for i, (pair, pictures) in enumerate(zip(pairs, thumbnails, strict=True)):
+            left, upper = margin + i % columns * column, top + i // columns * height
+            total = str(pair["count"])
+            _text(figure, left, upper + 0.34, total, size=min(10, 28 / len(total)), weight="bold")
+            ways = (("one", "other", "one_as_other"), ("other", "one", "other_as_one"))
+            for way, ((actual, predicted, key), shown) in enumerate(zip(ways, pictures, strict=True)):
+                start = left + gutter + way * (half + far)
+                answer = (pair[predicted]["name"], f"{pair[key]:,}", VERMILION)
+                _caption(
+                    figure, start, upper, half, [answer, (pair[actual]["name"], f"of {pair[actual]['images']:,}", BLUE)]
+                )
+                for j, image in enumerate(shown[:3]):
+                    _picture(figure, start + j * (side + near), upper + text, side, image)
+                if not len(shown):
+                    none = "no picture" if pair[key] else "never"
+                    _text(figure, start, upper + text + side / 2, none, color=MUTED, size=8, va="center")
+        notes = (
+            "Bold: test images of either class that were taken for the other. Beneath: up to three of them each way."
+        )
+        _text(figure, margin, figure.get_figheight() - 0.1, notes, color=MUTED, size=8)
+    return figure
+
+
+def confident(images: np.ndarray, entries: Sequence[Mapping], title: str = "", columns: int = 5) -> Figure:
+    """A gallery like `misclassified`, uint8 (n, h, w, 3), of any answers: a right one bears its one name.
+
+    An answer is right if `predicted` equals `actual`, so a `wnid` in both keeps classes of one name apart.
+    """
+    if not len(images):
+        return message(f"{clean(title)}: there is none." if title else "There is no such answer.")
+    return _gallery(images, entries, columns, title)
+
+
+def label_conflicts(images: np.ndarray, entries: Sequence[Mapping], columns: int = 5, most: int = 60) -> Figure:
+    """Identical images that bear different labels: each picture once, with both, for the first `most` pairs.
+
+    `images` uint8 (n, h, w, 3), or (n, 2, h, w, 3), of which the first of two is shown. An entry has the two `names`,
+    and may have `tested`: of each whether it is a test image.
+    """
+    if not len(images):
+        return message("No two identical images bear different labels.")
+    images = images[:most, 0] if images.ndim == 5 else images[:most]
+    title = f"{len(entries):,} pair{'' if len(entries) == 1 else 's'} of identical images with different labels"
+    title += "" if len(entries) <= most else f": the first {most}"
+    captions = []
+    for entry in entries[:most]:
+        kinds = ["test" if tested else "training" for tested in entry.get("tested", ())] or ["", ""]
+        # A right answer to one of the two is a mistake for the other: neither has the colour of the truth.
+        captions.append([(name, kind, INK) for name, kind in zip(entry["names"], kinds, strict=True)])
+    with _style():
+        return _captioned(images, captions, columns, title)
+
+
+def reliability(calibration: Mapping) -> Figure:
+    """Accuracy against confidence, as trained and after temperature scaling, with the number of answers below.
+
+    `calibration` has `bins` (equal parts of 0..1), `temperature`, perhaps a `note`, and `before` and `after`, each with
+    `ece`, `mean_confidence`, `accuracy_overall` (0..1), and for each bin `confidence`, `accuracy` (0..1, None if it is
+    empty) and `count`. The thin lines are 95 % intervals (Wilson 1927).
+    """
+    if not sum(calibration["before"]["count"]):
+        return message("No test images: nothing to draw.")
+    titles = {"before": "As trained", "after": f"After temperature scaling (T = {calibration['temperature']:.2f})"}
+    with _style():
+        figure = _figure(5.6, "When the network is sure, is it right?")
+        axes = _subplots(figure, 2, 2, sharex=True, sharey="row", height_ratios=(3, 1))
+        for (key, name), ax, below in zip(titles.items(), axes[:2], axes[2:], strict=True):
+            _calibrated(ax, below, calibration[key], calibration["bins"])
+            ax.set_title(f"{name}: ECE {100 * calibration[key]['ece']:.1f} %")
+        axes[0].set_ylabel("accuracy in %")
+        axes[2].set_ylabel("answers")
+        note = _fitted(calibration["note"], WIDTH - 0.4, 8) if calibration.get("note") else ""
+        _footnote(
+            figure,
+            "ECE, the expected calibration error, is how far the dots are from the dashed line, on average over the "
+            "answers.\nEach half of the answers was scaled by the temperature that fits the other half best; T is the "
+            f"mean of both.\n{note[:1].upper()}{note[1:]}",
+        )
+    return figure
+
+
+def class_maps(
+    images: np.ndarray,
+    predicted: np.ndarray,
+    actual: np.ndarray,
+    entries: Sequence[Mapping],
+    method: str = "Grad-CAM",
+    stage: str = "layer4",
+    title: str = "",
+) -> Figure:
+    """Two images per row, each beside what spoke for the class that was predicted, and what spoke for the actual one.
+
+    `images` uint8 (n, h, w, 3); `predicted` and `actual` float32 (n, map height, map width) in 0..1; `entries` as for
+    `gradcam_stages`.
+    """
+    if not len(images):
+        return message("No misclassified image: there is nothing to explain.")
+    margin, near, far, text, below, between, columns = 0.06, 0.03, 0.09, 0.23, 0.15, 0.26, 2
+    column = (WIDTH - 2 * margin + between) / columns
+    side = (column - between - 2 * near - 2 * far) / 5
+    top, height = _title_height(title) + 0.42, text + side + below
+    bottom, lefts = top + math.ceil(len(images) / columns) * height, (side + far, 3 * side + near + 2 * far)
+    with _style():
+        figure = _canvas(bottom + 0.6, title)
+        for start in [margin + i * column for i in range(min(columns, len(images)))]:
+            _text(figure, start, top - 0.05, "image", color=MUTED, size=8.5)
+            for left, (kind, color) in zip(lefts, KINDS.items(), strict=True):
+                _text(figure, start + left, top - 0.23, f"{kind} class", weight="bold", size=9.5, color=color)
+                _text(figure, start + left, top - 0.05, "heat map", color=MUTED, size=8.5)
+                _text(figure, start + left + side + near, top - 0.05, "overlay", color=MUTED, size=8.5)
+        for i, (image, entry, *both) in enumerate(zip(images, entries, predicted, actual, strict=True)):
+            start, upper = margin + i % columns * column, top + i // columns * height
+            ax = _picture(figure, start, upper + text, side, image)
+            if "box" in entry:
+                _draw_box(ax, entry["box"])
+            for left, values, (kind, color) in zip(lefts, both, KINDS.items(), strict=True):
+                name, percent = entry[kind]["name"], f"{100 * entry[kind]['probability']:.1f} %"
+                _caption(figure, start + left, upper + 0.01, 2 * side + near, [(name, percent, color)])
+                for step, alone in ((0, True), (side + near, False)):
+                    _heat_map(_picture(figure, start + left + step, upper + text, side, image), values, alone)
+        rows, width = predicted.shape[1:]
+        which = "whatever the class" if np.array_equal(predicted, actual) else "for either class"
+        notes = (
+            f"{_fitted(method, 1.4, 8)} of {_fitted(stage, 0.7, 8)}, {which}. "
+            "Every map is scaled to itself: it shows where, never how much.\n"
+            f"Maps are computed at {width} × {rows} and enlarged bilinearly; image pixels are left as they are."
+        )
+        _heat_key(figure, margin, bottom, notes)
+    return figure
+
+
+def localisation(summary: Mapping) -> Figure:
+    """Do the maps look at the object? Both measures for each group of images, with 95 % intervals and baselines.
+
+    `summary` has `method`, `stage`, `native_size` (h, w) and `groups`. A group has `boxes` ("all" or "below half" of
+    the image), `answers` ("all", "right", "wrong"), `class` ("predicted", "actual", "both"), `images`, and the shares
+    `hit`, `energy`, `centre_hit`, `uniform`, `hit_minus_centre`, `energy_minus_uniform`: `mean`, `low` and `high`, None
+    if unknown.
+    """
+    if not any(group["images"] for group in summary["groups"]):
+        return message("No image was scored: nothing to draw.")
+    rows, width = summary["native_size"]
+    maps = f"{clean(summary['method'], 24)}, {clean(summary['stage'], 24)} ({width} × {rows})"
+    sets = {"all": "all boxes", "below half": "boxes below half of the image"}
+    measures = {
+        "hit": ("Highest point in the box", {"centre_hit": "D", "uniform": "|"}, "hit_minus_centre", "minus centre"),
+        "energy": ("Share of the map in the box", {"uniform": "|"}, "energy_minus_uniform", "minus even map"),
+    }
+    with _style():
+        figure = _figure(5.6, f"Do the maps look at the object? {maps}")
+        axes = _subplots(figure, 2, 2, sharex=True).reshape(2, 2)
+        for row, (boxes, which) in zip(axes, sets.items(), strict=True):
+            groups = [group for group in summary["groups"] if group["boxes"] == boxes]
+            for ax, (key, (name, baselines, difference, against)) in zip(row, measures.items(), strict=True):
+                ax.set_title(name, pad=18)
+                _note(ax, which, (0, 1), (0, 5), MUTED, "left", xycoords="axes fraction", size=8.5)
+                _estimates(ax, groups, key, baselines, difference, against)
+            _group_labels(row[0], groups)
+        axes[1, 0].set_xlabel("images in %")
+        axes[1, 1].set_xlabel("mean share of the map in %")
+        _footnote(
+            figure,
+            "Dots: the maps. Diamonds: the centre of the image as the point. Bars: a map that is the same everywhere. "
+            "On the right: the difference, in points; at 0 the maps are no better. Lines and brackets: 95 % intervals.",
+        )
+    return figure
+
+
+def faithfulness(result: Mapping) -> Figure:
+    """ROAD (Rong et al. 2022): how the answer's probability changes when pixels are removed in the order of the map.
+
+    `result` has `images`, `method`, `stage`, `percentiles` (of the map's values, as the library has them: at 80 the
+    first 20 % of the pixels are removed), `map` and `random`, each with the mean changes `most_relevant_first` and
+    `least_relevant_first` for every percentile (-1..1, None if unknown), and `combined`, `random_combined` and
+    `difference`: `mean`, `low` and `high`.
+    """
+    if not result["images"] or not len(result["percentiles"]):
+        return message("No image was scored: nothing to draw.")
+    removed = 100 - np.asarray(result["percentiles"], float)
+    order = np.argsort(removed)
+    panels = {
+        "most_relevant_first": "Most relevant pixels first",
+        "least_relevant_first": "Least relevant pixels first",
+    }
+    maps = f"{clean(result['method'], 24)}, {clean(result['stage'], 24)}"
+    with _style():
+        figure = _figure(4.4, f"Does the answer rest on what the maps show? {maps}")
+        axes = _subplots(figure, 1, 2, sharey=True)
+        for ax, (key, name) in zip(axes, panels.items(), strict=True):
+            ax.set_title(name)
+            ax.hlines(0, 0, 100, color=EDGE, linewidth=1.0, zorder=1)
+            for kind, label, color in (("random", "random maps", MUTED), ("map", "the maps", BLUE)):
+                values = [math.nan if value is None else 100 * value for value in result[kind][key]]
+                _line(ax, removed[order], np.array(values)[order], label, color, dashed=kind == "random")
+            ax.set_xlabel("removed pixels in %")
+            ax.margins(y=0.16)  # room for two labels beside the lowest point
+        axes[0].set_ylabel("change of probability in points")
+        for ax in axes:  # when the limits, which they share, are final
+            _label_ends(ax, unit="")
+        scores = {"maps": "combined", "random": "random_combined", "difference": "difference"}
+        words = "; ".join(f"{name} {_in_points(result[key])}" for name, key in scores.items())
+        _footnote(
+            figure,
+            f"Means over {result['images']:,} test images; removed pixels are filled in from their neighbours. Maps "
+            "that tell what matters fall faster than random ones on the left and slower on the right.\n"
+            f"Half of right less left, in points, with 95 % intervals: {words}.",
+        )
+    return figure
+
+
+def learning_rate_test(
+    learning_rates: Sequence[float], losses: Sequence[float], smoothed: Sequence[float], suggestion: float | None = None
+) -> Figure:
+    """The loss while the learning rate grows step by step (Smith 2015), and the suggestion, if there is one.
+
+    One value for each step; losses in nats, of single batches and smoothed. What is not finite is left out, and what
+    rises far above the start is cut off.
+    """
+    rates, raw, smooth = (np.asarray(values, float) for values in (learning_rates, losses, smoothed))
+    usable = np.isfinite(rates) & (rates > 0)
+    known = usable & np.isfinite(smooth)
+    if not known.any():
+        return message("No step has a finite loss: nothing to draw.")
+    with _style():
+        figure = _figure(3.8, "Learning-rate range test")
+        (ax,) = _subplots(figure)
+        ax.set_xscale("log")
+        shown = usable & np.isfinite(raw)
+        ax.plot(rates[shown], raw[shown], color=EDGE, linewidth=1.0, label="each batch")
+        ax.plot(rates[known], smooth[known], color=BLUE, label="smoothed")
+        lowest, start = min(smooth[known].min(), *raw[shown]), smooth[known][0]
+        room = max(start - lowest, 0.05 * abs(start), 1e-6)
+        ax.set_ylim(lowest - 0.1 * room, start + 0.75 * room)
+        if suggestion is not None:
+            ax.axvline(suggestion, color=VERMILION, linewidth=1.4, linestyle=(0, (3, 1.6)))
+            text = f"suggestion {suggestion:.2g}"
+            _note(ax, text, (suggestion, 1), (0, 3), VERMILION, "center", xycoords=ax.get_xaxis_transform(), size=8.5)
+        ax.set(xlabel="learning rate" + (": no suggestion" if suggestion is None else ""), ylabel="training loss")
+        decades = np.ptp(np.log10(rates[usable]))
+        ax.xaxis.set_major_locator(LogLocator(subs=(1,) if decades > 2 else (1, 2, 5), numticks=12))
+        ax.xaxis.set_minor_locator(NullLocator())
+        ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        ax.legend(loc="best", frameon=False, labelcolor=MUTED, prop={"family": FONT, "size": 8.5})
+    return figure
+
+
+def prediction(image: np.ndarray, top: Sequence[Mapping], heat: np.ndarray | None, title: str = "") -> Figure:
+    """One image, uint8 (h, w, 3), what spoke for the first answer, and the first answers as bars.
+
+    `top` holds `name` and `probability` (0..1), best first; `heat` is a map (map height, map width) in 0..1.
+    """
+    if not top:
+        return message("There is no answer to show.")
+    margin, side, gap = 0.08, 2.56, 0.14
+    upper = _title_height(title) + 0.22
+    bars = margin + (side + gap) * (1 if heat is None else 2) + 0.1
+    room, step = WIDTH - margin - bars, side / max(len(top), 5)
+    with _style():
+        figure = _canvas(upper + side + (0.34 if heat is None else 0.62), title)
+        rows, columns = image.shape[:2]
+        _text(figure, margin, upper - 0.06, f"the image, {columns} × {rows} pixels", color=MUTED, size=8.5)
+        _picture(figure, margin, upper, side, image)
+        if heat is not None:
+            left, spoke = margin + side + gap, "what spoke" if np.any(heat) else "nothing spoke"
+            _text(figure, left, upper - 0.06, f"{spoke} for the first answer", color=MUTED, size=8.5)
+            _heat_map(_picture(figure, left, upper, side, image), heat, hide_picture=False)
+        for i, entry in enumerate(top):
+            upper_edge, percent = upper + i * step, f"{100 * entry['probability']:.1f} %"
+            _caption(figure, bars, upper_edge - 0.02, room, [(entry["name"], percent, INK)], size=9)
+            for width, color in ((room, GRID), (room * entry["probability"], BLUE)):
+                _bar(figure, bars, upper_edge + 0.22, width, 0.1, color)
+        notes = "The answer is always one of the classes that the network has learned, whatever the picture shows."
+        if heat is None:
+            _text(figure, margin, upper + side + 0.22, notes, color=MUTED, size=8)
+        else:
+            size = f"{heat.shape[1]} × {heat.shape[0]}"
+            scaled = f"The map ({size}, enlarged bilinearly) is scaled to itself: it shows where, never how much."
+            _heat_key(figure, margin, upper + side, f"{scaled}\n{notes}")
     return figure
 
 
@@ -323,16 +655,20 @@ def clean(text: str, limit: int = 60) -> str:
 
 def _fitted(text: str, inches: float, size: float, weight: str = "normal") -> str:
     """`clean` text, cut until it is at most `inches` wide."""
-    line, font = clean(text, 200), FontProperties(family=FONT, weight=weight)
-
-    def width(shown: str) -> float:
-        path = TextPath((0, 0), shown, size=size, prop=font)
-        return 1.05 * path.get_extents().width / 72  # on screen, glyphs are moved apart to whole pixels
-
-    if width(line) <= inches:
+    line = clean(text, 200)
+    most = max(int(inches * 72 / (0.25 * size)), 0)  # characters: an i is wider than a quarter of the size
+    if len(line) <= most and _inches(line, size, weight) <= inches:
         return line
-    longest = bisect_right(range(len(line)), inches, key=lambda length: width(line[:length] + "…")) - 1
+    lengths = range(min(len(line), most + 1))
+    longest = bisect_right(lengths, inches, key=lambda length: _inches(line[:length] + "…", size, weight)) - 1
     return line[: max(longest, 0)].rstrip() + "…"
+
+
+@lru_cache(10_000)
+def _inches(text: str, size: float, weight: str = "normal") -> float:
+    """The width of a line of text."""
+    path = TextPath((0, 0), text, size=size, prop=FontProperties(family=FONT, weight=weight))
+    return 1.05 * path.get_extents().width / 72  # on screen, glyphs are moved apart to whole pixels
 
 
 def _wrapped(text: str, inches: float, size: float) -> str:
@@ -418,19 +754,78 @@ def _heat_map(ax: Axes, values: np.ndarray, hide_picture: bool) -> None:
         ax.text(0.5, 0.5, "nothing speaks\nfor the class", color="white", size=7.5, **place)
 
 
-def _heat_key(figure: Figure, left: float, top: float, method: str) -> None:
+def _heat_key(figure: Figure, left: float, top: float, notes: str) -> None:
     """The colour scale of the maps, and how they may be read."""
-    width, height = figure.get_size_inches()
-    ax = figure.add_axes((left / width, 1 - (top + 0.28) / height, 1.2 / width, 0.12 / height))
-    ax.imshow(np.linspace(0, 1, 256)[None], cmap=HEAT, aspect="auto")
-    ax.set_axis_off()
+    _ramp(figure, left, top + 0.16, 1.2, HEAT)
     _text(figure, left, top + 0.43, "lowest", color=MUTED, size=7.5)
     _text(figure, left + 1.2, top + 0.43, "highest", color=MUTED, size=7.5, ha="right")
-    notes = (
-        f"{clean(method)} for the predicted class. Every map is scaled to itself: it shows where, never how much.\n"
-        "Maps are computed at the size given above them and enlarged bilinearly; image pixels are left as they are."
-    )
     _text(figure, left + 1.45, top + 0.15, notes, va="top", color=MUTED, size=8, linespacing=1.45)
+
+
+def _bar(figure: Figure, left: float, top: float, width: float, height: float, color: str) -> None:
+    """A filled rectangle, in inches from the figure's upper left corner."""
+    across, down = figure.get_size_inches()
+    place, size = (left / across, 1 - (top + height) / down), (width / across, height / down)
+    figure.add_artist(Rectangle(place, *size, facecolor=color, linewidth=0, transform=figure.transFigure))
+
+
+def _ramp(figure: Figure, left: float, top: float, wide: float, colors: str | Colormap) -> None:
+    """A strip of all the colours of a scale."""
+    width, height = figure.get_size_inches()
+    ax = figure.add_axes((left / width, 1 - (top + 0.12) / height, wide / width, 0.12 / height))
+    ax.imshow(np.linspace(0, 1, 256)[None], cmap=colors, aspect="auto")
+    ax.set_axis_off()
+
+
+def _gallery(images: np.ndarray, entries: Sequence[Mapping], columns: int, title: str) -> Figure:
+    """Images under the class that was predicted and, if that was wrong, the actual one."""
+    captions, right = [], False
+    for entry in entries:
+        kinds = {"predicted": INK} if entry["predicted"] == entry["actual"] else KINDS
+        right |= kinds is not KINDS
+        percents = {kind: f"{100 * entry[kind]['probability']:.0f} %" for kind in kinds}
+        captions.append([(entry[kind]["name"], percents[kind], color) for kind, color in kinds.items()])
+    wrong = any(len(caption) > 1 for caption in captions)
+    with _style():
+        figure = _captioned(images, captions, columns, title)
+        _names_key(figure, (KINDS if wrong else {}) | ({"right answer": INK} if right else {}))
+    return figure
+
+
+def _captioned(images: np.ndarray, captions: Sequence[Sequence[tuple]], columns: int, title: str) -> Figure:
+    """Rows of images, each below its lines (see `_caption`)."""
+    margin, gap, text = 0.08, 0.22, 0.08 + 0.17 * max(map(len, captions))
+    side = (WIDTH - 2 * margin + gap) / columns - gap
+    rows, top = math.ceil(len(images) / columns), 0.42
+    figure = _canvas(top + rows * (text + side + 0.12), title)
+    for i, (image, lines) in enumerate(zip(images, captions, strict=True)):
+        left, upper = margin + i % columns * (side + gap), top + i // columns * (text + side + 0.12)
+        _caption(figure, left, upper, side, lines)
+        _picture(figure, left, upper + text, side, image)
+    return figure
+
+
+def _caption(figure: Figure, left: float, top: float, width: float, lines: Sequence[tuple], size: float = 8.5) -> None:
+    """Lines of a name on the left, cut to fit, a remark on the right, and their colour."""
+    for number, (name, remark, color) in enumerate(lines):
+        height = top + 0.17 * (number + 1)
+        room = width - (_inches(remark, size) + 0.08 if remark else 0)
+        _text(figure, left, height, _fitted(name, room, size), size=size, color=color)
+        _text(figure, left + width, height, remark, size=size, color=color, ha="right")
+
+
+def _names_key(figure: Figure, kinds: Mapping[str, str]) -> None:
+    """The words in their colours, in the upper right corner."""
+    right = WIDTH - 0.08
+    for word, color in reversed(kinds.items()):
+        _text(figure, right, 0.27, word, size=8.5, color=color, weight="bold", ha="right")
+        right -= _inches(word, 8.5, "bold") + 0.14
+
+
+def _footnote(figure: Figure, text: str) -> None:
+    """Small text below the axes of a figure made by `_figure`, wrapped to its width."""
+    text = "\n".join(line for part in text.splitlines() for line in textwrap.wrap(part, 145))
+    figure.supxlabel(text, x=0.008, ha="left", size=8, color=MUTED, linespacing=1.45)
 
 
 def _row_title(ax: Axes, entry: Mapping) -> None:
@@ -482,7 +877,14 @@ def _label_ends(ax: Axes, unit: str) -> None:
         points = points[np.isfinite(points).all(axis=1)]
         if len(points):
             x, y = points[-1]
-            ends.append([(y - bottom) / (top - bottom), x, f"{line.get_label()}\n{y:.2f}{unit}", line.get_color()])
+            ends.append(
+                [
+                    (y - bottom) / (top - bottom),
+                    x,
+                    f"{line.get_label()}\n{y:.2f}{unit}".replace("-", "−"),
+                    line.get_color(),
+                ]
+            )
     ends.sort(key=lambda end: end[0])
     line_height = 12 / (72 * ax.figure.get_figheight() * ax.get_position().height)  # 12 points, as a share of the axes
     for lower, upper in [*pairwise(ends)] * 4:  # pushing one pair apart may close another
@@ -500,6 +902,126 @@ def _note(ax: Axes, text: str, place: tuple, offset: tuple, color: str, ha: str,
     """Text `offset` points away from `place`, with a white edge that keeps it legible on top of lines."""
     note = ax.annotate(text, place, offset, textcoords="offset points", color=color, ha=ha, va=va, **style)
     note.set_path_effects([withStroke(linewidth=2.5, foreground="white")])
+
+
+def _share_scales(figure: Figure, left: float, highest: float, even: bool) -> list[tuple[Colormap, Normalize]]:
+    """Colours of right answers and of mistakes, up to `highest`, in percent, each with its key above the matrix."""
+    right = LinearSegmentedColormap.from_list("right", ("#eaf2f8", BLUE, "#00304d"))
+    wrong = LinearSegmentedColormap.from_list("wrong", ("#f3f4f6", "#f3b185", VERMILION, "#5c1e00"))
+    top = next(top for top in (1, 2, 5, 10, 20, 50, 100) if top >= highest)
+    # Many classes have no numbers: the root makes what is rare visible beside the most frequent mistake.
+    norm = Normalize(0, top) if even else PowerNorm(0.5, 0, top)
+    keys = [
+        ("right (diagonal), % of the row", right, Normalize(0, 100), 50, 100),
+        ("mistakes, % of the row", wrong, norm, top / (2 if even else 4), top),
+    ]
+    for i, (name, colors, _, middle, end) in enumerate(keys):
+        start = left + 2.5 * i
+        _text(figure, start, 0.54, name, color=MUTED, size=8)
+        _ramp(figure, start, 0.6, 2.1, colors)
+        for share, value, ha in ((0, 0, "left"), (0.5, middle, "center"), (1, end, "right")):
+            _text(figure, start + 2.1 * share, 0.86, f"{value:g}", color=MUTED, size=7.5, ha=ha)
+    return [(colors, norm) for _, colors, norm, *_ in keys]
+
+
+def _cells(figure: Figure, left: float, top: float, cell: float, shares: np.ndarray, scales: Sequence[tuple]) -> None:
+    """The squares of a matrix (C, C) in percent, `cell` inches each; numbers in them if they are large enough."""
+    classes = len(shares)
+    ax = _picture(figure, left, top, cell * classes, np.ones((classes, classes, 3)))
+    diagonal = np.eye(classes, dtype=bool)
+    for part, (colors, norm) in zip((diagonal, ~diagonal), scales, strict=True):
+        values = np.ma.array(shares, mask=~part | np.isnan(shares))
+        ax.imshow(values, cmap=colors, norm=norm, interpolation="nearest", aspect="auto")
+    if cell >= 0.1:
+        for edges in (ax.hlines, ax.vlines):
+            edges(np.arange(1, classes) - 0.5, -0.5, classes - 0.5, color="white", linewidth=0.8)
+    for (row, column), share in np.ndenumerate(shares):
+        if cell >= 0.25 and share > 0:
+            colors, norm = scales[row != column]
+            color = "white" if np.dot(colors(norm(share))[:3], (0.3, 0.59, 0.11)) < 0.55 else INK
+            text = "<1" if share < 0.5 else f"{share:.0f}"
+            ax.text(column, row, text, color=color, size=min(8.5, 26 * cell), ha="center", va="center_baseline")
+
+
+def _apart(values: np.ndarray, distance: int) -> list[int]:
+    """Places of the largest values above 0, no two of them closer than `distance`."""
+    chosen: list[int] = []
+    for i in np.argsort(-values, kind="stable").tolist():
+        if values[i] > 0 and all(abs(i - other) >= distance for other in chosen):
+            chosen.append(i)
+    return chosen
+
+
+def _calibrated(ax: Axes, below: Axes, result: Mapping, bins: int) -> None:
+    """One half of `reliability`: accuracy against confidence in `ax`, answers in each bin in `below`."""
+    ax.plot([0, 100], [0, 100], color=MUTED, linewidth=1.2, linestyle=(0, (3, 1.6)))
+    places = []
+    for confidence, accuracy, count in zip(result["confidence"], result["accuracy"], result["count"], strict=True):
+        if count:
+            places.append((100 * confidence, 100 * accuracy))
+            ax.plot([100 * confidence] * 2, _wilson(accuracy, count), color=INK, linewidth=0.9)
+    ax.plot(*zip(*places, strict=True), color=BLUE, marker="o", markersize=4.5, linewidth=1.2, clip_on=False)
+    ax.set(xlim=(0, 100), ylim=(0, 100), xticks=range(0, 101, 20))
+    for place, text, ha, va in (
+        ((3, 95), "underconfident", "left", "top"),
+        ((97, 5), "overconfident", "right", "bottom"),
+    ):
+        _note(ax, text, place, (0, 0), MUTED, ha, va=va, size=8.5)
+    middles = 100 * (np.arange(bins) + 0.5) / bins
+    below.bar(middles, result["count"], width=88 / bins, color=BLUE, alpha=0.85)
+    below.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=3))
+    below.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    mean, right = (100 * result[key] for key in ("mean_confidence", "accuracy_overall"))
+    below.set_xlabel(f"confidence in %: {mean:.1f} on average, {right:.1f} % are right")
+
+
+def _estimates(
+    ax: Axes, groups: Sequence[Mapping], key: str, baselines: Mapping[str, str], difference: str, against: str
+) -> None:
+    """A line for each group: the measure `key` with its interval, baselines by their markers, the difference beside."""
+    for y, group in enumerate(groups):
+        estimate = _percent(group[key])
+        if estimate is None:
+            _note(ax, "no images", (0, y), (5, 0), MUTED, "left", va="center_baseline", size=8.5)
+            continue
+        for name, marker in baselines.items():
+            if baseline := _percent(group[name]):
+                look = {"markersize": 5 if marker == "D" else 11, "markeredgewidth": 1.4, "markerfacecolor": "white"}
+                ax.plot(baseline[0], y, marker, color=MUTED, clip_on=False, **look)
+        mean, *interval = estimate
+        color = KINDS.get(group["class"], INK)
+        ax.plot(interval, [y, y], color=color, linewidth=1.6, clip_on=False)
+        ax.plot(mean, y, "o", color=color, markersize=5.5, clip_on=False)
+        place, style = ax.get_yaxis_transform(), {"va": "center_baseline", "size": 8}
+        _note(ax, _in_points(group[difference]), (1, y), (8, 0), INK, "left", xycoords=place, **style)
+    _note(ax, against, (1, 1), (8, 4), MUTED, "left", xycoords="axes fraction", size=8)
+    ax.set(xlim=(0, 100), ylim=(len(groups) - 0.5, -0.5), xticks=range(0, 101, 20), yticks=range(len(groups)))
+    ax.tick_params(axis="y", length=0, labelleft=False)
+    ax.grid(axis="y", visible=False)
+
+
+def _group_labels(ax: Axes, groups: Sequence[Mapping]) -> None:
+    """What each line of `_estimates` is about, and how many images it rests on."""
+    labels = []
+    for group in groups:
+        which = "" if group["class"] == "both" else f", {group['class']} class"
+        labels.append(f"{group['answers']}{which} ({group['images']:,})")
+    ax.set_yticks(range(len(groups)), labels, parse_math=False)
+    ax.tick_params(axis="y", labelleft=True, labelcolor=INK)
+
+
+def _percent(estimate: Mapping | None) -> tuple[float, float, float] | None:
+    """Mean and ends of the interval of a share, in percent, or None if nothing was measured."""
+    if not estimate or estimate["mean"] is None:
+        return None
+    mean, low, high = (100 * estimate[key] for key in ("mean", "low", "high"))
+    return mean, low, high
+
+
+def _in_points(estimate: Mapping | None) -> str:
+    """A difference of shares with its interval, as text."""
+    values = _percent(estimate)
+    return "{:+.1f} ({:+.1f} to {:+.1f})".format(*values).replace("-", "−") if values else "unknown"
 
 
 def _wilson(share: float, count: int) -> tuple[float, float]:

@@ -9,7 +9,9 @@ model.safetensors  the final weights, with class list, normalisation, recipe and
 predictions.npz    test rows, labels, logits (float16)
 summary.json       the final numbers; its presence says that the run is finished
 SHA256SUMS         of the files above, as sha256sum writes and checks it
-figures/
+explain.json, classes.csv, confusion.csv, localisation.csv, figures/     what `tinylab explain` found out
+report.html        what `tinylab report` made of all this
+tensorboard/       what `tinylab train --track tensorboard` left
 """
 
 import contextlib
@@ -17,7 +19,6 @@ import csv
 import dataclasses
 import datetime
 import hashlib
-import io
 import json
 import math
 import os
@@ -42,6 +43,7 @@ import torch
 from tinylab.checkpoint import NEWEST, PREVIOUS, read, sweep, write_atomically
 from tinylab.device import Placement, device_name
 from tinylab.recipe import RECIPES, Recipe, UserError, named
+from tinylab.tables import as_csv
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -101,6 +103,15 @@ class Run:
     def summary(self) -> dict:
         unfinished = "the run is not finished: `tinylab train` with the same arguments continues it"
         return self._read("summary.json", unfinished, needs=SUMMARY)
+
+    @property
+    def explanation(self) -> dict | None:
+        """What `explain.json` holds; None if this version of tinylab has not yet explained these weights."""
+        try:
+            found = read_object(self.folder / "explain.json", "not yet explained", EXPLANATION)
+        except UserError:
+            return None
+        return found if found["model_sha256"] == self.summary["model_sha256"] else None
 
     @property
     def title(self) -> str:
@@ -185,6 +196,10 @@ EPOCH = {
     "train_seconds": float, "eval_seconds": float, "images_per_second": float,
 }  # fmt: skip
 ENVIRONMENT = {"device": str, "precision": str, "torch": str}
+EXPLANATION = {
+    "model_sha256": str, "tested": int, "wrong": int, "method": str, "images": list, "figures": list,
+    "errors": dict, "label_conflicts": dict,
+}  # fmt: skip
 """Fields that a record must have, and their types."""
 
 
@@ -388,6 +403,8 @@ def published_history(results: Path = REPOSITORY / "results") -> list[dict]:
 
 
 CHECKSUMS = "SHA256SUMS"
+EXPLAINED = ("explain.json", "classes.csv", "confusion.csv", "localisation.csv")
+"""What `tinylab explain` leaves beside the figures."""
 FINAL_FILES = ("recipe.json", "run.json", "environment.json", "metrics.jsonl", "predictions.npz", "model.safetensors")
 """Files of a finished run that never change again, summary.json apart."""
 
@@ -448,7 +465,7 @@ def copy_run(run: Run, target: Path) -> Run:
     """
     _ = run.summary
     figures = [path.relative_to(run.folder) for path in sorted(run.figures.glob("*.png"))]
-    others = [Path(name) for name in ("explain.json",) if (run.folder / name).exists()]
+    others = [Path(name) for name in EXPLAINED if (run.folder / name).exists()]
     try:
         (target / "figures").mkdir(parents=True, exist_ok=True)
         for name in (*FINAL_FILES, *others, *figures, CHECKSUMS, "summary.json"):
@@ -509,6 +526,10 @@ def publish_run(run: Run, results: Path, readme: Path) -> list[Path]:
         "environment.json": run._read("environment.json", needs=ENVIRONMENT) | _hashes(run.identity),
         "summary.json": run.summary,
     }
+    if explanation := run.explanation:  # the numbers; what it says of single images stays with the run
+        kept = ("model_sha256", "tested", "wrong", "method", "localisation", "faithfulness")
+        records["explain.json"] = {name: explanation.get(name) for name in kept}
+        records["explain.json"]["calibration"] = explanation["errors"].get("calibration")
     history = run.history
     if target.finished and target.summary["model_sha256"] != run.summary["model_sha256"]:
         raise UserError(f"{target.folder} holds another run of that name; delete it first to replace it")
@@ -539,22 +560,15 @@ def _tables(results: Path, readme: Path) -> dict[Path, bytes]:
     runs = [Run(path.parent) for path in sorted(results.glob("*/summary.json"))]
     rows = [_csv_row(run) for run in runs]
     columns = list(dict.fromkeys(column for row in rows for column in row))
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([_cell(column) for column in columns])
-    writer.writerows([_cell(row.get(column)) for column in columns] for row in rows)
+    table = as_csv([columns, *([row.get(column) for column in columns] for row in rows)])
     try:
         page = _content(readme)
     except (OSError, ValueError) as error:
         raise UserError(f"{readme} cannot be read: {_reason(error)}") from error
     page = replace_between(page, "results", results_table(rows, published_history(results)), readme)
     page = replace_between(page, "figures", figures_part(readme.parent / "images-A"), readme)
-    return {results / "results.csv": text.getvalue().encode("utf-8", "backslashreplace"), readme: page.encode()}
-
-
-def _cell(value: object) -> object:
-    """A value for a CSV file: text that a spreadsheet would take for a formula gets an apostrophe in front."""
-    return f"'{value}" if isinstance(value, str) and re.match(r"\s*[=+@-]", value) else value
+    page = replace_between(page, "maps", maps_part(readme.parent / "images-A", results), readme)
+    return {results / "results.csv": table, readme: page.encode()}
 
 
 def plain_text(value: object) -> str:
@@ -577,8 +591,14 @@ CAPTIONS = {
     "curves": "Loss and accuracy per epoch. Dashed: the published run, which had 200 classes and 30 epochs.",
     "gradcam": "Grad-CAM of the four stages, heat map and overlay, for the predicted class, on ten misclassified test "
     "images drawn at random. Each map is scaled to itself.",
+    "class_maps": "The last stage on the same mistakes: what spoke for the class that was predicted, and what for the "
+    "actual one.",
+    "localisation": "Do the maps look at the object? Beside the two baselines that need no network.",
+    "confused_pairs": "The pairs of classes that are confused most often.",
+    "confusion": "All confusions, in an order that brings classes together that are confused.",
+    "reliability": "How often answers of a given confidence are right, before and after a temperature fitted on the "
+    "other half of the test images.",
     "classes": "Accuracy per class.",
-    "misclassified": "The same ten mistakes.",
     "augmentation": "Training images before and after the recipe's augmentation.",
     "learning_rate": "The one-cycle schedule.",
 }
@@ -603,6 +623,54 @@ def figures_part(figures: Path) -> str:
         if (figures / f"{name}.png").exists():
             lines += ["", f"![{caption}]({figures.name}/{name}.png)", "", f"*{caption}*"]
     return "\n".join(lines)
+
+
+ANSWERS = {
+    ("all", "predicted"): "all, predicted class",
+    ("all", "actual"): "all, actual class",
+    ("right", "both"): "right answers",
+    ("wrong", "predicted"): "wrong answers, predicted class",
+    ("wrong", "actual"): "wrong answers, actual class",
+}
+
+
+def maps_part(figures: Path, results: Path) -> str:
+    """The README's table of how well the maps meet the boxes, for the run that its figures show."""
+    missing = "Not yet measured: `tinylab explain` measures it, `tinylab publish` puts it here."
+    if not os.path.lexists(figures / "figures.json"):
+        return missing
+    name = read_object(figures / "figures.json", "it was there just now", {"run": str})["run"]
+    path = results / name.replace("/", "_").lstrip(".") / "explain.json"
+    found = read_object(path, "it was there just now").get("localisation") if os.path.lexists(path) else None
+    if not found:
+        return missing
+    try:
+        return _maps_table(name, found)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} is not what tinylab writes: its part on localisation lacks {error}") from error
+
+
+def _maps_table(name: str, found: dict) -> str:
+    lines = [
+        f"{_link(name, name)}, {plain_text(found['method'])} of {plain_text(found['stage'])}, {found['scored']:,} test "
+        f"images ({found['degenerate']:,} more have no usable box):",
+        "",
+        "| boxes | answers | images | highest point in the box | image centre in the box | map inside | box area |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for group in found["groups"]:
+        which = ANSWERS.get((group["answers"], group["class"]))
+        if which is None or not group["images"]:
+            continue
+        boxes = "all" if group["boxes"] == "all" else "below half of the image"
+        shares = " | ".join(_with_interval(group[key]) for key in ("hit", "centre_hit", "energy", "uniform"))
+        lines.append(f"| {boxes} | {which} | {group['images']:,} | {shares} |")
+    return "\n".join(lines)
+
+
+def _with_interval(share: dict) -> str:
+    mean, low, high = (f"{100 * float(share[name]):.1f}" for name in ("mean", "low", "high"))
+    return f"{mean} % ({low} to {high})"
 
 
 def _csv_row(run: Run) -> dict:

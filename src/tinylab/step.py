@@ -273,7 +273,7 @@ def inference(model: nn.Module, recipe: Recipe, place: Placement) -> Callable[[t
 
 
 @contextlib.contextmanager
-def _rehearsal(state: TrainState) -> Iterator[None]:
+def rehearsal(state: TrainState) -> Iterator[None]:
     """What happens inside leaves the state as it was, to the last bit."""
     saved = copy.deepcopy(state.to_checkpoint())
     state.model.train()
@@ -288,7 +288,7 @@ def warm_up(state: TrainState, recipe: Recipe, place: Placement, train_images: i
     """A step and a test of every shape the run will have, on made-up images, before the clock starts: compilation, the
     choice of convolution algorithms, the first allocation of memory. The state is as before afterwards."""
     sizes = _batch_sizes(recipe, train_images)
-    with _rehearsal(state):
+    with rehearsal(state):
         for resolution in _resolutions(recipe):
             for size in sizes:
                 for _ in range(2):  # with the second step come kernels that the first, without momentum, has not met
@@ -336,7 +336,7 @@ def _fits(state: TrainState, recipe: Recipe, place: Placement, micro_batch: int)
     gradients of the first are there, too."""
     before, state.micro_batch = state.micro_batch, micro_batch
     try:
-        with _rehearsal(state):
+        with rehearsal(state):
             batch = _made_up(min(2 * micro_batch, recipe.batch_size), place, state.world)
             _update(state, recipe, place, batch, max(_resolutions(recipe)))
             place.synchronise()
@@ -371,7 +371,7 @@ def seconds_per_image(state: TrainState, recipe: Recipe, place: Placement) -> fl
     if not state.world.several:
         state.network = state.model
     batch = _made_up(min(max(32, state.world.size), recipe.batch_size), place, state.world)
-    with _rehearsal(state):
+    with rehearsal(state):
         for _ in range(2):  # the first one is slower
             started = time.perf_counter()
             _update(state, recipe, place, batch, SIZE)

@@ -66,6 +66,7 @@ from tinylab.step import (
     warm_up,
 )
 from tinylab.stop import Abandoned, Stopped, StopRequest, abandon_when
+from tinylab.track import Tracker
 
 SAVE_SECONDS = 300  # an epoch that takes longer is saved within, too
 MOST_GRAPHS = 8  # torch.compile's own limit, beyond which it silently does without
@@ -87,6 +88,7 @@ def train(
     micro_batch: int | Literal["auto"] | None = None,
     workers: int | None = None,
     mirror: Path | None = None,
+    track: Literal["tensorboard"] | None = None,
     quiet: bool = False,
 ) -> Run:
     """Trains by `recipe`, tests after every epoch, and returns the finished run. A run that was stopped continues.
@@ -95,7 +97,8 @@ def train(
     limit_classes: only the first so many classes. compiled: the step runs under torch.compile. micro_batch: most images
     in one forward pass, with the same number per optimiser step; "auto" halves until it fits into memory. workers:
     processes that run albumentations; they do not change the result. mirror: a folder of this run's own in which its
-    newest two checkpoints are kept, too; the run continues from the newest whole one of both. quiet: no log, no bar.
+    newest two checkpoints are kept, too; the run continues from the newest whole one of both. track: "tensorboard" also
+    writes each epoch's numbers to the run folder's tensorboard/. quiet: no log, no bar.
     Started by torchrun, every process calls this and trains its share; the first one writes the run.
     Raises `UserError` if the run cannot be made or its numbers are no longer finite, `Stopped` after SIGINT or SIGTERM.
     """
@@ -112,7 +115,8 @@ def train(
         say = _silent if quiet or not world.writes else _say
         stop = StopRequest(patient=world.several)
         second = _mirror(dataset, run, mirror, say)
-        job = _Job(recipe, dataset, images, rows, seed, place, world, run, loader, stop, say, second)
+        tracker = Tracker(run.folder) if track and world.writes else None
+        job = _Job(recipe, dataset, images, rows, seed, place, world, run, loader, stop, say, second, tracker)
         with contextlib.closing(loader), _one_writer(job), _memory_hint(recipe, place, world):
             state = new_state(recipe, rows.classes, seed, loader.steps, place, world, compiled)
             saved, notice = from_rank_0(world, lambda: _newest_checkpoint(job))
@@ -125,7 +129,8 @@ def train(
                 for network in {state.model, state.tested}:
                     abandon_when(lambda: stop.received is not None, network)
             copying = job.mirror if job.mirror and world.writes else contextlib.nullcontext()
-            with copying, stop:  # until here a signal ends the run at once: there is nothing to save
+            tracking = contextlib.closing(tracker) if tracker else contextlib.nullcontext()
+            with copying, tracking, stop:  # until here a signal ends the run at once: there is nothing to save
                 _train(job, state)
     return run
 
@@ -146,11 +151,14 @@ class _Job:
     stop: StopRequest
     say: Callable[[str], None]
     mirror: Mirror | None
+    tracker: Tracker | None
 
 
 def _train(job: _Job, state: TrainState) -> None:
     """All epochs that are left, each with its test and its checkpoint, then the final records."""
     evaluation = None
+    if job.tracker:
+        job.tracker.up_to(state.history)
     while state.epoch <= job.recipe.epochs:
         _train_epoch(job, state)
         with _saved_when_abandoned(job, state):
@@ -160,6 +168,8 @@ def _train(job: _Job, state: TrainState) -> None:
         _save(job, state)
         if job.world.writes:
             job.run.write_history(state.history)
+        if job.tracker:
+            job.tracker.epoch(state.history[-1])
         job.say(log_lines(state.history[-1], job.recipe.epochs))
     with _saved_when_abandoned(job, state):
         if evaluation is None:  # stopped after the last epoch was saved, before the run was finished

@@ -32,7 +32,8 @@ def make_template(place: Path, dataset: Dataset) -> Path:
         settings = {"device": "cpu", "precision": "fp32", "workers": 0, "quiet": True}
         train(recipe, replace(dataset, folder=Path("data")), folder=Path("run"), **settings)
     (place / "results").mkdir()
-    (place / "README.md").write_text("".join(f"<!-- {part} -->\n<!-- /{part} -->\n" for part in ("results", "figures")))
+    parts = ("results", "figures", "maps")
+    (place / "README.md").write_text("".join(f"<!-- {part} -->\n<!-- /{part} -->\n" for part in parts))
     return place
 
 

@@ -102,9 +102,9 @@ def test_drawing(here: Path, explained_anew: dict[str, bytes], full: bool, tally
 
 
 def test_explain_json_alone_does_not_fit(here: Path, monkeypatch: pytest.MonkeyPatch, tally: Callable) -> None:
-    from tinylab import cli
+    from tinylab import analysis
 
-    monkeypatch.setattr(cli, "figures_of_training", lambda *_: {})  # the figures that are left are smaller
+    monkeypatch.setattr(analysis, "figures_of_training", lambda *_: {})  # the figures that are left are smaller
     path = here / "run" / "explain.json"
     before = path.read_bytes()
     explanation = json.loads(before)

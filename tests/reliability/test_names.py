@@ -251,7 +251,7 @@ RECORDS = {
 }
 
 
-PAGE = "".join(f"<!-- {part} -->\n<!-- /{part} -->\n" for part in ("results", "figures"))
+PAGE = "".join(f"<!-- {part} -->\n<!-- /{part} -->\n" for part in ("results", "figures", "maps"))
 
 
 def records(name: str) -> dict[str, dict]:
