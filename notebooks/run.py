@@ -9,6 +9,8 @@ is whole or absent; if a cell fails, the notebook so far is kept as OUT.failed.i
 import argparse
 import ast
 import asyncio
+import base64
+import io
 import os
 import re
 import signal
@@ -21,9 +23,11 @@ import nbformat
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 from nbconvert import HTMLExporter
+from PIL import Image
 
 HERE = Path(__file__).resolve().parent
 SOURCE = HERE / "tiny_imagenet_resnet18.py"
+LARGEST_PNG = 200_000  # bytes
 PLACEHOLDER = "github.com/OWNER/tinylab"  # in the source, for the address that stands in pyproject.toml
 
 
@@ -89,6 +93,22 @@ def execute(notebook: nbformat.NotebookNode, folder: Path) -> None:
         cell["outputs"] = [output for output in outputs if output.get("text", "x").strip()]
         if cell.cell_type != "code":
             del cell["outputs"]
+        for output in cell["outputs"] if cell.cell_type == "code" else ():
+            lighten(output)
+
+
+def lighten(output: nbformat.NotebookNode) -> None:
+    """Turns a picture of more than 200 kB, a figure full of photographs, into a JPEG of a third of that: GitHub shows
+    no notebook of many megabytes. The run folder keeps the PNG."""
+    png = base64.b64decode(output.get("data", {}).get("image/png", ""))
+    if len(png) <= LARGEST_PNG:
+        return
+    jpeg = io.BytesIO()
+    Image.open(io.BytesIO(png)).convert("RGB").save(jpeg, "JPEG", quality=90, subsampling=0)
+    del output["data"]["image/png"]
+    output["data"]["image/jpeg"] = base64.b64encode(jpeg.getvalue()).decode()
+    if "image/png" in output.metadata:
+        output.metadata["image/jpeg"] = output.metadata.pop("image/png")
 
 
 def parameter(text: str) -> tuple[str, object]:

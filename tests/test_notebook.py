@@ -1,5 +1,7 @@
 """The notebook: its source, what is committed, and Colab rehearsed."""
 
+import base64
+import io
 import json
 import os
 import re
@@ -11,7 +13,9 @@ import time
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import pytest
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOK = ROOT / "notebooks" / "tiny_imagenet_resnet18.ipynb"
@@ -40,8 +44,9 @@ def test_committed_notebook_ran_from_top_to_bottom_without_errors(committed: nbf
     cells = code_cells(committed)
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
     assert not [output for cell in cells for output in cell.outputs if output.output_type == "error"]
-    pictures = [output for cell in cells for output in cell.outputs if "image/png" in output.get("data", {})]
-    assert len(pictures) == 15
+    kinds = [kind for cell in cells for output in cell.outputs for kind in output.get("data", {}) if "image/" in kind]
+    assert len(kinds) == 15
+    assert set(kinds) == {"image/png", "image/jpeg"}
 
 
 def test_committed_notebook_renders_on_github_and_tells_nothing_of_a_machine(committed: nbformat.NotebookNode) -> None:
@@ -49,7 +54,7 @@ def test_committed_notebook_renders_on_github_and_tells_nothing_of_a_machine(com
     assert "widgets" not in committed.metadata
     assert "application/vnd.jupyter.widget" not in text
     outputs = json.dumps([cell.get("outputs") for cell in committed.cells])
-    without_pictures = re.sub(r'"image/png": "[^"]*"', "", outputs)
+    without_pictures = re.sub(r'"image/(?:png|jpeg)": "[^"]*"', "", outputs)
     assert not re.findall(r"/(?:home|root|work|tmp|Users|opt)/[^\s\"]*", without_pictures)
     assert len(text) < 6_000_000
 
@@ -81,6 +86,22 @@ def test_repository_address_is_the_same_everywhere() -> None:
     for page in (builder.SOURCE, ROOT / "README.md"):
         found = set(re.findall(r"github(?:\.com)?/([\w.-]+/tinylab)\b", page.read_text()))
         assert found == {owner_and_name}, page.name
+
+
+def test_large_pictures_become_light_and_small_ones_stay() -> None:
+    rng = np.random.default_rng(0)
+    for side, kind in ((300, "image/jpeg"), (100, "image/png")):
+        png = io.BytesIO()
+        smooth = Image.fromarray(rng.integers(0, 256, (side // 4, side // 4, 3), dtype=np.uint8)).resize((side, side))
+        smooth.save(png, "PNG", compress_level=0)
+        data = {"image/png": base64.b64encode(png.getvalue()).decode()}
+        output = nbformat.v4.new_output("display_data", data, metadata={"image/png": {"width": 900}})
+        builder.lighten(output)
+        assert list(output.data) == [kind]
+        assert output.metadata == {kind: {"width": 900}}
+        shown = np.asarray(Image.open(io.BytesIO(base64.b64decode(output.data[kind]))).convert("RGB"), float)
+        assert np.abs(shown - np.asarray(smooth, float)).mean() < 3
+        assert len(output.data[kind]) <= len(data["image/png"]) / (3 if kind == "image/jpeg" else 1)
 
 
 def test_cells_are_thin() -> None:

@@ -531,12 +531,12 @@ def test_identical_images_are_shown_once_with_both_labels() -> None:
         figure = plots.label_conflicts(images, said)
         assert np.array_equal([ax.images[0].get_array() for ax in image_axes(figure)], IMAGES)
         captions = [text.get_text() for text in texts(figure)]
-        assert captions[captions.index("b3") - 2 :][:4] == ["a3", "test", "b3", "training"]
+        assert captions[captions.index("b3") - 2 :][:4] == ["a3", "test", "b3", "not tested"]
         assert "4 pairs of identical images with different labels" in words(figure)
     figure = plots.label_conflicts(IMAGES, [{"names": ["a", "b"]}] * 4, most=3)
     assert len(image_axes(figure)) == 3
     assert "the first 3" in words(figure)
-    assert "training" not in words(figure)
+    assert "not tested" not in words(figure)
     assert "1 pair of" in words(plots.label_conflicts(IMAGES[:1], said[:1]))
     assert "No two identical images" in words(plots.label_conflicts(IMAGES[:0], []))
 

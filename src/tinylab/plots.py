@@ -401,7 +401,7 @@ def label_conflicts(images: np.ndarray, entries: Sequence[Mapping], columns: int
     title += "" if len(entries) <= most else f": the first {most}"
     captions = []
     for entry in entries[:most]:
-        kinds = ["test" if tested else "training" for tested in entry.get("tested", ())] or ["", ""]
+        kinds = ["test" if tested else "not tested" for tested in entry.get("tested", ())] or ["", ""]
         # A right answer to one of the two is a mistake for the other: neither has the colour of the truth.
         captions.append([(name, kind, INK) for name, kind in zip(entry["names"], kinds, strict=True)])
     with _style():
