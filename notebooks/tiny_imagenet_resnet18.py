@@ -84,7 +84,7 @@ from tinylab import device, loader, model, plots, record
 from tinylab.analysis import analyse_run, explain_answers
 from tinylab.card import write_hand_over
 from tinylab.dataset import prepare
-from tinylab.predict import export_onnx, predict, read_image
+from tinylab.predict import export_onnx, load, predict, read_image
 from tinylab.recipe import UserError, named
 from tinylab.sample import write_sample
 from tinylab.split import make_split
@@ -215,7 +215,7 @@ print(f"{result['train_seconds'] / 60:.1f} minutes of training, {result['images_
 # accuracy of each class.
 
 # %%
-network, about = model.load_weights(run.weights, dataset.wnids[: split.classes])
+network, about = load(run.folder)
 found = analyse_run(run, dataset, split, network.to(place.device), progress=True)
 print(f"{found.explanation.wrong:,} of {found.explanation.tested:,} test images are wrong")
 show("classes", found.figures["classes"])
@@ -304,7 +304,7 @@ mine = read_image(Path(IMAGE)) if IMAGE else dataset.images[split.test[0]]
 (top,) = predict(network, about, mine[None])
 heat = explain_answers(network, about, mine[None], [top])[0]
 title = Path(IMAGE).name if IMAGE else f"a test image: {dataset.names[dataset.labels[split.test[0]]]}"
-show("prediction", plots.prediction(mine, top, heat, title=title))
+plots.prediction(mine, top, heat, title=title)
 
 # %% [markdown]
 # ## What is left behind

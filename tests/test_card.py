@@ -88,7 +88,8 @@ def test_the_numbers_are_the_run_s(real: Run) -> None:
     for sha256 in (real.identity["split_sha256"], CONTENT_SHA256):
         assert sha256 in card
     for words in ("After the last epoch, never the best one", "one network, seed 0", "no test-time augmentation",
-                  "computed in fp32", "3 classes are another task than all 200", "more images than the official one",
+                  "computed in fp32", "3 classes are another task than all 200",
+                  "other test images than the official one",
                   "merged: training and validation images pooled"):  # fmt: skip
         assert words in card
     environment = real.environment
@@ -110,7 +111,7 @@ def test_the_head_is_what_hubs_read(real: Run) -> None:
         "type": "tiny-imagenet",
         "split": "merged, test images, 3 classes",
     }
-    assert "tiny-imagenet" in said["datasets"]
+    assert "tiny-imagenet" in said["tags"]
 
 
 def test_other_data_does_not_pass_for_tiny_imagenet(run: Run) -> None:
@@ -127,7 +128,7 @@ def test_the_protocol_is_explained(real: Run, protocol: str, words: str) -> None
     real.write("summary.json", real.summary | {"protocol": protocol})
     card = model_card(real)
     assert words in card
-    assert "more images than the official one" not in card
+    assert "other test images than the official one" not in card
 
 
 def test_what_was_not_measured_is_said_not_to_be(run: Run) -> None:
@@ -145,7 +146,7 @@ def test_what_explain_found_out_is_in_it(run: Run) -> None:
     assert "Not measured" not in card
     for words in ("Best classes (top-1): green 91.2 %", "Worst classes (top-1): red 12.5 %", "red and blue (17)",
                   "14 test images have a twin", "9 of them are answered wrongly", "calibration error is 9.2% (15 bins)",
-                  "temperature of 1.234 have 1.2%", "61.0% on average", "gradcam at layer4, 1,987 test images",
+                  "temperature of 1.234 have 1.2%", "61.0% on average", "Grad-CAM at layer4, 1,987 test images",
                   "| all | wrong | actual | 1,234 | 78.1 % (76.2 to 80.0) | 78.1 % (76.2 to 80.0) "
                   "| 65.0 % (76.2 to 80.0) | none |"):  # fmt: skip
         assert words in card, words

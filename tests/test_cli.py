@@ -12,13 +12,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from tinylab.cli import COMMANDS, main
+from tinylab.cli import COMMANDS, main, parse
 from tinylab.recipe import Recipe
 from tinylab.record import Run
 
@@ -238,6 +239,34 @@ def test_a_report_is_one_file_and_explains_what_is_not_yet_explained(in_chain: C
     assert (run.folder / "explain.json").stat().st_mtime_ns == before
 
 
+def test_what_an_earlier_explanation_made_does_not_stay_beside_a_later_one(in_chain: Callable, chain: Path) -> None:
+    run = Run(chain / "runs" / "smoke-official-s0")
+    in_chain("explain runs/smoke-official-s0 --count 1 --faithfulness 1")
+    assert (run.figures / "faithfulness.png").exists()
+    weights = run.weights.read_bytes()
+    run.weights.write_bytes(b"")  # without maps no network is needed
+    try:
+        in_chain("explain runs/smoke-official-s0 --count 0 --sample 0")
+    finally:
+        run.weights.write_bytes(weights)
+    left = {path.stem for path in run.figures.iterdir()}
+    assert left == set(run.explanation["figures"])
+    assert not left & {"faithfulness", "localisation", "gradcam", "misclassified", "class_maps"}
+    assert not (run.folder / "localisation.csv").exists()
+
+
+def test_a_page_shows_no_picture_from_elsewhere(in_chain: Callable, chain: Path) -> None:
+    """explain.json may be somebody's: its list of figures names files below figures/ and nothing else."""
+    run = Run(chain / "runs" / "smoke-official-s0")
+    in_chain("explain runs/smoke-official-s0 --count 0 --sample 0")
+    shutil.copy(run.figures / "curves.png", chain / "private.png")
+    record = run.explanation | {"figures": ["../../../private", str(chain / "private"), {}, 3, None, "curves"]}
+    run.write("explain.json", record)
+    in_chain("report runs/smoke-official-s0")
+    assert (run.folder / "report.html").read_text().count("data:image/png") == 1
+    (run.folder / "explain.json").unlink()
+
+
 def test_an_explanation_of_other_weights_does_not_count(in_chain: Callable, chain: Path) -> None:
     in_chain("explain runs/smoke-official-s0 --count 1 --sample 0")
     run = Run(chain / "runs" / "smoke-official-s0")
@@ -250,12 +279,12 @@ def test_an_explanation_of_other_weights_does_not_count(in_chain: Callable, chai
 def test_predicting_names_classes_and_draws(in_chain: Callable, chain: Path) -> None:
     rng = np.random.default_rng(0)
     (chain / "there").mkdir(exist_ok=True)
-    for name in ("a.png", "there/a.png"):
+    for name in ("a.png", "there/a.png", "there/A-2.png"):
         Image.fromarray(rng.integers(0, 256, (90, 120, 3), dtype=np.uint8)).save(chain / name)
-    lines = in_chain("predict runs/smoke-official-s0 a.png there/a.png --gradcam seen --json")
+    lines = in_chain("predict runs/smoke-official-s0 a.png there/a.png there/A-2.png --gradcam seen --json")
     answers = [json.loads(line) for line in lines]
-    assert [answer["image"] for answer in answers] == ["a.png", "there/a.png"]
-    assert [Path(answer["figure"]).name for answer in answers] == ["a.png", "a-2.png"]
+    assert [answer["image"] for answer in answers] == ["a.png", "there/a.png", "there/A-2.png"]
+    assert [Path(answer["figure"]).name for answer in answers] == ["a.png", "a-2.png", "A-2-2.png"]
     assert all((chain / answer["figure"]).read_bytes().startswith(b"\x89PNG") for answer in answers)
     for answer in answers:
         assert len(answer["top"]) == 2  # the run has no more classes
@@ -272,6 +301,11 @@ def test_exporting_hands_over_what_can_be_loaded(in_chain: Callable, chain: Path
     assert {path.name for path in (chain / "given").iterdir()} >= {"model.safetensors", "README.md", "model.onnx"}
     assert "differ by at most" in lines[-1]
     there = Run(chain / "runs" / "smoke-official-s0").weights
+    (chain / "mine").mkdir()
+    (chain / "mine" / "README.md").write_text("mine")
+    for line in ("--to mine --onnx mine.onnx", f"--onnx {there.relative_to(chain)}", "--onnx given"):
+        assert main(f"export runs/smoke-official-s0 {line}".split()) == 2
+    assert not (chain / "mine.onnx").exists()
     assert (chain / "given" / "model.safetensors").read_bytes() == there.read_bytes()
 
 
@@ -283,12 +317,31 @@ def test_finding_a_learning_rate_leaves_a_picture_and_no_run(in_chain: Callable,
     assert "--max-learning-rate" in lines[1] or lines[1].startswith("no suggestion")
 
 
+def test_a_suggested_learning_rate_comes_with_the_options_it_was_found_with() -> None:
+    from tinylab.cli import _with_learning_rate
+    from tinylab.recipe import named
+
+    smoke, fast = named("smoke"), named("speedrun")
+    changed = replace(smoke, batch_size=7, nesterov=not smoke.nesterov, mean=(0.1, 0.2, 0.3))
+    for recipe in (changed, replace(fast, width=8), fast):
+        words = _with_learning_rate(recipe, 0.0123456).split()
+        again = parse(["train", *words]).recipe
+        assert again.max_learning_rate == 0.012
+        assert replace(again, max_learning_rate=recipe.max_learning_rate,
+                       muon_learning_rate=recipe.muon_learning_rate) == recipe  # fmt: skip
+        if recipe.optimizer == "muon":
+            share = again.muon_learning_rate / recipe.muon_learning_rate
+            assert share == pytest.approx(0.0123456 / recipe.max_learning_rate, rel=0.05)
+
+
 def test_tracking_writes_every_epoch_for_tensorboard(in_chain: Callable, chain: Path) -> None:
     accumulator = pytest.importorskip(
         "tensorboard.backend.event_processing.event_accumulator", reason="the extra 'track' is not installed"
     )
     in_chain(f"{TRAIN} --run runs/tracked --track tensorboard")
     events = accumulator.EventAccumulator(str(chain / "runs" / "tracked" / "tensorboard"))
+    events.Reload()
+    in_chain(f"{TRAIN} --run runs/tracked --track tensorboard")  # finished: told once more, shown once
     events.Reload()
     shown = [(event.step, event.value) for event in events.Scalars("top1/test")]
     assert shown == [(1, pytest.approx(Run(chain / "runs" / "tracked").summary["test_top1"], rel=1e-6))]

@@ -45,7 +45,7 @@ MAY_IMPORT = {
     "errors": {"recipe", "evaluate", "checkpoint", "tables"},
     "boxes": {"recipe"},
     "explain": {"recipe", "boxes", "errors"},
-    "localisation": {"boxes", "checkpoint", "explain"},
+    "localisation": {"boxes", "checkpoint", "explain", "tables"},
     "faithfulness": {"explain"},
     "analysis": {
         "recipe", "dataset", "split", "augment", "loader", "optim", "evaluate", "record", "errors", "explain",

@@ -202,7 +202,7 @@ def test_on_the_sample_data_the_true_masks_score_one(
         assert line["predicted"] == (line["actual"] + row % 2) % 10
         x0, y0, x1, y1 = sample_dataset.boxes[row].tolist()
         assert line["box_area"] == (x1 - x0 + 1) * (y1 - y0 + 1) / 4096
-        assert line["centre"] == (x0 <= 31 and x1 >= 32 and y0 <= 31 and y1 >= 32)
+        assert line["centre"] == sum(x0 <= x <= x1 and y0 <= y <= y1 for x in (31, 32) for y in (31, 32)) / 4
 
 
 @pytest.mark.parametrize(("dx", "dy"), [(7, 0), (0, 7), (-1, 2)])

@@ -301,7 +301,7 @@ def test_tables_hold_the_numbers(finished_run: Run, explanation: dict) -> None:
     assert small[-1] == ["wrong answers, class: actual", "0", *["–"] * 6]
     assert found.rows("ROAD's combined score")[0] == ["the map", "+20.0 +18.0 to +22.0"]
     assert found.rows("Mean change")[0] == ["80 %", "−10.0", "−10.0", "–", "–"]
-    assert found.rows("Rows in the data set")[0] == ["red · green", "5 (training), 31 (test)"]
+    assert found.rows("Rows in the data set")[0] == ["red · green", "5 (not tested), 31 (tested)"]
     assert "3.70 % of all 27 mistakes" in found.text
     last = finished_run.history[-1]
     assert found.rows("Losses in nats")[-1][0] == str(last["epoch"])
@@ -371,7 +371,7 @@ def test_without_a_mistake_nothing_is_missing(finished_run: Run, explanation: di
     assert "Missing" not in found.text
     assert "There is no mistake to show" in found.text
     assert "every test image was answered right" in found.text
-    assert "no two images are the same" in found.text
+    assert "No two images of the data set are the same" in found.text
 
 
 def test_a_long_history_is_thinned(finished_run: Run, explanation: dict, tmp_path: Path) -> None:

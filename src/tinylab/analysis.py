@@ -4,7 +4,7 @@ and figures.
 Errors and calibration come from the stored predictions alone; only the maps need the network.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from tinylab import plots
-from tinylab.augment import normalise, resize
+from tinylab.augment import network_input
 from tinylab.dataset import Dataset, interactive
 from tinylab.errors import Errors, analyse, label_conflicts, softmax
 from tinylab.evaluate import per_class
@@ -23,18 +23,8 @@ from tinylab.loader import TrainingBatches
 from tinylab.localisation import Localisation, localise
 from tinylab.optim import schedule
 from tinylab.predict import normalised
-from tinylab.recipe import Recipe
-from tinylab.record import Run, published_history
+from tinylab.record import METHOD_NAMES, Run, published_history
 from tinylab.split import Split
-
-METHOD_NAMES = {
-    "gradcam": "Grad-CAM",
-    "gradcam++": "Grad-CAM++",
-    "hirescam": "HiResCAM",
-    "layercam": "LayerCAM",
-    "eigencam": "Eigen-CAM",
-}
-"""How figures call the methods."""
 
 SHOWN_OF_A_PAIR = 3
 
@@ -76,7 +66,7 @@ def analyse_run(
     run: Run,
     dataset: Dataset,
     rows: Split,
-    model: nn.Module,
+    model: nn.Module | None,
     *,
     count: int = 10,
     method: str = "gradcam",
@@ -85,7 +75,8 @@ def analyse_run(
     faithful: int = 0,
     progress: bool = False,
 ) -> Analysis:
-    """Numbers and figures of a finished run, whose network is `model` and whose split is `rows`.
+    """Numbers and figures of a finished run, whose network is `model` (None: no map is asked for) and whose split is
+    `rows`.
 
     count: misclassified images to explain one by one. sample: test images for the box metric, drawn by a fixed seed;
     None: all, 0: leave it out. faithful: test images for ROAD, which costs about a second each; 0: leave it out.
@@ -93,7 +84,7 @@ def analyse_run(
     """
     logits, recipe = run.predictions["logits"], run.recipe
     names, wnids = dataset.names[: rows.classes], dataset.wnids[: rows.classes]
-    what = {"images": dataset.images, "rows": rows.test, "logits": logits, "normalise": normaliser(recipe)}
+    what = {"images": dataset.images, "rows": rows.test, "logits": logits, "normalise": network_input(recipe)}
     seen = {"labels": dataset.labels, "boxes": dataset.boxes}
     explanation = explain(model, **what, **seen, wnids=wnids, names=names, count=count, method=method)
     errors = analyse(logits, dataset.labels[rows.test], wnids, names)
@@ -109,12 +100,6 @@ def analyse_run(
     if faith is not None:
         figures["faithfulness"] = plots.faithfulness(faith | {"method": METHOD_NAMES[method]})
     return Analysis(explanation, errors, conflicts, located, faith, figures)
-
-
-def normaliser(recipe: Recipe) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The function that makes of images uint8 (n, 64, 64, 3) what a network of `recipe` is tested on: fp32
-    (n, 3, R, R)."""
-    return lambda images: normalise(resize(images, recipe.test_resolution), recipe)
 
 
 def explain_answers(
@@ -166,6 +151,8 @@ def figures_of_errors(
 def figures_of_maps(explanation: Explanation) -> dict[str, plots.Figure]:
     """Figures by file name: the mistakes, their four stages for the predicted class, the last one for both classes."""
     images, entries = explanation.images, explanation.entries
+    if explanation.wrong and not entries:
+        return {}  # none was asked for; a figure would say that there is none
     method = METHOD_NAMES[explanation.method]
     last = explanation.maps.get("layer4", explanation.actual_maps)
     return {

@@ -13,6 +13,7 @@ import math
 import os
 import random
 import warnings
+from collections.abc import Callable
 from enum import IntEnum
 from typing import TYPE_CHECKING
 
@@ -445,6 +446,12 @@ def normalise(images: torch.Tensor, recipe: Recipe) -> torch.Tensor:
     """
     mean, scale = _mean_and_scale(recipe.mean, recipe.std, images.device)
     return ((images.float() - mean) * scale).permute(0, 3, 1, 2)
+
+
+def network_input(recipe: Recipe) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The function that makes of images uint8 (n, 64, 64, 3) what a network of `recipe` is tested on: float32
+    (n, 3, R, R), R being its test_resolution."""
+    return lambda images: normalise(resize(images, recipe.test_resolution), recipe)
 
 
 @functools.cache

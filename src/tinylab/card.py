@@ -14,7 +14,7 @@ from pathlib import Path
 from tinylab.archive import CONTENT_SHA256
 from tinylab.checkpoint import write_atomically
 from tinylab.recipe import UserError
-from tinylab.record import Run, plain_text
+from tinylab.record import METHOD_NAMES, Run, plain_text
 from tinylab.tables import as_csv
 
 MARK = "<!-- model card written by tinylab -->"
@@ -59,7 +59,7 @@ def write_hand_over(run: Run, about: dict, folder: Path) -> list[Path]:
     Raises `UserError` if the run is not finished, if its weights are not those that its summary names, if the folder
     holds files of these names that no earlier call wrote, or if it cannot be written.
     """
-    _refuse_others_files(folder)
+    refuse_others_files(folder)
     card = model_card(run, run.explanation, about["names"])
     try:
         weights = run.weights.read_bytes()
@@ -75,7 +75,8 @@ def write_hand_over(run: Run, about: dict, folder: Path) -> list[Path]:
     return [folder / name for name in FILES]
 
 
-def _refuse_others_files(folder: Path) -> None:
+def refuse_others_files(folder: Path) -> None:
+    """Raises `UserError` if the folder holds files of `FILES`' names that `write_hand_over` did not write."""
     card = folder / "README.md"
     try:
         ours = card.is_file() and MARK in card.read_text(encoding="utf-8", errors="replace")
@@ -123,7 +124,6 @@ def _head(run: Run) -> str:
             "library_name: pytorch",
             "pipeline_tag: image-classification",
             f"tags: [image-classification, resnet18, safetensors{', tiny-imagenet' if known else ''}]",
-            *(["datasets: [tiny-imagenet]"] if known else []),
             "model-index:",
             f"  - name: {_yaml(_title(run))}",
             "    results:",
@@ -194,7 +194,7 @@ def _result(run: Run) -> str:
     if _is_tiny_imagenet(run) and summary["classes"] < 200:
         lines.append(f"{summary['classes']} classes are another task than all 200: their results do not compare.")
     if protocol == "merged":
-        lines.append("This split trains on more images than the official one: do not compare with results on that.")
+        lines.append("This split has other test images than the official one, and fewer for training: do not compare.")
     return "\n".join(lines)
 
 
@@ -242,8 +242,9 @@ def _boxes(extra: dict | None) -> str:
     groups = [each for each in _list(found, "groups") if _is_number(_at(each, "images"))]
     if not groups:
         return "\n".join([*lines, _missing("the agreement of its class activation maps with the boxes")])
+    method = METHOD_NAMES.get(str(_at(found, "method")), _text(found, "method"))
     lines += [
-        f"{_text(found, 'method')} at {_text(found, 'stage')}, {_shown(_at(found, 'scored'), '{:,}')} test images, "
+        f"{method} at {_text(found, 'stage')}, {_shown(_at(found, 'scored'), '{:,}')} test images, "
         "95 % bootstrap intervals. Hit: the map's largest value lies in the object's box. Energy: share of the map "
         "inside it. Only what exceeds the baselines says anything: boxes are large and mostly in the middle.",
         "",

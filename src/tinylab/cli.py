@@ -8,6 +8,7 @@ imports wait until a command runs, so that a bad option is refused at once.
 import contextlib
 import errno
 import io
+import itertools
 import json
 import math
 import os
@@ -16,7 +17,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -246,11 +247,13 @@ class Explain:
         from tinylab.device import choose
 
         _ = predictions_of(finished, dataset, rows)
+        place = choose(self.device, "fp32")
+        maps = self.count or self.sample or self.all or self.faithfulness
         analysis = analyse_run(
             finished,
             dataset,
             rows,
-            trained_model(finished, dataset).to(choose(self.device, "fp32").device),
+            trained_model(finished, dataset).to(place.device) if maps else None,
             count=self.count,
             method=self.method,
             stage=self.stage,
@@ -283,14 +286,15 @@ class Report:
         out = self.out or finished.folder / "report.html"
         require_folder(out.parent, "the report")
         refuse_data_folder(out)
-        if out.is_dir():
-            raise UserError(f"{out} is a folder: name a file with --out")
+        refuse_as_file(out, finished)
         if finished.explanation is None:
             Explain(self.run_folder, data=self.data, device=self.device).run()
         from tinylab.report import page
 
         explanation = finished.explanation
-        pictures = {name: finished.figures / f"{name}.png" for name in explanation["figures"]}
+        # explain.json may be anybody's: a name with a path in it would put another picture of this disk on the page.
+        names = [name for name in explanation["figures"] if re.fullmatch("[a-z_]{1,40}", str(name))]
+        pictures = {name: finished.figures / f"{name}.png" for name in names}
         shown = {name: path.read_bytes() for name, path in pictures.items() if path.is_file()}
         out.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(out, page(finished, explanation, shown).encode("utf-8", "replace"))
@@ -361,9 +365,12 @@ class Export:
         for path in filter(None, (folder, self.onnx)):
             require_folder(path if path is folder else path.parent, "the model")
             refuse_data_folder(path)
-        from tinylab.card import write_hand_over
+        from tinylab.card import refuse_others_files, write_hand_over
         from tinylab.predict import export_onnx, load
 
+        refuse_others_files(folder)
+        if self.onnx:
+            refuse_as_file(self.onnx, finished)
         model, about = load(finished.folder)
         checked = export_onnx(model, about, self.onnx) if self.onnx else None
         for path in write_hand_over(finished, about, folder):
@@ -413,6 +420,7 @@ class FindLr:
         from tinylab.range_test import find_lr
 
         refuse_data_folder(out)
+        refuse_as_file(out)
         found = find_lr(
             self.recipe,
             open_dataset(self.data),
@@ -427,12 +435,11 @@ class FindLr:
             workers=self.workers,
         )
         curve = (found.learning_rates, found.losses, found.smoothed, found.suggestion)
-        print(plots.save(plots.learning_rate_test(*curve), out))
+        print(_drawn(plots.learning_rate_test(*curve), out))
         if found.suggestion is None:
             print(f"no suggestion: {found.reason}")
             return
-        command = f"tinylab train {self.recipe.name} --max-learning-rate {found.suggestion:.2g}"
-        print(f"{found.reason}; to try it: {command}")
+        print(f"{found.reason}; to try it: tinylab train {_with_learning_rate(self.recipe, found.suggestion)}")
 
 
 @dataclass(frozen=True)
@@ -571,6 +578,20 @@ def require_folder(folder: Path, what: str) -> None:
         raise UserError(f"cannot write {what} to {folder}: {nearest} is no folder")
 
 
+def refuse_as_file(path: Path, run: "Run | None" = None) -> None:
+    """Raises `UserError` if `path` is a folder, or a record of the run's, which would be replaced."""
+    if path.is_dir():
+        raise UserError(f"{path} is a folder: name a file")
+    if run is None:
+        return
+    from tinylab.record import CHECKSUMS, EXPLAINED, FINAL_FILES
+
+    if path.resolve() in {
+        (run.folder / name).resolve() for name in (*FINAL_FILES, *EXPLAINED, CHECKSUMS, "summary.json")
+    }:
+        raise UserError(f"{path} is a record of the run: choose another name")
+
+
 def refuse_data_folder(path: Path) -> None:
     """Raises `UserError` if `path` lies in a data folder: nothing else may be written there."""
     for folder in (path, *path.absolute().parents):
@@ -588,15 +609,17 @@ def _require_counts(count: int, sample: int, faithfulness: int) -> None:
 
 def _write_analysis(run: "Run", analysis: "Analysis", figures: Path | None) -> None:
     """Writes figures, tables and, last, explain.json into the run folder, and the figures into `figures`, too."""
-    from tinylab import plots
     from tinylab.record import note_figures
 
     for target in filter(None, (run.figures, figures)):
-        try:
-            for name, figure in analysis.figures.items():
-                print(plots.save(figure, target / f"{name}.png"))
-        except OSError as error:
-            raise UserError(f"cannot write figures to {target}: {error.strerror or error}") from error
+        for name, figure in analysis.figures.items():
+            print(_drawn(figure, target / f"{name}.png"))
+    # What an earlier analysis made and this one did not would be taken for this one's.
+    for name in ("misclassified", "class_maps", "gradcam", "localisation", "faithfulness"):
+        if name not in analysis.figures:
+            (run.figures / f"{name}.png").unlink(missing_ok=True)
+    if analysis.localisation is None:
+        (run.folder / "localisation.csv").unlink(missing_ok=True)
     for path in analysis.write_tables(run.folder):
         print(path)
     run.write("explain.json", analysis.to_json(run))
@@ -618,13 +641,47 @@ def _explain_answers(
     from tinylab.analysis import explain_answers
 
     maps = explain_answers(model, about, np.stack(pictures), answers, asked.method)
-    paths = []
+    paths: list[Path] = []
     for path, picture, answer, heat in zip(asked.images, pictures, answers, maps, strict=True):
-        taken = sum(path.stem == other.stem for other in asked.images[: len(paths)])
-        name = f"{path.stem}{f'-{taken + 1}' if taken else ''}.png"
         figure = plots.prediction(picture, answer, heat, title=path.name)
-        paths.append(plots.save(figure, asked.gradcam / name))
+        taken = {other.name.casefold() for other in paths}  # some disks do not tell A from a
+        names = (f"{path.stem}{f'-{number}' if number > 1 else ''}.png" for number in itertools.count(1))
+        paths.append(_drawn(figure, asked.gradcam / next(name for name in names if name.casefold() not in taken)))
     return paths
+
+
+def _drawn(figure: object, path: Path) -> Path:
+    """Saves the figure; raises `UserError` if that fails."""
+    from tinylab import plots
+
+    try:
+        return plots.save(figure, path)
+    except OSError as error:
+        raise UserError(f"cannot write figures to {path.parent}: {error.strerror or error}") from error
+
+
+def _with_learning_rate(recipe: Recipe, learning_rate: float) -> str:
+    """The recipe's name and the options that make it `recipe` with that peak; Muon's keeps its proportion."""
+    changed = {"max_learning_rate": float(f"{learning_rate:.2g}")}
+    if recipe.optimizer == "muon":
+        share = learning_rate / recipe.max_learning_rate
+        changed["muon_learning_rate"] = float(f"{recipe.muon_learning_rate * share:.2g}")
+    usual, words = asdict(named(recipe.name)) if recipe.name in RECIPES else {}, [recipe.name]
+    for name, value in (asdict(recipe) | changed).items():
+        option = name.replace("_", "-")
+        if value == usual.get(name, value) and name not in changed:
+            continue
+        if isinstance(value, bool):
+            words.append(f"--{'' if value else 'no-'}{option}")
+        elif isinstance(value, tuple):
+            words.append(f"--{option} {' '.join(str(each) for row in value for each in _row(row))}")
+        else:
+            words.append(f"--{option} {value}")
+    return " ".join(words)
+
+
+def _row(value: object) -> tuple:
+    return value if isinstance(value, tuple) else (value,)
 
 
 def parse(arguments: list[str]) -> object:

@@ -126,9 +126,10 @@ def gradcam(
     class that each image's map speaks for. Each map is scaled to itself, from its smallest value to its largest, so
     brightness cannot be compared between images, stages or classes; one that is 0 everywhere found nothing.
 
-    Works in float32 on a copy (45 MB for ResNet-18) in evaluation mode: the model keeps its mode, gradients and hooks,
-    may be compiled or wrapped, and the caller may be inside `no_grad`, `inference_mode` or autocast. Gradients are
-    computed down to the first of `stages` only, so the last stage alone costs little more than a forward pass.
+    Works in float32 (on GPUs, torch's setting may make TF32 of it in convolutions) on a copy (45 MB for ResNet-18) in
+    evaluation mode: the model keeps its mode, gradients and hooks, may be compiled or wrapped, and the caller may be
+    inside `no_grad`, `inference_mode` or autocast. Gradients are computed down to the first of `stages` only, so the
+    last stage alone costs little more than a forward pass.
     Raises `UserError` for an unknown stage or method, `ValueError` for targets that do not fit the images.
     """
     require_known(method, stages)

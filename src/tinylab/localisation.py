@@ -4,8 +4,6 @@ The two measures of `boxes` stand beside what needs no network, as many boxes ar
 image's centre, and a map that is the same everywhere.
 """
 
-import csv
-import io
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +16,7 @@ from tqdm import tqdm
 from tinylab.boxes import box_area, centre_hits, energy, hits, usable
 from tinylab.checkpoint import write_atomically
 from tinylab.explain import RESAMPLES, bootstrap, gradcam, require_known, sample
+from tinylab.tables import as_csv
 
 BATCH = 256
 """Images that are held as float32 at a time."""
@@ -43,8 +42,9 @@ class Localisation:
     ("predicted", "actual", or "both" where they are one), `images`, and of each of `MEASURES` mean, low and high,
     shares of 1 with the 95 % interval, or None if it has no images."""
     table: list[dict]
-    """One per scored image: row (of the data set), predicted and actual (class), right, box_area, centre (1 if the
-    image's centre is in the box, else 0), and for both classes hit_, energy_ and empty_ (whether the map is 0)."""
+    """One per scored image: row (of the data set), predicted and actual (class), right, box_area, centre (what the
+    image's centre scores, see `boxes.centre_hits`), and for both classes hit_, energy_ and empty_ (whether the map is
+    0)."""
 
     def to_json(self) -> dict:
         """The summary."""
@@ -64,11 +64,7 @@ class Localisation:
 
     def write_table(self, path: Path) -> Path:
         """Writes the table as CSV, every number in full, so that anybody can compute the summary again."""
-        text = io.StringIO()
-        writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(self.table)
-        write_atomically(path, text.getvalue().encode())
+        write_atomically(path, as_csv([COLUMNS, *([line[name] for name in COLUMNS] for line in self.table)]))
         return path
 
 
@@ -143,7 +139,7 @@ def _scored(
         "actual": actual,
         "right": predicted == actual,
         "box_area": box_area(boxes),
-        "centre": centre_hits(boxes).astype(np.int64),
+        "centre": centre_hits(boxes),
     }
     for which, maps in (("predicted", predicted_maps), ("actual", actual_maps)):
         columns[f"hit_{which}"] = hits(maps, boxes)

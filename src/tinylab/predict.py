@@ -25,7 +25,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from tinylab.archive import class_order_sha256, shown
-from tinylab.augment import normalise, resize
+from tinylab.augment import network_input
 from tinylab.checkpoint import write_atomically
 from tinylab.errors import softmax
 from tinylab.model import ResNet18, load_weights
@@ -282,8 +282,7 @@ def tested_as(about: dict) -> Recipe:
 def normalised(about: dict) -> Callable[[Tensor], Tensor]:
     """The function that turns images, uint8 (n, 64, 64, 3) on any device, into what the network was tested on: float32
     (n, 3, R, R), R being its recipe's test_resolution, 64 as a rule. `about` as `load` gives it."""
-    recipe = tested_as(about)
-    return lambda images: normalise(resize(images, recipe.test_resolution), recipe)
+    return network_input(tested_as(about))
 
 
 def predict(model: nn.Module, about: dict, images: np.ndarray, top: int = 5) -> list[list[dict]]:

@@ -48,7 +48,7 @@ def find_lr(
     recipe: Recipe,
     dataset: Dataset,
     *,
-    split: str = "merged",
+    split: str = "select",
     seed: int = 0,
     limit_classes: int | None = None,
     device: str = "auto",

@@ -625,6 +625,15 @@ def figures_part(figures: Path) -> str:
     return "\n".join(lines)
 
 
+METHOD_NAMES = {
+    "gradcam": "Grad-CAM",
+    "gradcam++": "Grad-CAM++",
+    "hirescam": "HiResCAM",
+    "layercam": "LayerCAM",
+    "eigencam": "Eigen-CAM",
+}
+"""How figures and pages call the methods that make maps."""
+
 ANSWERS = {
     ("all", "predicted"): "all, predicted class",
     ("all", "actual"): "all, actual class",
@@ -651,8 +660,9 @@ def maps_part(figures: Path, results: Path) -> str:
 
 
 def _maps_table(name: str, found: dict) -> str:
+    method = METHOD_NAMES.get(found["method"], found["method"])
     lines = [
-        f"{_link(name, name)}, {plain_text(found['method'])} of {plain_text(found['stage'])}, {found['scored']:,} test "
+        f"{_link(name, name)}, {plain_text(method)} of {plain_text(found['stage'])}, {found['scored']:,} test "
         f"images ({found['degenerate']:,} more have no usable box):",
         "",
         "| boxes | answers | images | highest point in the box | image centre in the box | map inside | box area |",

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from tinylab.recipe import RECIPES, Recipe, UserError, named
-from tinylab.record import ENVIRONMENT, Run, published_history, read_object
+from tinylab.record import ENVIRONMENT, METHOD_NAMES, Run, published_history, read_object
 
 LONGEST = 160
 """Characters of a class name that are shown; the longest of Tiny ImageNet has 121."""
@@ -83,6 +83,7 @@ def _records(run: Run) -> dict:
         "recipe_name": run.recipe.name,
         "published": reference[-1] if reference else None,
         "files": _files(run),
+        "methods": METHOD_NAMES,
     }
 
 
@@ -244,7 +245,7 @@ GROUP = {"boxes": str, "answers": str, "class": str, "images": int} | dict.fromk
     ("hit", "energy", "centre_hit", "uniform", "hit_minus_centre", "energy_minus_uniform"), INTERVAL
 )
 LOCALISATION = {
-    "stage": str, "method": str, "native_size": [int, int], "sampled": int, "degenerate": int, "scored": int,
+    "stage": str, "method": str, "native_size": [int], "sampled": int, "degenerate": int, "scored": int,
     "groups": [GROUP],
 }  # fmt: skip
 FAITHFULNESS = {

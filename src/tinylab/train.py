@@ -115,7 +115,7 @@ def train(
         say = _silent if quiet or not world.writes else _say
         stop = StopRequest(patient=world.several)
         second = _mirror(dataset, run, mirror, say)
-        tracker = Tracker(run.folder) if track and world.writes else None
+        tracker = Tracker(run.folder) if track else None  # in every process: what is missing is so in all of them
         job = _Job(recipe, dataset, images, rows, seed, place, world, run, loader, stop, say, second, tracker)
         with contextlib.closing(loader), _one_writer(job), _memory_hint(recipe, place, world):
             state = new_state(recipe, rows.classes, seed, loader.steps, place, world, compiled)
@@ -157,7 +157,7 @@ class _Job:
 def _train(job: _Job, state: TrainState) -> None:
     """All epochs that are left, each with its test and its checkpoint, then the final records."""
     evaluation = None
-    if job.tracker:
+    if job.tracker and job.world.writes:
         job.tracker.up_to(state.history)
     while state.epoch <= job.recipe.epochs:
         _train_epoch(job, state)
@@ -168,7 +168,7 @@ def _train(job: _Job, state: TrainState) -> None:
         _save(job, state)
         if job.world.writes:
             job.run.write_history(state.history)
-        if job.tracker:
+        if job.tracker and job.world.writes:
             job.tracker.epoch(state.history[-1])
         job.say(log_lines(state.history[-1], job.recipe.epochs))
     with _saved_when_abandoned(job, state):
@@ -242,6 +242,9 @@ def _begin(job: _Job, state: TrainState, saved: dict | None, notice: str | None,
         say(f"{run.folder} is finished; this is its log")
         for row in run.history if world.writes else ():
             say(log_lines(row, job.recipe.epochs))
+        if job.tracker and world.writes:
+            job.tracker.up_to(run.history)
+            job.tracker.close()
         return True
     if begun:
         _warm_up(job, state, compiled)
