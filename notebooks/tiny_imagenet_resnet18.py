@@ -80,9 +80,8 @@ from dataclasses import replace
 
 from IPython.display import Image
 
-from tinylab import device, loader, model, plots, record
+from tinylab import card, device, loader, model, plots, record
 from tinylab.analysis import analyse_run, explain_answers
-from tinylab.card import write_hand_over
 from tinylab.dataset import prepare
 from tinylab.predict import export_onnx, load, predict, read_image
 from tinylab.recipe import UserError, named
@@ -319,7 +318,7 @@ for name, figure in found.figures.items():
     plots.save(figure, run.figures / f"{name}.png")
 found.write_tables(run.folder)
 run.write("explain.json", found.to_json(run))
-write_hand_over(run, about, run.folder / "export")
+card.write_hand_over(run, about, run.folder / "export")
 if ONNX:
     print(export_onnx(network, about, run.folder / "export" / "model.onnx"))
 if FIGURES:

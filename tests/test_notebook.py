@@ -92,7 +92,7 @@ def test_large_pictures_become_light_and_small_ones_stay() -> None:
     rng = np.random.default_rng(0)
     for side, kind in ((300, "image/jpeg"), (100, "image/png")):
         png = io.BytesIO()
-        smooth = Image.fromarray(rng.integers(0, 256, (side // 4, side // 4, 3), dtype=np.uint8)).resize((side, side))
+        smooth = Image.fromarray(rng.integers(0, 256, (side // 10, side // 10, 3), dtype=np.uint8)).resize((side, side))
         smooth.save(png, "PNG", compress_level=0)
         data = {"image/png": base64.b64encode(png.getvalue()).decode()}
         output = nbformat.v4.new_output("display_data", data, metadata={"image/png": {"width": 900}})

@@ -663,7 +663,7 @@ def _maps_table(name: str, found: dict) -> str:
     method = METHOD_NAMES.get(found["method"], found["method"])
     lines = [
         f"{_link(name, name)}, {plain_text(method)} of {plain_text(found['stage'])}, {found['scored']:,} test "
-        f"images ({found['degenerate']:,} more have no usable box):",
+        f"images (left out for want of a usable box: {found['degenerate']:,}):",
         "",
         "| boxes | answers | images | highest point in the box | image centre in the box | map inside | box area |",
         "|---|---|---|---|---|---|---|",
