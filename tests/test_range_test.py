@@ -293,7 +293,9 @@ def find(tmp_path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., RangeTest]:
     monkeypatch.chdir(tmp_path)
 
     def call(*arguments, **options) -> RangeTest:
-        found = find_lr(*arguments, **{"device": "cpu", "precision": "fp32", "quiet": True} | options)
+        found = find_lr(
+            *arguments, **{"split": "merged", "device": "cpu", "precision": "fp32", "quiet": True} | options
+        )
         assert list(tmp_path.iterdir()) == []
         return found
 
