@@ -78,17 +78,7 @@ def measure(images: np.ndarray, place: Placement, repeat: int, warm: int) -> dic
             "library, averaged": lambda count: library(together, inputs[:count], targets[:count], 1),
         }
 
-        def rate(way: Callable[[int], object], count: int) -> float:
-            place.synchronise()
-            started = time.perf_counter()
-            way(count)
-            place.synchronise()
-            return count / (time.perf_counter() - started)
-
-        if warm:
-            alternate({name: lambda way=way: rate(way, warm) for name, way in ways.items()}, 1)
-        rates = alternate({name: lambda way=way: rate(way, len(images)) for name, way in ways.items()}, repeat)
-    return {name: {"images_per_second": spread(values)} for name, values in rates.items()}
+        return _timed(ways, len(images), place, repeat, warm)
 
 
 def measure_boxes(dataset: Dataset, rows: np.ndarray, place: Placement, repeat: int, warm: int) -> dict[str, dict]:
@@ -125,16 +115,24 @@ def measure_boxes(dataset: Dataset, rows: np.ndarray, place: Placement, repeat: 
             "library, one by one": lambda count: theirs(count, 1),
         }
 
-        def rate(way: Callable[[int], None], count: int) -> float:
-            place.synchronise()
-            started = time.perf_counter()
-            way(count)
-            place.synchronise()
-            return count / (time.perf_counter() - started)
+        return _timed(ways, len(rows), place, repeat, warm)
 
-        if warm:
-            alternate({name: lambda way=way: rate(way, warm) for name, way in ways.items()}, 1)
-        rates = alternate({name: lambda way=way: rate(way, len(rows)) for name, way in ways.items()}, repeat)
+
+def _timed(
+    ways: dict[str, Callable[[int], object]], count: int, place: Placement, repeat: int, warm: int
+) -> dict[str, dict]:
+    """Images/s of each way, called with `count` images `repeat` times in turns; `warm`: with so many once before."""
+
+    def rate(way: Callable[[int], object], images: int) -> float:
+        place.synchronise()
+        started = time.perf_counter()
+        way(images)
+        place.synchronise()
+        return images / (time.perf_counter() - started)
+
+    if warm:
+        alternate({name: lambda way=way: rate(way, warm) for name, way in ways.items()}, 1)
+    rates = alternate({name: lambda way=way: rate(way, count) for name, way in ways.items()}, repeat)
     return {name: {"images_per_second": spread(values)} for name, values in rates.items()}
 
 

@@ -162,3 +162,19 @@ def assert_equal_runs(run: Run, reference: Run) -> None:
         np.testing.assert_array_equal(run.predictions[name], values)
     assert [without_seconds(row) for row in run.history] == [without_seconds(row) for row in reference.history]
     assert without_seconds(run.summary) == without_seconds(reference.summary)
+
+
+def assert_same(first: object, second: object, where: str = "") -> None:
+    """Equal in every bit, tensors and plain values, however nested."""
+    if isinstance(first, torch.Tensor):
+        assert torch.equal(first, second), where
+    elif isinstance(first, dict):
+        assert first.keys() == second.keys(), where
+        for key in first:
+            assert_same(first[key], second[key], f"{where}/{key}")
+    elif isinstance(first, list | tuple):
+        assert len(first) == len(second), where
+        for number, pair in enumerate(zip(first, second, strict=True)):
+            assert_same(*pair, f"{where}/{number}")
+    else:
+        assert first == second, where

@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from conftest import assert_same
 
 from tinylab import range_test as module
 from tinylab.dataset import Dataset
@@ -217,22 +218,6 @@ def everything(state: TrainState) -> dict:
     ]
     schedule = {name: value for name, value in state.scheduler.state_dict().items() if not callable(value)}
     return copy.deepcopy(state.to_checkpoint() | {"groups": groups, "schedule": schedule})
-
-
-def assert_same(first: object, second: object, where: str = "") -> None:
-    """Equal in every bit, tensors and plain values, however nested."""
-    if isinstance(first, torch.Tensor):
-        assert torch.equal(first, second), where
-    elif isinstance(first, dict):
-        assert first.keys() == second.keys(), where
-        for key in first:
-            assert_same(first[key], second[key], f"{where}/{key}")
-    elif isinstance(first, list | tuple):
-        assert len(first) == len(second), where
-        for number, pair in enumerate(zip(first, second, strict=True)):
-            assert_same(*pair, f"{where}/{number}")
-    else:
-        assert first == second, where
 
 
 class Trouble(Exception):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import assert_same
 from torch import nn
 
 from tinylab import step as step_module
@@ -63,22 +64,6 @@ def gradients(state: TrainState) -> list[torch.Tensor]:
 
 def everything(state: TrainState) -> dict:
     return copy.deepcopy(state.to_checkpoint())
-
-
-def assert_same(first: object, second: object, where: str = "") -> None:
-    """Equal in every bit, tensors and plain values, however nested."""
-    if isinstance(first, torch.Tensor):
-        assert torch.equal(first, second), where
-    elif isinstance(first, dict):
-        assert first.keys() == second.keys(), where
-        for key in first:
-            assert_same(first[key], second[key], f"{where}/{key}")
-    elif isinstance(first, list | tuple):
-        assert len(first) == len(second), where
-        for number, pair in enumerate(zip(first, second, strict=True)):
-            assert_same(*pair, f"{where}/{number}")
-    else:
-        assert first == second, where
 
 
 # --- The loss ---------------------------------------------------------------------------------------------------------

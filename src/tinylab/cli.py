@@ -287,11 +287,12 @@ class Report:
         require_folder(out.parent, "the report")
         refuse_data_folder(out)
         refuse_as_file(out, finished)
-        if finished.explanation is None:
+        explanation = finished.explanation
+        if explanation is None:
             Explain(self.run_folder, data=self.data, device=self.device).run()
+            explanation = finished.explanation
         from tinylab.report import page
 
-        explanation = finished.explanation
         # explain.json may be anybody's: a name with a path in it would put another picture of this disk on the page.
         names = [name for name in explanation["figures"] if re.fullmatch("[a-z_]{1,40}", str(name))]
         pictures = {name: finished.figures / f"{name}.png" for name in names}

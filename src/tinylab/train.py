@@ -115,7 +115,7 @@ def train(
         say = _silent if quiet or not world.writes else _say
         stop = StopRequest(patient=world.several)
         second = _mirror(dataset, run, mirror, say)
-        tracker = Tracker(run.folder) if track else None  # in every process: what is missing is so in all of them
+        tracker = _tracker(run, track, world)
         job = _Job(recipe, dataset, images, rows, seed, place, world, run, loader, stop, say, second, tracker)
         with contextlib.closing(loader), _one_writer(job), _memory_hint(recipe, place, world):
             state = new_state(recipe, rows.classes, seed, loader.steps, place, world, compiled)
@@ -157,7 +157,7 @@ class _Job:
 def _train(job: _Job, state: TrainState) -> None:
     """All epochs that are left, each with its test and its checkpoint, then the final records."""
     evaluation = None
-    if job.tracker and job.world.writes:
+    if job.tracker:
         job.tracker.up_to(state.history)
     while state.epoch <= job.recipe.epochs:
         _train_epoch(job, state)
@@ -168,7 +168,7 @@ def _train(job: _Job, state: TrainState) -> None:
         _save(job, state)
         if job.world.writes:
             job.run.write_history(state.history)
-        if job.tracker and job.world.writes:
+        if job.tracker:
             job.tracker.epoch(state.history[-1])
         job.say(log_lines(state.history[-1], job.recipe.epochs))
     with _saved_when_abandoned(job, state):
@@ -227,6 +227,12 @@ def _mirror(dataset: Dataset, run: Run, folder: Path | None, say: Callable[[str]
     return Mirror(Path(folder), say)
 
 
+def _tracker(run: Run, track: str | None, world: World) -> Tracker | None:
+    """The writer's tracker. Made in every process, so that all of them stop if tensorboard is missing."""
+    tracker = Tracker(run.folder) if track else None
+    return tracker if world.writes else None
+
+
 def _begin(job: _Job, state: TrainState, saved: dict | None, notice: str | None, compiled: bool) -> bool:
     """Everything up to the first step: whose folder it is, where the run stands (`saved` is its newest checkpoint, with
     a line about it), what it will cost. Whether the run is finished already; then its log is shown, and no more."""
@@ -242,7 +248,7 @@ def _begin(job: _Job, state: TrainState, saved: dict | None, notice: str | None,
         say(f"{run.folder} is finished; this is its log")
         for row in run.history if world.writes else ():
             say(log_lines(row, job.recipe.epochs))
-        if job.tracker and world.writes:
+        if job.tracker:
             job.tracker.up_to(run.history)
             job.tracker.close()
         return True
