@@ -30,7 +30,8 @@ MAY_IMPORT = {
     "mirror": {"checkpoint"},
     "loader": {"recipe", "dataset", "split", "augment", "distributed"},
     "tables": set(),
-    "record": {"recipe", "checkpoint", "device", "tables"},
+    "record": {"recipe", "checkpoint", "device"},
+    "results": {"recipe", "checkpoint", "record", "tables"},
     "step": {
         "recipe", "augment", "average", "device", "distributed", "finite", "loader", "model", "optim", "stop",
     },

@@ -24,7 +24,6 @@ from tinylab.record import (
     describe_environment,
     enter_run,
     relative_to_here,
-    results_table,
 )
 
 IDENTITY = {
@@ -298,22 +297,3 @@ def test_a_run_of_before_the_class_order_was_noted_is_still_shown(
     run = Run(tmp_path / "run")
     run.write("run.json", {name: value for name, value in run.identity.items() if name != "class_order_sha256"})
     assert train_tiny(tmp_path / "run").finished
-
-
-def test_only_runs_that_differ_in_seed_share_a_line() -> None:
-    row = {
-        "run": "a", "recipe": "a", "protocol": "merged", "classes": 200, "content_sha256": "c", "device": "d",
-        "precision": "bf16", "recipe.name": "a", "train_seconds": 60.0, "train_images": 1, "test_images": 1,
-        "epochs": 1, "test_top1": 50.0, "test_top5": 80.0, "seed": 0,
-    }  # fmt: skip
-    again = row | {"seed": 1, "test_top1": 52.0, "processes": 1}  # older records do not say how many
-    (line,) = [line for line in results_table([row, again], []).splitlines() if "results/a" in line]
-    assert "51.00 ± 1.41" in line
-    for other in (
-        {"compiled": True},
-        {"micro_batch": 8},
-        {"processes": 2},
-        {"precision": "fp32"},
-        {"recipe.name": "b"},
-    ):
-        assert results_table([row, again | other], []).count("results/a") == 2, other

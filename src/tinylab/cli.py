@@ -481,7 +481,8 @@ class Publish:
     """The run folder."""
 
     def run(self) -> None:
-        from tinylab.record import Run, publish_run
+        from tinylab.record import Run
+        from tinylab.results import publish_run
 
         run = Run(self.run_folder)
         _ = run.identity, run.summary  # refuses what is no finished run
@@ -495,7 +496,7 @@ class Table:
     """Rewrite results/results.csv and the README's generated parts from the records in results/."""
 
     def run(self) -> None:
-        from tinylab.record import rewrite_tables
+        from tinylab.results import rewrite_tables
 
         require_repository()
         for path in rewrite_tables(RESULTS, README):

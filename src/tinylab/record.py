@@ -24,11 +24,9 @@ import math
 import os
 import platform
 import re
-import statistics
 import subprocess
 import tempfile
 import unicodedata
-import urllib.parse
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -42,8 +40,7 @@ import torch
 
 from tinylab.checkpoint import NEWEST, PREVIOUS, read, sweep, write_atomically
 from tinylab.device import Placement, device_name
-from tinylab.recipe import RECIPES, Recipe, UserError, named
-from tinylab.tables import as_csv
+from tinylab.recipe import Recipe, UserError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -219,6 +216,14 @@ def read_object(path: Path, otherwise: str, needs: dict[str, type] | None = None
     return value
 
 
+def read_text(path: Path) -> str:
+    """The text in the file at `path`. Raises `UserError` if it cannot be read."""
+    try:
+        return _content(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {_reason(error)}") from error
+
+
 def _content(path: Path) -> str:
     _require_file(path)
     with open(path, "rb") as file:
@@ -302,7 +307,7 @@ def enter_run(run: Run, recipe: Recipe, identity: dict, environment: dict, elsew
 
     Raises `UserError` if the folder belongs to a run that differs in anything that decides the result, naming what.
     """
-    environment |= _hashes(identity)
+    environment |= hashes(identity)
     if not run.begun:
         refuse_foreign(run)
         run.write("recipe.json", dataclasses.asdict(recipe))
@@ -325,7 +330,7 @@ def refuse_another(run: Run, now: dict, before: dict | None = None) -> None:
     if "class_order_sha256" not in before and not checkpoint:
         where |= {"class_order_sha256"}  # of before there was this field; the content hash covers it
     if run.finished:
-        where |= {"device", "precision"}  # it is only shown
+        where |= {"device", "precision", "compiled"}  # it is only shown
     elif not run.trained and not checkpoint:
         where |= {"micro_batch"}  # the first try may have told that memory is short
     differing = [
@@ -356,14 +361,14 @@ def _as_json(value: dict) -> bytes:
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
 
 
-def _hashes(identity: dict) -> dict:
+def hashes(identity: dict) -> dict:
     """The hashes of data and split stand in environment.json, too: a number is worth nothing without them."""
     return {name: value for name, value in identity.items() if name.endswith("sha256")}
 
 
 def _environment_notice(run: Run, environment: dict) -> list[str]:
     before = run.environment
-    keys = [key for key in environment if key not in ("date", "precision_reason", "power_limit_watts")]
+    keys = [key for key in environment if key not in ("date", "precision_reason", "power_limit_watts", "compile_cache")]
     changed = [f"{key} {before.get(key)} -> {environment[key]}" for key in keys if before.get(key) != environment[key]]
     if not changed or run.finished:
         return []
@@ -388,6 +393,7 @@ def describe_environment(place: Placement) -> dict:
         "cudnn": torch.backends.cudnn.version() if cuda else None,
         "tf32_convolutions": torch.backends.cudnn.allow_tf32 if cuda else None,  # fp32 is not all of fp32 then
         **{name: _version(name) for name in packages},
+        "compile_cache": _compile_cache(),
         "commit": _commit(),
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
     }
@@ -511,66 +517,6 @@ def _sha256(path: Path) -> str | None:
         return None
 
 
-def publish_run(run: Run, results: Path, readme: Path) -> list[Path]:
-    """Copies what is small and says nothing about the machine's folders to results/<run>, and makes the tables anew;
-    returns what was written.
-
-    Raises `UserError` if the run is not finished or its records are not sound, if a different run of that name was
-    published, or if the tables cannot be made; nothing has been changed then.
-    """
-    target = Run(results / run.folder.resolve().name)
-    _ = run.recipe
-    records = {
-        "recipe.json": run._read("recipe.json"),
-        "run.json": {key: value for key, value in run.identity.items() if key != "data_folder"},
-        "environment.json": run._read("environment.json", needs=ENVIRONMENT) | _hashes(run.identity),
-        "summary.json": run.summary,
-    }
-    if explanation := run.explanation:  # the numbers; what it says of single images stays with the run
-        kept = ("model_sha256", "tested", "wrong", "method", "localisation", "faithfulness")
-        records["explain.json"] = {name: explanation.get(name) for name in kept}
-        records["explain.json"]["calibration"] = explanation["errors"].get("calibration")
-    history = run.history
-    if target.finished and target.summary["model_sha256"] != run.summary["model_sha256"]:
-        raise UserError(f"{target.folder} holds another run of that name; delete it first to replace it")
-    _ = _tables(results, readme)
-    try:
-        target.folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write {target.folder}: {error.strerror}") from error
-    target.write_history(history)
-    for name, value in records.items():
-        target.write(name, value)
-    return [target.folder, *rewrite_tables(results, readme)]
-
-
-def rewrite_tables(results: Path, readme: Path) -> list[Path]:
-    """Makes results.csv (a line per published run, every field of its recipe) and the README's generated parts anew.
-
-    Raises `UserError` if a record is not sound or the README has no place for them. Returns the files written.
-    """
-    tables = _tables(results, readme)
-    for path, content in tables.items():
-        write_atomically(path, content)
-    return list(tables)
-
-
-def _tables(results: Path, readme: Path) -> dict[Path, bytes]:
-    """What results.csv and the README are to hold."""
-    runs = [Run(path.parent) for path in sorted(results.glob("*/summary.json"))]
-    rows = [_csv_row(run) for run in runs]
-    columns = list(dict.fromkeys(column for row in rows for column in row))
-    table = as_csv([columns, *([row.get(column) for column in columns] for row in rows)])
-    try:
-        page = _content(readme)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{readme} cannot be read: {_reason(error)}") from error
-    page = replace_between(page, "results", results_table(rows, published_history(results)), readme)
-    page = replace_between(page, "figures", figures_part(readme.parent / "images-A"), readme)
-    page = replace_between(page, "maps", maps_part(readme.parent / "images-A", results), readme)
-    return {results / "results.csv": table, readme: page.encode()}
-
-
 def plain_text(value: object) -> str:
     """`value` as Markdown and HTML that show it as it is: no markup, no link, one line, at most 200 characters."""
     shown = "".join(c for c in " ".join(str(value).split()) if not unicodedata.category(c).startswith("C"))[:200]
@@ -587,44 +533,6 @@ def note_figures(run: Run, figures: Path) -> None:
     write_atomically(figures / "figures.json", text.encode())
 
 
-CAPTIONS = {
-    "curves": "Loss and accuracy per epoch. Dashed: the published run, which had 200 classes and 30 epochs.",
-    "gradcam": "Grad-CAM of the four stages, heat map and overlay, for the predicted class, on ten misclassified test "
-    "images drawn at random. Each map is scaled to itself.",
-    "class_maps": "The last stage on the same mistakes: what spoke for the class that was predicted, and what for the "
-    "actual one.",
-    "localisation": "Do the maps look at the object? Beside the two baselines that need no network.",
-    "confused_pairs": "The pairs of classes that are confused most often.",
-    "confusion": "All confusions, in an order that brings classes together that are confused.",
-    "reliability": "How often answers of a given confidence are right, before and after a temperature fitted on the "
-    "other half of the test images.",
-    "classes": "Accuracy per class.",
-    "augmentation": "Training images before and after the recipe's augmentation.",
-    "learning_rate": "The one-cycle schedule.",
-}
-
-
-def figures_part(figures: Path) -> str:
-    """The README's figures in Markdown, each with a caption, headed by the run that they show."""
-    path = figures / "figures.json"
-    if not os.path.lexists(path):
-        return "Not yet drawn: `make run DATA=full` draws them."
-    texts = dict.fromkeys(("run", "title", "device", "precision", "torch", "date"), str)
-    numbers = {"train_images": int, "test_images": int, "test_top1": float, "test_top5": float}
-    shown = read_object(path, "it was there just now", texts | numbers)
-    said = {name: plain_text(shown[name]) for name in texts}
-    lines = [
-        f"All from one run, {_link(shown['run'], shown['run'])}: {said['title']}, "
-        f"{shown['train_images']:,} / {shown['test_images']:,} images, **{shown['test_top1']:.2f} % top-1** and "
-        f"{shown['test_top5']:.2f} % top-5 after the last epoch ({said['device']}, {said['precision']}, "
-        f"torch {said['torch']}, {said['date']}).",
-    ]
-    for name, caption in CAPTIONS.items():
-        if (figures / f"{name}.png").exists():
-            lines += ["", f"![{caption}]({figures.name}/{name}.png)", "", f"*{caption}*"]
-    return "\n".join(lines)
-
-
 METHOD_NAMES = {
     "gradcam": "Grad-CAM",
     "gradcam++": "Grad-CAM++",
@@ -633,145 +541,6 @@ METHOD_NAMES = {
     "eigencam": "Eigen-CAM",
 }
 """How figures and pages call the methods that make maps."""
-
-ANSWERS = {
-    ("all", "predicted"): "all, predicted class",
-    ("all", "actual"): "all, actual class",
-    ("right", "both"): "right answers",
-    ("wrong", "predicted"): "wrong answers, predicted class",
-    ("wrong", "actual"): "wrong answers, actual class",
-}
-
-
-def maps_part(figures: Path, results: Path) -> str:
-    """The README's table of how well the maps meet the boxes, for the run that its figures show."""
-    missing = "Not yet measured: `tinylab explain` measures it, `tinylab publish` puts it here."
-    if not os.path.lexists(figures / "figures.json"):
-        return missing
-    name = read_object(figures / "figures.json", "it was there just now", {"run": str})["run"]
-    path = results / name.replace("/", "_").lstrip(".") / "explain.json"
-    found = read_object(path, "it was there just now").get("localisation") if os.path.lexists(path) else None
-    if not found:
-        return missing
-    try:
-        return _maps_table(name, found)
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path} is not what tinylab writes: its part on localisation lacks {error}") from error
-
-
-def _maps_table(name: str, found: dict) -> str:
-    method = METHOD_NAMES.get(found["method"], found["method"])
-    lines = [
-        f"{_link(name, name)}, {plain_text(method)} of {plain_text(found['stage'])}, {found['scored']:,} test "
-        f"images (left out for want of a usable box: {found['degenerate']:,}):",
-        "",
-        "| boxes | answers | images | highest point in the box | image centre in the box | map inside | box area |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for group in found["groups"]:
-        which = ANSWERS.get((group["answers"], group["class"]))
-        if which is None or not group["images"]:
-            continue
-        boxes = "all" if group["boxes"] == "all" else "below half of the image"
-        shares = " | ".join(_with_interval(group[key]) for key in ("hit", "centre_hit", "energy", "uniform"))
-        lines.append(f"| {boxes} | {which} | {group['images']:,} | {shares} |")
-    return "\n".join(lines)
-
-
-def _with_interval(share: dict) -> str:
-    mean, low, high = (f"{100 * float(share[name]):.1f}" for name in ("mean", "low", "high"))
-    return f"{mean} % ({low} to {high})"
-
-
-def _csv_row(run: Run) -> dict:
-    """What results.csv says of one run: result first, then what decided it, then where it was measured."""
-    summary, environment = run.summary, run._read("environment.json", needs=ENVIRONMENT)
-    recipe = {f"recipe.{name}": value for name, value in dataclasses.asdict(run.recipe).items()}
-    identity = {name: value for name, value in run.identity.items() if name not in summary}
-    return {"run": run.folder.name, **summary, **identity, **recipe, **environment}
-
-
-def results_table(rows: list[dict], published: list[dict]) -> str:
-    """The README's results table in Markdown: the published run, and each group of runs that differ in seed only.
-
-    rows: as in results.csv. What is not measured is said to be so.
-    """
-    lines = [
-        "| run | split, classes | train / test images | epochs | top-1 % | top-5 % | seeds | training | device |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    if published:
-        last = published[-1]
-        lines.append(
-            f"| the published run (reference) | unseeded 70/30, 200 | 77,000 / 33,000 | {last['epoch']} "
-            f"| {float(last['test_accuracy_pct']):.2f} | not reported | 1 | 79 min | a Colab GPU, fp32 |"
-        )
-    if not any(row["recipe"] == "published" and row["classes"] == 200 for row in rows):
-        lines.append("| `published` | merged, 200 | 77,000 / 33,000 | 30 | not yet measured | | | | needs a GPU |")
-    groups: dict[str, list[dict]] = {}
-    for row in rows:
-        same = ("protocol", "classes", "content_sha256", "device", "precision")
-        unusual = [row.get("compiled"), row.get("micro_batch"), row.get("processes") or 1]
-        fields = [value for name, value in row.items() if name.startswith("recipe.")]
-        key = [row[name] for name in same] + unusual + fields
-        groups.setdefault(json.dumps(key), []).append(row)
-    lines += [_table_line(members) for members in groups.values()]
-    return "\n".join(lines)
-
-
-def _table_line(runs: list[dict]) -> str:
-    """The line of one or more runs that differ in their seed only."""
-    first = runs[0]
-    minutes = statistics.mean(run["train_seconds"] for run in runs) / 60
-    cells = [
-        f"{_link(first['recipe'], first['run'])}{plain_text(_overrides(first))}",
-        f"{plain_text(first['protocol'])}, {_which_classes(first['classes'])}",
-        f"{first['train_images']:,} / {first['test_images']:,}",
-        str(first["epochs"]),
-        _mean_and_spread(runs, "test_top1"),
-        _mean_and_spread(runs, "test_top5"),
-        str(len(runs)),
-        f"{minutes:.1f} min",
-        plain_text(f"{first['device']}, {first['precision']}"),
-    ]
-    return f"| {' | '.join(cells)} |"
-
-
-def _link(text: str, run: str) -> str:
-    name = run.replace("/", "_").lstrip(".")  # what no folder of a published run has leads nowhere
-    folder = urllib.parse.quote(name.encode("utf-8", "replace"), safe="") or "unknown"
-    shown = f"`{text}`" if re.fullmatch(r"[\w.-]{1,200}", text, re.ASCII) else plain_text(text)
-    return f"[{shown}](results/{folder})"
-
-
-def _which_classes(classes: int) -> str:
-    return "200" if classes == 200 else f"first {classes}"
-
-
-def _overrides(row: dict) -> str:
-    """Fields in which the run's recipe is not the one of that name, the number of epochs aside: it has a column."""
-    if row["recipe"] not in RECIPES:
-        return ""
-    fields = dataclasses.asdict(named(row["recipe"])).items()
-    changed = [f"{name} {row[f'recipe.{name}']}" for name, value in fields if row[f"recipe.{name}"] != value]
-    changed = [change for change in changed if not change.startswith("epochs ")]
-    return f", {', '.join(changed)}" if changed else ""
-
-
-def _mean_and_spread(rows: list[dict], name: str) -> str:
-    values = [row[name] for row in rows]
-    mean = f"{statistics.mean(values):.2f}"
-    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.2f}"
-
-
-def replace_between(page: str, name: str, text: str, readme: Path) -> str:
-    """`page` with what stands between the comments `<!-- name -->` and `<!-- /name -->` replaced by `text`. Raises
-    `UserError` if they are not there once each; `readme` is the page's path, for the message."""
-    begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
-    if page.count(begin) != 1 or page.count(end) != 1:
-        raise UserError(f"{readme} must hold {begin} and {end} once each: the generated part goes between them")
-    before, rest = page.split(begin)
-    return f"{before}{begin}\n{text}\n{end}{rest.split(end)[1]}"
 
 
 def _version(package: str) -> str | None:
@@ -789,8 +558,17 @@ def _power_limit() -> float | None:
         return None
 
 
+def _compile_cache() -> str:
+    """Whether torch.compile finds code that it compiled before, "filled" or "empty": a cold clock is one that began
+    with nothing."""
+    named = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+    folders = [Path(named)] if named else Path(tempfile.gettempdir()).glob("torchinductor_*")  # the latter: any user's
+    return "filled" if any(folder.is_dir() and any(folder.iterdir()) for folder in folders) else "empty"
+
+
 def _commit() -> str | None:
-    """The commit of the code that runs, with "+" if source files differ from it; None outside a checkout."""
+    """The commit of the code that runs, with "+" if source files differ from it; outside a checkout what the variable
+    TINYLAB_COMMIT says, for code that was copied without its history, else None."""
     source = Path(__file__).parent
 
     def git(*arguments: str) -> str:
@@ -801,7 +579,7 @@ def _commit() -> str | None:
         changed = git("status", "--porcelain", "--untracked-files=no", "--", str(source))
         return git("rev-parse", "--short=12", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.SubprocessError):
-        return None
+        return os.environ.get("TINYLAB_COMMIT") or None
 
 
 def relative_to_here(path: Path) -> str:

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from tinylab.device import device_name
-from tinylab.record import replace_between
+from tinylab.results import replace_between
 
 PROMISES = {
     "kill": "SIGKILL anywhere, resume: the same bits",

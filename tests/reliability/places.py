@@ -32,7 +32,7 @@ def make_template(place: Path, dataset: Dataset) -> Path:
         settings = {"device": "cpu", "precision": "fp32", "workers": 0, "quiet": True}
         train(recipe, replace(dataset, folder=Path("data")), folder=Path("run"), **settings)
     (place / "results").mkdir()
-    parts = ("results", "figures", "maps")
+    parts = ("results", "targets", "paired", "throughput", "figures", "maps")
     (place / "README.md").write_text("".join(f"<!-- {part} -->\n<!-- /{part} -->\n" for part in parts))
     return place
 
