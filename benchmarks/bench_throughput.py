@@ -1,0 +1,233 @@
+"""How fast is a full training step, by number format, layout, compilation, batch and resolution?
+
+A step is the one of `accurate` on one batch that is on the device already: forward, loss, backward, optimiser,
+schedule, running average. Each row says which share of the measured peak of matrix products in its format the step
+reaches, at 13.33 GFLOP per image of 64 x 64 pixels, less by area for smaller ones.
+
+    fp32, tf32         32-bit; the second lets an NVIDIA GPU round the factors of products to 10 bits
+    bf16, fp16         under autocast; fp16 with loss scaling
+    NHWC, NCHW         layout of images and weights: channels last, as everywhere in this project, or first
+    reduce-overhead    compiled, and replayed as CUDA graphs
+
+A GPU is asked the most telling questions first, about twenty; `--full` asks all of them, which takes an hour.
+`--csv FILE` keeps each row as it is measured and measures no row twice.
+
+    python benchmarks/bench_throughput.py --csv results/throughput.csv
+"""
+
+import contextlib
+import csv
+import gc
+import itertools
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from bench_loader import conditions, make_parser, print_conditions
+from bench_step import STEPS, TRAINING_FLOP, images_per_second, matmul_peak
+
+from tinylab.checkpoint import write_atomically
+from tinylab.device import Placement, choose, fastest_convolutions
+from tinylab.loader import Batch
+from tinylab.recipe import SIZE, UserError, accurate
+from tinylab.record import describe_environment
+from tinylab.step import new_state, out_of_memory, train_step
+from tinylab.tables import as_csv
+
+COLUMNS = (
+    "gpu", "torch", "commit", "date", "precision", "layout", "compiled", "batch", "resolution", "images_per_second",
+    "share_of_peak", "peak_tflops", "status",
+)  # fmt: skip
+CLASSES = 200
+
+
+class Setting(NamedTuple):
+    """One row's question."""
+
+    precision: str = "fp16"
+    layout: str = "NHWC"
+    compiled: str = "no"
+    batch: int = 512
+    resolution: int = SIZE
+
+
+def settings(place: Placement, full: bool = False) -> list[Setting]:
+    """The rows for this device, most telling first."""
+    if place.device.type != "cuda":
+        formats = ["fp32", "bf16"] if place.precision == "bf16" else ["fp32"]
+        rows = [Setting(precision, layout, batch=32) for precision in formats for layout in ("NHWC", "NCHW")]
+        return rows + [Setting(formats[-1], batch=32, resolution=resolution) for resolution in (48, 40)]
+    eager = [Setting(precision, layout) for layout in ("NHWC", "NCHW") for precision in ("fp16", "bf16", "tf32")]
+    eager += [Setting(batch=batch) for batch in (256, 1024)] + [Setting(resolution=side) for side in (48, 40)]
+    best = Setting("bf16", compiled="yes")
+    compiled = [best, best._replace(precision="fp16"), best._replace(compiled="reduce-overhead")]
+    compiled += [best._replace(batch=batch) for batch in (1024, 256)]
+    compiled += [best._replace(resolution=side) for side in (48, 40)]
+    compiled += [best._replace(layout="NCHW"), best._replace(batch=256, compiled="reduce-overhead")]
+    chosen = [eager[0], best, *eager[1:], *compiled[1:], Setting("fp32", "NCHW", batch=256)]
+    if full:
+        grid = (("fp16", "bf16", "tf32", "fp32"), ("NHWC", "NCHW"), ("no", "yes", "reduce-overhead"), (512, 256, 1024))
+        chosen += [Setting(*values) for values in itertools.product(*grid, (SIZE, 48, 40))]
+    return list(dict.fromkeys(chosen))
+
+
+# --- One row ----------------------------------------------------------------------------------------------------------
+
+
+def measure(setting: Setting, device: str, width: int = 64, seconds: float = 2.0, rounds: int = 3) -> float:
+    """Images/s: the median of `rounds` measurements of about `seconds` each, after warming up."""
+    format_ = "fp32" if setting.precision == "tf32" else setting.precision
+    place = choose(device, format_, compiled=setting.compiled != "no")
+    with fastest_convolutions(place), _tf32(setting.precision == "tf32"):
+        step = _step(setting, place, width)
+        for _ in range(5):  # compiles, and lets cuDNN choose
+            step()
+        once = setting.batch / images_per_second(step, place, setting.batch, 1)
+        steps = max(1, round(seconds / once))
+        return statistics.median(images_per_second(step, place, setting.batch, steps) for _ in range(rounds))
+
+
+def _step(setting: Setting, place: Placement, width: int) -> Callable[[], None]:
+    recipe = replace(accurate(), batch_size=setting.batch, resolution=setting.resolution, width=width)
+    torch.compiler.reset()
+    state = new_state(recipe, CLASSES, 0, STEPS, place)
+    if setting.layout == "NCHW":
+        for module in (state.model, state.average.module):
+            module.to(memory_format=torch.contiguous_format)
+    network = state.model
+    if setting.compiled != "no":
+        network = torch.compile(network, dynamic=False, mode=None if setting.compiled == "yes" else setting.compiled)
+    state.network = (lambda images: network(images.contiguous())) if setting.layout == "NCHW" else network
+    state.model.train()
+    rng = np.random.default_rng(0)
+    images = torch.from_numpy(rng.integers(0, 256, (setting.batch, SIZE, SIZE, 3), dtype=np.uint8))
+    labels = torch.from_numpy(rng.integers(0, CLASSES, setting.batch))
+    batch = Batch(images.to(place.device), labels.to(place.device))
+    return lambda: train_step(state, recipe, place, batch)
+
+
+@contextlib.contextmanager
+def _tf32(allowed: bool) -> Iterator[None]:
+    """Whether 32-bit products may be rounded; torch lets convolutions do so unless told otherwise."""
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+
+def peak(precision: str, device: str, quick: bool) -> float:
+    """Operations per second of large matrix products in that format."""
+    place = choose(device, "fp32" if precision == "tf32" else precision)
+    with _tf32(precision == "tf32"):
+        return matmul_peak(place, quick)
+
+
+def row_of(setting: Setting, device: str, peaks: dict[str, float], quick: bool = False) -> dict:
+    """The measured row; what fails is a row, too, whose status says why."""
+    width, seconds, rounds = (16, 0.0, 1) if quick else (64, 2.0, 3)
+    row = setting._asdict() | {"status": "ok"}
+    try:
+        if setting.precision not in peaks:
+            peaks[setting.precision] = peak(setting.precision, device, quick)
+        rate = measure(setting, device, width, seconds, rounds)
+    except UserError as error:
+        return row | {"status": str(error)}
+    except Exception as error:  # a table of thirty rows is not given up for one
+        known = out_of_memory(error) or type(error).__module__.startswith("torch")
+        if not known and not isinstance(error, RuntimeError):
+            raise
+        return row | {"status": "out of memory" if out_of_memory(error) else type(error).__name__}
+    finally:
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    operations = rate * TRAINING_FLOP * (setting.resolution / SIZE) ** 2
+    share = {} if quick else {"share_of_peak": round(operations / peaks[setting.precision], 4)}
+    return row | {
+        "images_per_second": round(rate, 1),
+        "peak_tflops": round(peaks[setting.precision] / 1e12, 4),
+        **share,
+    }
+
+
+# --- The table --------------------------------------------------------------------------------------------------------
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """The rows that were measured before; none if there is no such file. Raises `UserError` if it is another table."""
+    if not path.exists():
+        return []
+    with open(path, newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        if tuple(reader.fieldnames or ()) != COLUMNS:
+            raise UserError(f"{path} is not a table of throughput: move it away")
+        return list(reader)
+
+
+def fill(path: Path, wanted: Iterable[Setting], device: str, until: float, quick: bool = False) -> bool:
+    """Measures what is missing in the table at `path` for this device, until the clock `time.monotonic` says `until`;
+    prints each row; whether nothing is missing now."""
+    rows, peaks = read_rows(path), {}
+    about = describe_environment(choose(device))
+    where = {"gpu": about["device"], "torch": about["torch"], "commit": about["commit"], "date": about["date"]}
+    there = {
+        tuple(row[name] for name in Setting._fields)
+        for row in rows
+        if all(row[k] == where[k] for k in ("gpu", "torch"))
+    }
+    for setting in wanted:
+        if tuple(map(str, setting)) in there:
+            continue
+        if time.monotonic() > until:
+            return False
+        rows.append(where | row_of(setting, device, peaks, quick))
+        table = [COLUMNS, *([row.get(name) for name in COLUMNS] for row in rows)]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, as_csv(table))
+        print(line_of(rows[-1]), flush=True)
+    return True
+
+
+def line_of(row: dict) -> str:
+    """The row for people."""
+    rate = f"{float(row['images_per_second']):>10,.1f} images/s" if row.get("images_per_second") else ""
+    share = f"{float(row['share_of_peak']):>8.1%} of peak" if row.get("share_of_peak") else ""
+    said = [f"{row['precision']:<5}{row['layout']:<5}compiled: {row['compiled']:<16}batch {row['batch']:>5}"]
+    return "  ".join([*said, f"{row['resolution']:>3} px", rate or row["status"], share]).rstrip()
+
+
+def main() -> None:
+    parser = make_parser(__doc__)
+    parser.add_argument("--csv", type=Path, help="keep the rows in this file, and measure no row twice")
+    parser.add_argument("--full", action="store_true", help="every combination; about an hour on a GPU")
+    parser.add_argument("--seconds", type=float, default=3600.0, help="begin no row after so many seconds")
+    arguments = parser.parse_args()
+    until = time.monotonic() + arguments.seconds
+    with contextlib.ExitStack() as stack:
+        try:
+            place = choose(arguments.device)
+            scratch = tempfile.TemporaryDirectory(prefix="bench-throughput-")
+            path = arguments.csv or Path(stack.enter_context(scratch)) / "throughput.csv"
+            found = conditions(place, "one resident batch")
+            print_conditions(found)
+            wanted = settings(place, arguments.full)
+            if arguments.quick:
+                wanted = [setting._replace(batch=2, resolution=32) for setting in wanted][:2]
+            done = fill(path, wanted, arguments.device, until, arguments.quick)
+            rows = read_rows(path)
+        except UserError as error:
+            parser.error(str(error))
+    print(json.dumps({"benchmark": "throughput", **found, "complete": done, "rows": rows}))
+
+
+if __name__ == "__main__":
+    main()
