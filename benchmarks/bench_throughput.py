@@ -63,7 +63,8 @@ def settings(place: Placement, full: bool = False) -> list[Setting]:
     if place.device.type != "cuda":
         formats = ["fp32", "bf16"] if place.precision == "bf16" else ["fp32"]
         rows = [Setting(precision, layout, batch=32) for precision in formats for layout in ("NHWC", "NCHW")]
-        return rows + [Setting(formats[-1], batch=32, resolution=resolution) for resolution in (48, 40)]
+        rows += [Setting(formats[-1], batch=32, resolution=side) for side in (48, 40)]
+        return [*rows, Setting(formats[-1], compiled="yes", batch=32)]
     eager = [Setting(precision, layout) for layout in ("NHWC", "NCHW") for precision in ("fp16", "bf16", "tf32")]
     eager += [Setting(batch=batch) for batch in (256, 1024)] + [Setting(resolution=side) for side in (48, 40)]
     best = Setting("bf16", compiled="yes")
@@ -173,20 +174,21 @@ def read_rows(path: Path) -> list[dict[str, str]]:
         return list(reader)
 
 
-def fill(path: Path, wanted: Iterable[Setting], device: str, until: float, quick: bool = False) -> bool:
-    """Measures what is missing in the table at `path` for this device, until the clock `time.monotonic` says `until`;
-    prints each row; whether nothing is missing now."""
-    rows, peaks = read_rows(path), {}
+def missing(path: Path, wanted: Iterable[Setting], device: str) -> list[Setting]:
+    """The settings that the table at `path` has no row of, for this device and torch."""
     about = describe_environment(choose(device))
+    here = (about["device"], about["torch"])
+    ours = [row for row in read_rows(path) if (row["gpu"], row["torch"]) == here]
+    there = {tuple(row[name] for name in Setting._fields) for row in ours}
+    return [setting for setting in wanted if tuple(map(str, setting)) not in there]
+
+
+def fill(path: Path, wanted: Iterable[Setting], device: str, until: float, quick: bool = False) -> bool:
+    """Measures what is missing in the table at `path` for this device, beginning no row after the clock
+    `time.monotonic` says `until`; prints each row; whether nothing is missing now."""
+    rows, peaks, about = read_rows(path), {}, describe_environment(choose(device))
     where = {"gpu": about["device"], "torch": about["torch"], "commit": about["commit"], "date": about["date"]}
-    there = {
-        tuple(row[name] for name in Setting._fields)
-        for row in rows
-        if all(row[k] == where[k] for k in ("gpu", "torch"))
-    }
-    for setting in wanted:
-        if tuple(map(str, setting)) in there:
-            continue
+    for setting in missing(path, wanted, device):
         if time.monotonic() > until:
             return False
         rows.append(where | row_of(setting, device, peaks, quick))

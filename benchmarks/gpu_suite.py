@@ -42,7 +42,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from bench_throughput import fill, settings
+from bench_throughput import fill, missing, settings
 from gpu_plan import PLANS, Candidate, Figures, Final, Notebook, Outcome, Stage, Step, Throughput
 
 from tinylab.checkpoint import write_atomically
@@ -406,8 +406,7 @@ def is_done(suite: Suite, step: Step) -> bool:
         notebook = suite.root / NOTEBOOK
         shown = (f"runs/{step.of.name} is finished", f" {step.of.name}/summary.json", f"/{step.of.name}/summary.json")
         return notebook.exists() and any(words in notebook.read_text(encoding="utf-8") for words in shown)
-    path = suite.results / "throughput.csv"
-    return path.exists() and len(path.read_text().splitlines()) > len(_rows(suite))
+    return not missing(suite.results / "throughput.csv", _rows(suite), suite.place.device.type)
 
 
 def possible(suite: Suite, step: Step) -> bool:

@@ -78,6 +78,17 @@ def test_step_compares_ours_with_the_plain_loop_and_timm(start: Start) -> None:
 
 
 @pytest.mark.slow
+def test_throughput_keeps_its_rows_in_a_table(start: Start, tmp_path: Path) -> None:
+    _, result = start("throughput", "--csv", str(tmp_path / "throughput.csv"))
+    assert result["complete"]
+    assert [(row["layout"], row["status"]) for row in result["rows"]] == [("NHWC", "ok"), ("NCHW", "ok")]
+    assert all(float(row["images_per_second"]) > 0 for row in result["rows"])
+    text, again = start("throughput", "--csv", str(tmp_path / "throughput.csv"))
+    assert again["rows"] == result["rows"]
+    assert "images/s" not in text.rpartition("{")[0].replace("images_per_second", ""), "nothing is measured twice"
+
+
+@pytest.mark.slow
 def test_explain_compares_batches_with_one_by_one(start: Start) -> None:
     text, result = start("explain")
     assert set(result["ways"]) == {"ours", "library, one by one", "library, batched", "library, averaged"}

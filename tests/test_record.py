@@ -297,3 +297,38 @@ def test_a_run_of_before_the_class_order_was_noted_is_still_shown(
     run = Run(tmp_path / "run")
     run.write("run.json", {name: value for name, value in run.identity.items() if name != "class_order_sha256"})
     assert train_tiny(tmp_path / "run").finished
+
+
+def test_a_compiled_run_that_is_finished_is_shown_by_whoever_asks(entered: Run, narrow: Recipe) -> None:
+    compiled = Run(entered.folder.with_name("compiled"))
+    compiled.folder.mkdir()
+    enter_run(compiled, narrow, IDENTITY | {"compiled": True}, dict(ENVIRONMENT))
+    with pytest.raises(UserError, match="compiled True -> None"):
+        enter_run(compiled, narrow, IDENTITY, dict(ENVIRONMENT))
+    compiled.write("summary.json", {})
+    assert enter_run(compiled, narrow, IDENTITY, dict(ENVIRONMENT)) == []
+
+
+def test_the_environment_says_whether_compiled_code_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    assert describe_environment(choose("cpu", "fp32"))["compile_cache"] == "empty"
+    (tmp_path / "cache" / "aa").mkdir(parents=True)
+    assert describe_environment(choose("cpu", "fp32"))["compile_cache"] == "filled"
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    assert describe_environment(choose("cpu", "fp32"))["compile_cache"] == "empty"
+    (tmp_path / "torchinductor_somebody" / "aa").mkdir(parents=True)
+    assert describe_environment(choose("cpu", "fp32"))["compile_cache"] == "filled"
+
+
+def test_code_without_its_history_may_be_told_its_commit(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_git(*_: object, **__: object) -> None:
+        raise FileNotFoundError("git")
+
+    monkeypatch.setenv("TINYLAB_COMMIT", "0123456789ab")
+    told = describe_environment(choose("cpu", "fp32"))["commit"]
+    assert told != "0123456789ab" or not (Path(record.__file__).parents[2] / ".git").exists()
+    monkeypatch.setattr("tinylab.record.subprocess.run", no_git)
+    assert describe_environment(choose("cpu", "fp32"))["commit"] == "0123456789ab"
+    monkeypatch.delenv("TINYLAB_COMMIT")
+    assert describe_environment(choose("cpu", "fp32"))["commit"] is None
