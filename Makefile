@@ -3,6 +3,8 @@
 # make test             set up, then run the tests
 # make soak             every test of reliability in full (about a quarter of an hour), and its table
 # make bench            benchmarks, a table and one JSON line each
+# make gpu              everything that needs a GPU: throughput, choices, final runs; stop it and it goes on
+# make trial            the same chain in miniature on made-up images, on a CPU, in runs/trial
 # make check            style, and that the committed notebook is its source's
 # make compat           the fast tests with the versions that Colab has
 # make notebook         run the committed notebook again, in place, on Tiny ImageNet
@@ -28,7 +30,7 @@ else
   $(error DATA must be sample or full, not $(DATA))
 endif
 
-.PHONY: run test soak bench check compat notebook setup
+.PHONY: run test soak bench gpu trial check compat notebook setup
 .DEFAULT_GOAL := run
 
 setup: $(VENV)/.done
@@ -59,6 +61,9 @@ soak: setup
 
 bench: setup
 	@for script in benchmarks/bench_*.py; do echo "== $$script"; $(VENV_PYTHON) "$$script" || exit 1; done
+
+gpu trial: setup
+	@$(VENV_PYTHON) benchmarks/gpu_suite.py $(if $(filter trial,$@),--trial)
 
 check: setup
 	@$(VENV_PYTHON) -m ruff check
