@@ -6,10 +6,11 @@ reaches, at 13.33 GFLOP per image of 64 x 64 pixels, less by area for smaller on
 
     fp32, tf32         32-bit; the second lets an NVIDIA GPU round the factors of products to 10 bits
     bf16, fp16         under autocast; fp16 with loss scaling
-    NHWC, NCHW         layout of images and weights: channels last, as everywhere in this project, or first
+    NHWC, NCHW         layout of images and weights: channels last, as everywhere in this project, or first (eager only:
+                       a compiler may choose another layout inside)
     reduce-overhead    compiled, and replayed as CUDA graphs
 
-A GPU is asked the most telling questions first, about twenty; `--full` asks all of them, which takes an hour.
+A GPU is asked the most telling questions first, about twenty; `--full` asks all 144 combinations.
 `--csv FILE` keeps each row as it is measured and measures no row twice.
 
     python benchmarks/bench_throughput.py --csv results/throughput.csv
@@ -38,13 +39,10 @@ from tinylab.device import Placement, choose, fastest_convolutions
 from tinylab.loader import Batch
 from tinylab.recipe import SIZE, UserError, accurate
 from tinylab.record import describe_environment
-from tinylab.step import new_state, out_of_memory, train_step
+from tinylab.results import THROUGHPUT
+from tinylab.step import TrainState, new_state, out_of_memory, train_step
 from tinylab.tables import as_csv
 
-COLUMNS = (
-    "gpu", "torch", "commit", "date", "precision", "layout", "compiled", "batch", "resolution", "images_per_second",
-    "share_of_peak", "peak_tflops", "status",
-)  # fmt: skip
 CLASSES = 200
 
 
@@ -65,17 +63,20 @@ def settings(place: Placement, full: bool = False) -> list[Setting]:
         rows = [Setting(precision, layout, batch=32) for precision in formats for layout in ("NHWC", "NCHW")]
         rows += [Setting(formats[-1], batch=32, resolution=side) for side in (48, 40)]
         return [*rows, Setting(formats[-1], compiled="yes", batch=32)]
-    eager = [Setting(precision, layout) for layout in ("NHWC", "NCHW") for precision in ("fp16", "bf16", "tf32")]
-    eager += [Setting(batch=batch) for batch in (256, 1024)] + [Setting(resolution=side) for side in (48, 40)]
-    best = Setting("bf16", compiled="yes")
-    compiled = [best, best._replace(precision="fp16"), best._replace(compiled="reduce-overhead")]
-    compiled += [best._replace(batch=batch) for batch in (1024, 256)]
-    compiled += [best._replace(resolution=side) for side in (48, 40)]
-    compiled += [best._replace(layout="NCHW"), best._replace(batch=256, compiled="reduce-overhead")]
-    chosen = [eager[0], best, *eager[1:], *compiled[1:], Setting("fp32", "NCHW", batch=256)]
+    eager, best = Setting(), Setting("bf16", compiled="yes")
+    chosen = [eager, best, best._replace(precision="fp16"), eager._replace(layout="NCHW")]
+    chosen += [eager._replace(precision=precision) for precision in ("bf16", "tf32")]
+    chosen += [Setting("fp32", "NCHW", batch=256), best._replace(batch=1024)]  # the former is the published way
+    chosen += [best._replace(batch=256), best._replace(compiled="reduce-overhead")]
+    chosen += [best._replace(resolution=side) for side in (48, 40)]
+    chosen += [eager._replace(batch=batch) for batch in (256, 1024)]
+    chosen += [eager._replace(resolution=side) for side in (48, 40)]
+    chosen += [Setting(precision, "NCHW") for precision in ("bf16", "tf32")]
+    chosen.append(best._replace(batch=256, compiled="reduce-overhead"))
     if full:
         grid = (("fp16", "bf16", "tf32", "fp32"), ("NHWC", "NCHW"), ("no", "yes", "reduce-overhead"), (512, 256, 1024))
-        chosen += [Setting(*values) for values in itertools.product(*grid, (SIZE, 48, 40))]
+        every = [Setting(*values) for values in itertools.product(*grid, (SIZE, 48, 40))]
+        chosen += [setting for setting in every if setting.layout == "NHWC" or setting.compiled == "no"]
     return list(dict.fromkeys(chosen))
 
 
@@ -100,18 +101,27 @@ def _step(setting: Setting, place: Placement, width: int) -> Callable[[], None]:
     torch.compiler.reset()
     state = new_state(recipe, CLASSES, 0, STEPS, place)
     if setting.layout == "NCHW":
-        for module in (state.model, state.average.module):
-            module.to(memory_format=torch.contiguous_format)
-    network = state.model
+        _channels_first(state)
+    # Options in place of mode="reduce-overhead", which falls back without a word where it cannot make CUDA graphs.
+    graphs = {"triton.cudagraphs": True, "triton.cudagraph_or_error": True} if place.device.type == "cuda" else None
     if setting.compiled != "no":
-        network = torch.compile(network, dynamic=False, mode=None if setting.compiled == "yes" else setting.compiled)
-    state.network = (lambda images: network(images.contiguous())) if setting.layout == "NCHW" else network
+        options = graphs if setting.compiled == "reduce-overhead" else None
+        state.network = torch.compile(state.model, dynamic=False, options=options)
     state.model.train()
     rng = np.random.default_rng(0)
     images = torch.from_numpy(rng.integers(0, 256, (setting.batch, SIZE, SIZE, 3), dtype=np.uint8))
     labels = torch.from_numpy(rng.integers(0, CLASSES, setting.batch))
     batch = Batch(images.to(place.device), labels.to(place.device))
     return lambda: train_step(state, recipe, place, batch)
+
+
+def _channels_first(state: TrainState) -> None:
+    """Turns the new state's networks and momenta to NCHW; the network asks its input for the same layout."""
+    for network in (state.model, state.average.module):
+        network.memory_format = torch.contiguous_format
+        network.to(memory_format=torch.contiguous_format)
+    for parameter, kept in state.optimizer.state.items():  # a fused optimiser wants one layout for both
+        kept["momentum_buffer"] = torch.zeros_like(parameter)
 
 
 @contextlib.contextmanager
@@ -142,12 +152,13 @@ def row_of(setting: Setting, device: str, peaks: dict[str, float], quick: bool =
         rate = measure(setting, device, width, seconds, rounds)
     except UserError as error:
         return row | {"status": str(error)}
-    except Exception as error:  # a table of thirty rows is not given up for one
-        known = out_of_memory(error) or type(error).__module__.startswith("torch")
-        if not known and not isinstance(error, RuntimeError):
-            raise
-        return row | {"status": "out of memory" if out_of_memory(error) else type(error).__name__}
+    except Exception as error:  # a table of twenty rows is not given up for one
+        if "CUDA error" in str(error):
+            raise  # the device is lost to this process, and so would all other rows be
+        said = (str(error).strip() or type(error).__name__).splitlines()[0][:100]
+        return row | {"status": "out of memory" if out_of_memory(error) else f"{type(error).__name__}: {said}"}
     finally:
+        torch.compiler.reset()  # its graphs hold memory
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -169,7 +180,7 @@ def read_rows(path: Path) -> list[dict[str, str]]:
         return []
     with open(path, newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
-        if tuple(reader.fieldnames or ()) != COLUMNS:
+        if tuple(reader.fieldnames or ()) != THROUGHPUT:
             raise UserError(f"{path} is not a table of throughput: move it away")
         return list(reader)
 
@@ -192,7 +203,7 @@ def fill(path: Path, wanted: Iterable[Setting], device: str, until: float, quick
         if time.monotonic() > until:
             return False
         rows.append(where | row_of(setting, device, peaks, quick))
-        table = [COLUMNS, *([row.get(name) for name in COLUMNS] for row in rows)]
+        table = [THROUGHPUT, *([row.get(name) for name in THROUGHPUT] for row in rows)]
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, as_csv(table))
         print(line_of(rows[-1]), flush=True)
@@ -210,7 +221,7 @@ def line_of(row: dict) -> str:
 def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--csv", type=Path, help="keep the rows in this file, and measure no row twice")
-    parser.add_argument("--full", action="store_true", help="every combination; about an hour on a GPU")
+    parser.add_argument("--full", action="store_true", help="every combination")
     parser.add_argument("--seconds", type=float, default=3600.0, help="begin no row after so many seconds")
     arguments = parser.parse_args()
     until = time.monotonic() + arguments.seconds

@@ -1,8 +1,8 @@
 """Everything that needs a GPU, in one command that can be stopped anywhere and picks up where it stopped.
 
-    python benchmarks/gpu_suite.py                 all of the plan `one-sitting`, about half an hour of an H100
+    python benchmarks/gpu_suite.py                 all of the plan `one-sitting`
     python benchmarks/gpu_suite.py --budget 540    at most nine minutes of it; exit status 75: there is more to do
-    python benchmarks/gpu_suite.py --plan full     everything, several hours
+    python benchmarks/gpu_suite.py --plan full     everything
     python benchmarks/gpu_suite.py --list          what there is to do, and what is done
     python benchmarks/gpu_suite.py --trial         the same chain in miniature on made-up images, on a CPU, in a folder
                                                    of its own; its numbers mean nothing
@@ -26,6 +26,8 @@ import argparse
 import dataclasses
 import datetime
 import gc
+import hashlib
+import importlib.util
 import json
 import math
 import multiprocessing
@@ -37,19 +39,20 @@ import sys
 import tarfile
 import tempfile
 import time
+import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from bench_throughput import fill, missing, settings
+from bench_throughput import Setting, fill, missing, settings
 from gpu_plan import PLANS, Candidate, Figures, Final, Notebook, Outcome, Stage, Step, Throughput
 
 from tinylab.checkpoint import write_atomically
 from tinylab.dataset import Dataset, open_dataset, prepare
-from tinylab.device import Placement, choose
-from tinylab.recipe import Recipe, UserError, named, smoke
-from tinylab.record import Run
+from tinylab.device import Placement, choose, device_name
+from tinylab.recipe import Recipe, RecipeFailed, UserError, named, smoke
+from tinylab.record import Run, describe_environment
 from tinylab.results import publish_run
 from tinylab.sample import write_sample
 from tinylab.split import make_split
@@ -58,16 +61,20 @@ from tinylab.train import train
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 NOTEBOOK = Path("notebooks") / "tiny_imagenet_resnet18.ipynb"
+DATA = Path("data") / "tiny-imagenet"
+NEEDED = ("albumentations", "torchsummary", "pytorch_grad_cam", "jupytext", "nbclient", "ipykernel", "tyro")
+"""Modules that a later step imports: better missed before the first one."""
 MORE_TO_DO = 75
 """Exit status when the budget ended first (EX_TEMPFAIL: try again)."""
-TOO_LITTLE = 15.0
-"""Seconds below which nothing new is begun."""
+TOO_LITTLE = {"run": 20.0, "compiled run": 60.0, "cold run": 200.0, "program": 120.0}
+"""Seconds below which nothing of that kind is begun: it would be set up, and then stopped."""
 RATE = 13_000
-"""Images/s that an H100 is expected to train, for `--list` only."""
+"""Images/s that an H100 may train, for the estimates of `--list` only: not measured."""
 
 
-class OutOfTime(Exception):
-    """The budget is spent; what was under way is saved, if it was worth it."""
+class OutOfTime(BaseException):
+    """The budget is spent; what was under way is saved, if it was worth it. Not an `Exception`: a compiler that it
+    interrupts would take it for its own failure."""
 
 
 @dataclass
@@ -82,6 +89,8 @@ class Suite:
     until: float
     """Of `time.monotonic`."""
     trial: bool = False
+    packed: Path | None = None
+    """The archive of all records, made anew after each step."""
     _counts: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     @property
@@ -91,6 +100,11 @@ class Suite:
     @property
     def left(self) -> float:
         return self.until - time.monotonic()
+
+    def need(self, kind: str) -> None:
+        """Raises `OutOfTime` if there is too little of it left for something of that kind."""
+        if self.left < TOO_LITTLE[kind]:
+            raise OutOfTime
 
     def recipe(self, name: str) -> Recipe:
         """The recipe as it stands: that of the name, with what was decided so far."""
@@ -145,26 +159,27 @@ class Suite:
 def run_within(suite: Suite, recipe: Recipe, protocol: str, seed: int, folder: Path, options: dict) -> Run:
     """Trains, or goes on, until the run is finished. Raises `OutOfTime` when the budget ends first: a run that is being
     trained is saved then, one that is being set up is not."""
-    if suite.left < TOO_LITTLE:
-        raise OutOfTime
-
-    expired = []
+    if not Run(folder).finished:
+        suite.need("compiled run" if options.get("compiled") else "run")
+    expired: list[str] = []
 
     def expire(_number: int, _frame: object) -> None:
-        expired.append(True)
-        if signal.getsignal(signal.SIGTERM) in (signal.SIG_DFL, None):
+        if signal.getsignal(signal.SIGTERM) in (signal.SIG_DFL, None) and "asked" not in expired:
+            expired.append("set-up")
             raise OutOfTime  # nothing is there to be saved yet
-        os.kill(os.getpid(), signal.SIGTERM)
+        if "asked" not in expired:  # a second signal would end the run while it is saved
+            expired.append("asked")
+            os.kill(os.getpid(), signal.SIGTERM)
 
     before = signal.signal(signal.SIGALRM, expire)
     if suite.left < math.inf:
-        signal.setitimer(signal.ITIMER_REAL, suite.left)
+        signal.setitimer(signal.ITIMER_REAL, max(0.1, suite.left), 2.0)  # again, where a library swallowed the first
     try:
         return _train(suite, recipe, protocol, seed, folder, options)
-    except Stopped as stopped:
-        if not expired:
-            raise  # somebody else's signal
-        raise OutOfTime from stopped
+    except BaseException as error:
+        if expired and not isinstance(error, OutOfTime):  # whatever it was turned into
+            raise OutOfTime from error
+        raise
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
@@ -182,8 +197,7 @@ def run_cold(suite: Suite, recipe: Recipe, protocol: str, seed: int, folder: Pat
     """Trains in a new process that finds no compiled code of an earlier one. Raises `OutOfTime` as `run_within`; a cold
     run that was stopped begins anew, as only an uninterrupted one has a cold clock."""
     if not Run(folder).finished:
-        if suite.left < TOO_LITTLE:
-            raise OutOfTime
+        suite.need("cold run")
         shutil.rmtree(folder, ignore_errors=True)
         with tempfile.TemporaryDirectory(prefix="cold-") as cache:
             caches = {"TORCHINDUCTOR_CACHE_DIR": f"{cache}/inductor", "TRITON_CACHE_DIR": f"{cache}/triton"}
@@ -204,10 +218,13 @@ def _in_new_process(suite: Suite, job: tuple) -> None:
     try:
         child.join(None if suite.left == math.inf else max(0.1, suite.left))
     finally:
-        if child.is_alive():
+        late = child.is_alive()
+        if late:
             child.terminate()
+            child.join(20)
+            child.kill()
             child.join()
-    if suite.left <= 0:
+    if late:
         raise OutOfTime
     if child.exitcode != 0:
         raise UserError(f"the cold run ended with status {child.exitcode}")
@@ -247,10 +264,18 @@ def do_stage(suite: Suite, stage: Stage) -> None:
         "options": winner.options,
         "outcomes": [dataclasses.asdict(outcome) for outcome in outcomes],
         "date": now.strftime("%Y-%m-%d"),
+        "fingerprint": _stage_fingerprint(suite, stage),
     }
     write_log(suite.root / "LOG.md", decision, rows[0])  # first: a decision without its log would stay without
     suite.add("decisions.jsonl", decision)
     print(f"{stage.name}: {reason}", flush=True)
+
+
+def _stage_fingerprint(suite: Suite, stage: Stage) -> str:
+    """Says which question a decision answered: another plan may have one of the same name."""
+    candidates = [[candidate.label, candidate.changes, candidate.options] for candidate in stage.candidates]
+    settings = [stage.recipe, stage.changes, stage.seeds, stage.rule_in_words, suite.classes]
+    return _fingerprint([candidates, *settings, suite.dataset.content_sha256])
 
 
 def _possible(suite: Suite, stage: Stage) -> Iterator[Candidate]:
@@ -273,17 +298,18 @@ def _selection_run(suite: Suite, stage: Stage, candidate: Candidate, seed: int) 
         "seed": seed,
         "classes": suite.classes or len(suite.dataset.wnids),
         "content_sha256": suite.dataset.content_sha256,
+        "device": device_name(suite.place.device),  # some rules compare seconds
+        "torch": str(torch.__version__),
     }
     for row in suite.selected():
         if all(row[name] == value for name, value in key.items()):
             return row
     print(f"{stage.name}: {candidate.label}, seed {seed}", flush=True)
-    folder = suite.root / "runs" / f"select-{stage.name}-{_slug(candidate.label)}-s{seed}"
+    folder = suite.root / "runs" / f"select-{_fingerprint(key)}"
     try:
-        run = run_within(suite, recipe, "select", seed, folder, options)
-        row = _row(run) | key
-    except UserError as error:  # it diverged, or does not fit: a result, too
-        row = {"status": str(error), "environment": {"device": str(suite.place)}} | key
+        row = _row(run_within(suite, recipe, "select", seed, folder, options)) | key
+    except RecipeFailed as error:  # a result, too; any other error is this machine's, and fails the step
+        row = {"status": str(error), "environment": describe_environment(suite.place)} | key
     suite.add("selection.jsonl", {"stage": stage.name, "candidate": candidate.label} | row)
     shutil.rmtree(folder, ignore_errors=True)
     return row
@@ -329,7 +355,13 @@ def do_final(suite: Suite, step: Final) -> None:
     recipe = suite.recipe(step.recipe)
     options = {} if step.recipe == "published" else suite.options()
     folder = suite.root / "runs" / step.name
+    for there in (Run(suite.results / step.name), Run(folder)):
+        if there.finished and not _is_wanted(suite, step, there):
+            where = f"{there.folder.parent.name}/{there.folder.name}"
+            raise UserError(f"{where} is a run of another recipe or of other images than this step's: move it away")
     job = (recipe, step.protocol, step.seed, folder, options)
+    if step.recipe == "speedrun" and not Run(folder).finished:
+        shutil.rmtree(folder, ignore_errors=True)  # a time that is to count is that of one go
     run = run_cold(suite, *job) if step.cold else run_within(suite, *job)
     publish_run(run, suite.results, suite.root / "README.md")
     summary = run.summary
@@ -351,6 +383,8 @@ def do_figures(suite: Suite, step: Figures) -> None:
 def do_notebook(suite: Suite, step: Notebook) -> None:
     """Executes the committed notebook in place; in a trial a copy, on the trial's run."""
     if not suite.trial:
+        if suite.dataset.folder.resolve() != (REPOSITORY / DATA).resolve():
+            raise UserError(f"the notebook as it is committed looks for the images in {DATA}: use --data {DATA}")
         _call(suite, [str(REPOSITORY / "notebooks" / "run.py"), str(suite.root / NOTEBOOK)])
         return
     folder, data = (suite.root / "runs" / step.of.name).resolve(), suite.dataset.folder.resolve()
@@ -360,8 +394,7 @@ def do_notebook(suite: Suite, step: Notebook) -> None:
 
 def _call(suite: Suite, arguments: list[str]) -> None:
     """Runs Python for what is left of the budget. Raises `OutOfTime`, and `UserError` if it fails."""
-    if suite.left < TOO_LITTLE:
-        raise OutOfTime
+    suite.need("program")
     paths = [str(REPOSITORY / "src"), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
     try:
@@ -379,15 +412,15 @@ def _call(suite: Suite, arguments: list[str]) -> None:
 
 
 def do_throughput(suite: Suite, step: Throughput) -> None:
-    until = min(suite.until, time.monotonic() + step.seconds)
-    complete = fill(suite.results / "throughput.csv", _rows(suite), suite.place.device.type, until, quick=suite.trial)
-    if not complete and suite.left < TOO_LITTLE:
+    """Measures the rows that are missing; begins none in the last minute, as compiling may take that long."""
+    until = suite.until - (0 if suite.trial else 60)
+    if not fill(suite.results / "throughput.csv", _rows(suite, step), suite.place.device.type, until, suite.trial):
         raise OutOfTime
 
 
-def _rows(suite: Suite) -> list:
-    wanted = settings(suite.place)
-    return [setting._replace(batch=2, resolution=32) for setting in wanted][:2] if suite.trial else wanted
+def _rows(suite: Suite, step: Throughput) -> list[Setting]:
+    wanted = settings(suite.place)[: step.rows]
+    return [setting._replace(batch=2, resolution=32) for setting in wanted[:2]] if suite.trial else wanted
 
 
 # --- The chain --------------------------------------------------------------------------------------------------------
@@ -396,9 +429,11 @@ def _rows(suite: Suite) -> list:
 def is_done(suite: Suite, step: Step) -> bool:
     """Whether the step's record is there."""
     if isinstance(step, Stage):
-        return any(decision["stage"] == step.name for decision in suite.decisions())
+        asked = _stage_fingerprint(suite, step)
+        return any((each["stage"], each["fingerprint"]) == (step.name, asked) for each in suite.decisions())
     if isinstance(step, Final):
-        return Run(suite.results / step.name).finished
+        published = Run(suite.results / step.name)
+        return published.finished and _is_wanted(suite, step, published)
     if isinstance(step, Figures):
         shown = suite.root / "images-A" / "figures.json"
         return shown.exists() and json.loads(shown.read_text())["run"] == step.of.name
@@ -406,7 +441,15 @@ def is_done(suite: Suite, step: Step) -> bool:
         notebook = suite.root / NOTEBOOK
         shown = (f"runs/{step.of.name} is finished", f" {step.of.name}/summary.json", f"/{step.of.name}/summary.json")
         return notebook.exists() and any(words in notebook.read_text(encoding="utf-8") for words in shown)
-    return not missing(suite.results / "throughput.csv", _rows(suite), suite.place.device.type)
+    return not missing(suite.results / "throughput.csv", _rows(suite, step), suite.place.device.type)
+
+
+def _is_wanted(suite: Suite, step: Final, run: Run) -> bool:
+    """Whether the run is of the recipe as it stands now, and of these images."""
+    identity = run.identity
+    images = (identity["classes"], identity["content_sha256"])
+    wanted = (suite.classes or len(suite.dataset.wnids), suite.dataset.content_sha256)
+    return images == wanted and run.recipe == suite.recipe(step.recipe)
 
 
 def possible(suite: Suite, step: Step) -> bool:
@@ -436,12 +479,14 @@ def _cost(suite: Suite, recipe: Recipe, protocol: str) -> float:
 
 
 def table(suite: Suite, steps: list[Step]) -> str:
-    """A line per step: done or not, and about how long an H100 needs."""
+    """A line per step: done or not, and a guess at what it takes on an H100, without set-up."""
     lines = []
     for step in steps:
         state = "done" if is_done(suite, step) else "to do" if possible(suite, step) else "waits for its run"
         images = images_of(suite, step)
-        about = f"about {math.ceil(images / RATE / 60)} min" if images and state != "done" and not suite.trial else ""
+        about = (
+            f"{math.ceil(images / RATE / 60)} min, a guess" if images and state != "done" and not suite.trial else ""
+        )
         lines.append(f"{step.name:<28}{state:<20}{about}".rstrip())
     return "\n".join(lines)
 
@@ -451,13 +496,19 @@ def go(suite: Suite, steps: list[Step]) -> int:
     failed = False
     try:
         for step in steps:
-            if is_done(suite, step) or not possible(suite, step):
-                continue
             try:
+                if is_done(suite, step) or not possible(suite, step):
+                    continue
                 do(suite, step)
             except UserError as error:  # the others may still succeed
                 failed = True
                 print(f"{step.name}: {error}", file=sys.stderr, flush=True)
+            except Exception:
+                failed = True
+                print(f"{step.name}:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
+                suite.place.synchronise()  # a GPU that is lost to this process says so here, and ends the chain
+            if suite.packed:
+                pack(suite, suite.packed)
     except OutOfTime:
         print("the budget is spent; the same command goes on", flush=True)
         return MORE_TO_DO
@@ -467,13 +518,14 @@ def go(suite: Suite, steps: list[Step]) -> int:
 
 def pack(suite: Suite, path: Path) -> None:
     """Puts everything that belongs into the repository into one archive, to be unpacked there."""
-    names = ["results", "LOG.md", "README.md", "images-A", str(NOTEBOOK)]
+    names = ["results", "LOG.md", "README.md", "images-A", str(NOTEBOOK), str(NOTEBOOK.with_suffix(".failed.ipynb"))]
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w:gz") as archive:
+    temporary = path.with_name(f"{path.name}.tmp")
+    with tarfile.open(temporary, "w:gz", compresslevel=1) as archive:
         for name in names:
             if (suite.root / name).exists():
                 archive.add(suite.root / name, name)
-    print(f"{path}: {path.stat().st_size / 1e6:.1f} MB", flush=True)
+    os.replace(temporary, path)
 
 
 def make_suite(arguments: argparse.Namespace) -> Suite:
@@ -481,8 +533,12 @@ def make_suite(arguments: argparse.Namespace) -> Suite:
     until = time.monotonic() + arguments.budget
     place = choose(arguments.device)
     if not arguments.trial:
+        if place.device.type != "cuda" and not arguments.list:
+            raise UserError("no CUDA GPU here, without which this takes weeks; --trial shows it on a CPU")
+        if lacking := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
+            raise UserError(f"not installed: {', '.join(lacking)}; see requirements.txt")
         dataset = prepare(arguments.source, arguments.data)
-        return Suite(REPOSITORY, dataset, place, arguments.classes, until)
+        return Suite(REPOSITORY, dataset, place, None, until, packed=arguments.pack)
     root = arguments.root.resolve()
     if not (root / "README.md").exists():
         root.mkdir(parents=True, exist_ok=True)
@@ -492,7 +548,7 @@ def make_suite(arguments: argparse.Namespace) -> Suite:
     if not (data / "meta.json").exists():
         data.parent.mkdir(exist_ok=True)
         prepare(write_sample(root / "data" / "sample.zip"), data, workers=1, progress=False)
-    return Suite(root, open_dataset(data), place, arguments.classes or 4, until, trial=True)
+    return Suite(root, open_dataset(data), place, 4, until, trial=True, packed=arguments.pack)
 
 
 def _lines(path: Path) -> list[dict]:
@@ -508,8 +564,8 @@ def _as_tuple(value: object) -> object:
     return tuple(map(_as_tuple, value)) if isinstance(value, list) else value
 
 
-def _slug(label: str) -> str:
-    return "-".join("".join(c if c.isalnum() or c == "." else " " for c in label.lower()).split())
+def _fingerprint(value: object) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -519,10 +575,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--budget", type=float, default=math.inf, help="seconds after which to stop (default: never)")
     parser.add_argument("--only", nargs="+", metavar="STEP", help="only these steps, in the plan's order")
     parser.add_argument("--list", action="store_true", help="show the steps and do nothing")
-    parser.add_argument("--data", type=Path, default=Path("data/tiny-imagenet"), help="the prepared data set")
+    parser.add_argument("--data", type=Path, default=DATA, help="the prepared data set")
     parser.add_argument("--source", default="auto", help="where it is prepared from, if it is not there")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    parser.add_argument("--classes", type=int, help="the first so many classes only (default: all; a trial has 4)")
     parser.add_argument("--pack", type=Path, metavar="FILE", help="at the end put all records into this .tar.gz")
     parser.add_argument("--trial", action="store_true", help="in miniature, on made-up images, below --root")
     parser.add_argument("--root", type=Path, default=Path("runs/trial"), help="the trial's folder")
@@ -540,10 +595,13 @@ def main() -> int:
         suite = make_suite(arguments)
         steps = [step for step in PLANS[arguments.plan]() if not arguments.only or step.name in arguments.only]
         print(f"{suite.place}; torch {torch.__version__}", flush=True)
-        status = 0 if arguments.list else go(suite, steps)
+        try:
+            status = 0 if arguments.list else go(suite, steps)
+        finally:
+            if arguments.pack:
+                pack(suite, arguments.pack)
+                print(f"{arguments.pack}: {arguments.pack.stat().st_size / 1e6:.1f} MB", flush=True)
         print(table(suite, steps), flush=True)
-        if arguments.pack:
-            pack(suite, arguments.pack)
     except UserError as error:
         print(f"gpu_suite.py: {error}", file=sys.stderr)
         return 2

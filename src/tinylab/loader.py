@@ -137,7 +137,7 @@ class TrainingLoader:
     """Yields the batches of an epoch on `device`. `workers` processes augment; 0 augments in this one.
 
     The batches do not depend on `workers`. None chooses: none for a CPU run, whose cores are busy training, else one
-    per core up to four.
+    per core up to eight.
     """
 
     def __init__(
@@ -153,7 +153,7 @@ class TrainingLoader:
         if workers is not None and not 0 <= workers <= 256:
             raise UserError(f"workers must be from 0 to 256, not {workers}")
         if workers is None:
-            workers = 0 if device.type == "cpu" else min(4, available_cores())
+            workers = 0 if device.type == "cpu" else min(8, available_cores())
         self.steps = recipe.steps_per_epoch(len(rows))
         self._sizes = (recipe.batch_size, len(rows))
         self._device = device

@@ -15,6 +15,11 @@ class UserError(Exception):
     """Something the user can mend. The command line prints it as one line and exits with status 2."""
 
 
+class RecipeFailed(UserError):
+    """A run that cannot go on because of what its recipe asks for on this device, not because of what surrounds it: its
+    numbers are no longer finite, or it does not fit into memory. Of a choice between recipes that is a result."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     """Every choice that changes the result of a run, apart from data, split and seed.

@@ -366,9 +366,13 @@ def hashes(identity: dict) -> dict:
     return {name: value for name, value in identity.items() if name.endswith("sha256")}
 
 
+CIRCUMSTANCES = ("date", "precision_reason", "power_limit_watts", "compile_cache", "earlier_runs")
+"""Fields of the environment that no bit of the result depends on."""
+
+
 def _environment_notice(run: Run, environment: dict) -> list[str]:
     before = run.environment
-    keys = [key for key in environment if key not in ("date", "precision_reason", "power_limit_watts", "compile_cache")]
+    keys = [key for key in environment if key not in CIRCUMSTANCES]
     changed = [f"{key} {before.get(key)} -> {environment[key]}" for key in keys if before.get(key) != environment[key]]
     if not changed or run.finished:
         return []

@@ -279,10 +279,19 @@ def _listed(rows: list[dict], name: str) -> str:
 
 
 def _to_accuracy(runs: list[dict]) -> str:
-    """Means: warm over all runs, and in brackets cold over those that found no code compiled before."""
-    cold = [run for run in runs if not run.get("compiled") or run.get("compile_cache") == "empty"]
+    """Means: warm over all runs, and in brackets cold over those that have a cold clock, with their number if it is
+    another."""
+    once = _each_seed(runs)
+    cold = [run for run in once if _began_cold(run)]
     seconds = _mean(cold, "cold_time_to_accuracy_seconds") if cold else None
-    return f"{_duration(group_numbers(runs)['mean_time_to_accuracy_seconds'])} ({_duration(seconds)})"
+    count = f", n = {len(cold)}" if cold and len(cold) < len(once) else ""
+    return f"{_duration(group_numbers(runs)['mean_time_to_accuracy_seconds'])} ({_duration(seconds)}{count})"
+
+
+def _began_cold(run: dict) -> bool:
+    """Whether it was the first run of its process, found no code compiled before, and was never stopped."""
+    compiled = not run.get("compiled") or run.get("compile_cache") == "empty"
+    return compiled and not run.get("earlier_runs") and not run.get("stops")
 
 
 def _duration(seconds: float | None) -> str:
@@ -380,7 +389,9 @@ def _measured_here(rows: list[dict], name: str) -> str:
     numbers, once = group_numbers(runs), _each_seed(runs)
     where = f"{_device(runs)}, {_link(runs[0]['run'], runs[0]['run'])}"
     if name == "speedrun" and not reached(runs):
-        return f"not reached: {numbers['mean_top1']:.2f} (n = {numbers['n']}), {where}"
+        enough = numbers["n"] >= _REACHED_OVER
+        count = f"n = {numbers['n']}" if enough else f"{numbers['n']} of {_REACHED_OVER} seeds"
+        return f"{'not reached: ' if enough else ''}{numbers['mean_top1']:.2f} ({count}), {where}"
     few = name == "accurate" and numbers["n"] < _ACCURATE_OVER
     count = f"{numbers['n']} of {_ACCURATE_OVER} seeds" if few else f"n = {numbers['n']}"
     said = [f"{_mean_and_spread(once, 'test_top1')} ({count})"]

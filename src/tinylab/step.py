@@ -24,7 +24,7 @@ from tinylab.finite import MOST_IN_A_ROW, Statistics, all_finite, guarded_step
 from tinylab.loader import EVALUATION_BATCH, Batch
 from tinylab.model import build_model
 from tinylab.optim import make_optimizer
-from tinylab.recipe import SIZE, Recipe, UserError
+from tinylab.recipe import SIZE, Recipe, RecipeFailed, UserError
 from tinylab.stop import Abandoned
 
 
@@ -116,16 +116,16 @@ class TrainState:
         for name, value in saved.items():
             setattr(self, name, value)
 
-    def trouble(self) -> UserError | None:
+    def trouble(self) -> RecipeFailed | None:
         """What is wrong with the run, if its numbers are no longer finite. Waits for the device."""
         if int(self.skips[2]) >= MOST_IN_A_ROW:
-            return UserError(
+            return RecipeFailed(
                 f"loss or gradients are not finite in {MOST_IN_A_ROW} steps in a row, up to epoch {self.epoch}, step "
                 f"{self.step}: the run has diverged; what is saved is finite; start another run with a lower "
                 f"max-learning-rate{' or --precision fp32' if self.scaler.is_enabled() else ''}"
             )
         if self.scaler.is_enabled() and self.scaler.get_scale() < 1:
-            return UserError(
+            return RecipeFailed(
                 f"the gradients are not finite in epoch {self.epoch}, step {self.step}, however small the loss is "
                 "scaled: start another run with --precision fp32"
             )

@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import hashlib
 import io
+import itertools
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -40,7 +41,7 @@ from tinylab.loader import (
 from tinylab.mirror import Mirror
 from tinylab.model import weights_file
 from tinylab.optim import schedule as schedule  # also under this name, beside `train`
-from tinylab.recipe import Recipe, UserError
+from tinylab.recipe import Recipe, RecipeFailed, UserError
 from tinylab.record import (
     Run,
     default_folder,
@@ -70,6 +71,7 @@ from tinylab.track import Tracker
 
 SAVE_SECONDS = 300  # an epoch that takes longer is saved within, too
 MOST_GRAPHS = 8  # torch.compile's own limit, beyond which it silently does without
+_RUNS = itertools.count()  # how many runs this process has begun: only the first has a cold clock
 
 Item = TypeVar("Item")
 
@@ -102,7 +104,7 @@ def train(
     Started by torchrun, every process calls this and trains its share; the first one writes the run.
     Raises `UserError` if the run cannot be made or its numbers are no longer finite, `Stopped` after SIGINT or SIGTERM.
     """
-    started = time.perf_counter()
+    started, begun = time.perf_counter(), next(_RUNS)
     place = choose(device, precision, compiled=compiled)
     rows = make_split(dataset, split, limit_classes)
     run = Run(Path(folder or default_folder(recipe, split, seed)))
@@ -116,7 +118,7 @@ def train(
         stop = StopRequest(patient=world.several)
         second = _mirror(dataset, run, mirror, say)
         tracker = _tracker(run, track, world)
-        job = _Job(recipe, dataset, images, rows, seed, place, world, run, loader, stop, say, second, tracker)
+        job = _Job(recipe, dataset, images, rows, seed, place, world, run, loader, stop, say, second, tracker, begun)
         with contextlib.closing(loader), _one_writer(job), _memory_hint(recipe, place, world):
             state = new_state(recipe, rows.classes, seed, loader.steps, place, world, compiled)
             saved, notice = from_rank_0(world, lambda: _newest_checkpoint(job))
@@ -152,6 +154,8 @@ class _Job:
     say: Callable[[str], None]
     mirror: Mirror | None
     tracker: Tracker | None
+    earlier_runs: int
+    """Runs that this process began before."""
 
 
 def _train(job: _Job, state: TrainState) -> None:
@@ -239,7 +243,7 @@ def _begin(job: _Job, state: TrainState, saved: dict | None, notice: str | None,
     run, world, say = job.run, job.world, job.say
     begun, finished = from_rank_0(world, lambda: (run.begun, run.finished))
     from_rank_0(world, lambda: _refuse_others(job, state.run, saved))
-    state.environment = describe_environment(job.place) | {"processes": world.size}
+    state.environment = describe_environment(job.place) | {"processes": world.size, "earlier_runs": job.earlier_runs}
     if not begun:
         _warm_up(job, state, compiled)  # what fails on this machine fails before the folder is this run's
     for line in from_rank_0(world, lambda: _enter(job, state, saved)):
@@ -327,7 +331,7 @@ def _memory_hint(recipe: Recipe, place: Placement, world: World) -> Iterator[Non
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise
-        kind = UserError if world.writes else RankError
+        kind = RecipeFailed if world.writes else RankError
         raise kind(
             f"out of memory on {place.device} with {recipe.batch_size} images per step: --micro-batch auto trains the "
             "same batch in pieces that fit (in another --run, if this one has checkpoints); --batch-size or --width "
@@ -439,7 +443,7 @@ def _train_epoch(job: _Job, state: TrainState) -> None:
     state.epoch_seconds = before + time.perf_counter() - started
 
 
-def _wish(job: _Job, trouble: UserError | None, since_saved: float) -> _Wish:
+def _wish(job: _Job, trouble: RecipeFailed | None, since_saved: float) -> _Wish:
     if trouble:
         return _Wish.ABORT
     if job.stop.received:
@@ -453,7 +457,7 @@ def _require_finite(job: _Job, state: TrainState, epoch_without_images: bool = F
     trouble = state.trouble()
     if trouble is None and epoch_without_images:
         lower = "start another run with a lower max-learning-rate"
-        trouble = UserError(f"no step of epoch {state.epoch} had a finite loss: {lower}")
+        trouble = RecipeFailed(f"no step of epoch {state.epoch} had a finite loss: {lower}")
     if highest(job.world, int(trouble is not None)) and not from_rank_0(job.world, lambda: job.run.trained):
         _save(job, state)
     agree(job.world, trouble)
@@ -484,7 +488,7 @@ def _save(job: _Job, state: TrainState) -> None:
     finite: what was saved before is better."""
     networks = [state.model, *([] if state.average is None else [state.average.module])]
     if not all(bool(all_finite(network.state_dict().values())) for network in networks):
-        raise UserError(
+        raise RecipeFailed(
             f"weights are not finite in epoch {state.epoch} after step {state.step}: the run has diverged; what was "
             "saved is from before; start another run with a lower max-learning-rate"
         )
@@ -514,7 +518,7 @@ def _evaluate(job: _Job, state: TrainState) -> tuple[Evaluation, float]:
     try:
         evaluation = _score(job, state)
     except UserError as error:
-        raise UserError(f"after epoch {state.epoch}, step {state.step}: {error}") from error
+        raise RecipeFailed(f"after epoch {state.epoch}, step {state.step}: {error}") from error
     return evaluation, time.perf_counter() - started
 
 
