@@ -231,6 +231,18 @@ def test_another_task_or_recipe_is_not_beside_the_targets(other: dict) -> None:
     assert here([row("published") | other], "published") == "not yet measured"
 
 
+def test_the_published_run_s_curve_is_compared_from_epoch_ten_on() -> None:
+    from tinylab.results import _largest_gap
+
+    published = [{"test_accuracy_pct": str(float(epoch))} for epoch in range(1, 31)]
+    ours = [{"test_top1": epoch + (40.0 if epoch < 10 else -1.25 if epoch == 10 else 0.5)} for epoch in range(1, 31)]
+    assert _largest_gap(ours, published) == 1.25
+    assert _largest_gap(ours[:29], published) is None
+    text = here([row("published", largest_gap_to_published=1.25)], "published")
+    assert "from epoch 10 on at most 1.25 points from the published curve" in text
+    assert "curve" not in here([row("accurate", largest_gap_to_published=1.25)], "accurate")
+
+
 # --- Pairs ------------------------------------------------------------------------------------------------------------
 
 
