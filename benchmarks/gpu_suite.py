@@ -1,7 +1,7 @@
 """Everything that needs a GPU, in one command that can be stopped anywhere and picks up where it stopped.
 
     python benchmarks/gpu_suite.py                 all of the plan `one-sitting`
-    python benchmarks/gpu_suite.py --budget 540    at most nine minutes of it; exit status 75: there is more to do
+    python benchmarks/gpu_suite.py --budget 500    stops after so many seconds; exit status 75: there is more to do
     python benchmarks/gpu_suite.py --plan full     everything
     python benchmarks/gpu_suite.py --list          what there is to do, and what is done
     python benchmarks/gpu_suite.py --trial         the same chain in miniature on made-up images, on a CPU, in a folder
