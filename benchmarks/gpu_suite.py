@@ -53,7 +53,7 @@ from tinylab.dataset import Dataset, open_dataset, prepare
 from tinylab.device import Placement, choose, device_name
 from tinylab.recipe import Recipe, RecipeFailed, UserError, named, smoke
 from tinylab.record import Run, describe_environment
-from tinylab.results import publish_run
+from tinylab.results import publish_run, rewrite_tables
 from tinylab.sample import write_sample
 from tinylab.split import make_split
 from tinylab.stop import Stopped
@@ -414,7 +414,9 @@ def _call(suite: Suite, arguments: list[str]) -> None:
 def do_throughput(suite: Suite, step: Throughput) -> None:
     """Measures the rows that are missing; begins none in the last minute, as compiling may take that long."""
     until = suite.until - (0 if suite.trial else 60)
-    if not fill(suite.results / "throughput.csv", _rows(suite, step), suite.place.device.type, until, suite.trial):
+    done = fill(suite.results / "throughput.csv", _rows(suite, step), suite.place.device.type, until, suite.trial)
+    rewrite_tables(suite.results, suite.root / "README.md")
+    if not done:
         raise OutOfTime
 
 
