@@ -507,3 +507,16 @@ def test_a_docstring_that_lacks_its_result_is_found() -> None:
         assert lacks_its_result(wrong, rows, "accurate"), wrong
     assert lacks_its_result(good, [each | {"classes": 10} for each in rows], "accurate")
     assert not lacks_its_result(good, [*rows, *seeds("accurate", 1.0, compiled=True)], "accurate")
+
+
+def test_only_runs_of_all_classes_are_compared_with_the_published_curve(
+    home: Path, finished_run: Run, repository: Path
+) -> None:
+    shutil.copytree(repository / "results" / "reference", home / "results" / "reference", dirs_exist_ok=True)
+    shutil.copytree(finished_run.folder, home / "results" / "run", ignore=shutil.ignore_patterns("*.ckpt"))
+    run = Run(home / "results" / "run")
+    run.write_history([finished_run.history[-1] | {"test_top1": 60.0}] * 30)
+    for classes, shown in ((3, None), (200, pytest.approx(60.0 - 36.06, abs=2.0))):
+        run.write("run.json", run.identity | {"classes": classes})
+        (row_,) = published_rows(home / "results")
+        assert row_["largest_gap_to_published"] == shown
