@@ -35,7 +35,7 @@ from bench_loader import conditions, make_parser, print_conditions
 from bench_step import STEPS, TRAINING_FLOP, images_per_second, matmul_peak
 
 from tinylab.checkpoint import write_atomically
-from tinylab.device import Placement, choose, fastest_convolutions
+from tinylab.device import Placement, choose, device_name, fastest_convolutions
 from tinylab.loader import Batch
 from tinylab.recipe import SIZE, UserError, accurate
 from tinylab.record import describe_environment
@@ -56,13 +56,20 @@ class Setting(NamedTuple):
     resolution: int = SIZE
 
 
-def settings(place: Placement, full: bool = False) -> list[Setting]:
-    """The rows for this device, most telling first."""
-    if place.device.type != "cuda":
-        formats = ["fp32", "bf16"] if place.precision == "bf16" else ["fp32"]
-        rows = [Setting(precision, layout, batch=32) for precision in formats for layout in ("NHWC", "NCHW")]
-        rows += [Setting(formats[-1], batch=32, resolution=side) for side in (48, 40)]
-        return [*rows, Setting(formats[-1], compiled="yes", batch=32)]
+def settings(place: Placement, full: bool = False, quick: bool = False) -> list[Setting]:
+    """The rows for this device, most telling first. quick: two of them, on few and small images."""
+    chosen = _gpu_settings(full) if place.device.type == "cuda" else _cpu_settings(place)
+    return [setting._replace(batch=2, resolution=32) for setting in chosen[:2]] if quick else chosen
+
+
+def _cpu_settings(place: Placement) -> list[Setting]:
+    formats = ["fp32", "bf16"] if place.precision == "bf16" else ["fp32"]
+    rows = [Setting(precision, layout, batch=32) for precision in formats for layout in ("NHWC", "NCHW")]
+    rows += [Setting(formats[-1], batch=32, resolution=side) for side in (48, 40)]
+    return [*rows, Setting(formats[-1], compiled="yes", batch=32)]
+
+
+def _gpu_settings(full: bool) -> list[Setting]:
     eager, best = Setting(), Setting("bf16", compiled="yes")
     chosen = [eager, best, best._replace(precision="fp16"), eager._replace(layout="NCHW")]
     chosen += [eager._replace(precision=precision) for precision in ("bf16", "tf32")]
@@ -187,8 +194,7 @@ def read_rows(path: Path) -> list[dict[str, str]]:
 
 def missing(path: Path, wanted: Iterable[Setting], device: str) -> list[Setting]:
     """The settings that the table at `path` has no row of, for this device and torch."""
-    about = describe_environment(choose(device))
-    here = (about["device"], about["torch"])
+    here = (device_name(choose(device).device), str(torch.__version__))
     ours = [row for row in read_rows(path) if (row["gpu"], row["torch"]) == here]
     there = {tuple(row[name] for name in Setting._fields) for row in ours}
     return [setting for setting in wanted if tuple(map(str, setting)) not in there]
@@ -232,9 +238,7 @@ def main() -> None:
             path = arguments.csv or Path(stack.enter_context(scratch)) / "throughput.csv"
             found = conditions(place, "one resident batch")
             print_conditions(found)
-            wanted = settings(place, arguments.full)
-            if arguments.quick:
-                wanted = [setting._replace(batch=2, resolution=32) for setting in wanted][:2]
+            wanted = settings(place, arguments.full, arguments.quick)
             done = fill(path, wanted, arguments.device, until, arguments.quick)
             rows = read_rows(path)
         except UserError as error:

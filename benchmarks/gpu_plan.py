@@ -12,9 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from tinylab.recipe import UserError
-
-TARGET = 57.55
-"""Top-1 in percent after the published run's 30 epochs, which the speedrun has to reach."""
+from tinylab.results import GOAL
 
 
 @dataclass(frozen=True)
@@ -343,8 +341,8 @@ def _speedrun() -> list[Step]:
             "speedrun",
             "how few epochs, at which sizes? (Base: 12; 40, 48, 64 px.)",
             *frontier,
-            rule=fastest_reaching(TARGET),
-            rule_in_words=f"least training time among those that reach {TARGET} % on `select`, with a tenth fewer "
+            rule=fastest_reaching(GOAL),
+            rule_in_words=f"least training time among those that reach {GOAL} % on `select`, with a tenth fewer "
             "training images than the final run has",
         ),
         _stage(

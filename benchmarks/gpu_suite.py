@@ -52,7 +52,7 @@ from tinylab.checkpoint import write_atomically
 from tinylab.dataset import Dataset, open_dataset, prepare
 from tinylab.device import Placement, choose, device_name
 from tinylab.recipe import Recipe, RecipeFailed, UserError, named, smoke
-from tinylab.record import Run, describe_environment
+from tinylab.record import Run, as_tuple, describe_environment
 from tinylab.results import publish_run, rewrite_tables
 from tinylab.sample import write_sample
 from tinylab.split import make_split
@@ -111,7 +111,7 @@ class Suite:
         changes = {}
         for decision in self.decisions():
             if decision["recipe"] == name:
-                changes |= {field: _as_tuple(value) for field, value in decision["changes"].items()}
+                changes |= {field: as_tuple(value) for field, value in decision["changes"].items()}
         return replace(self.shrunk(named(name)), **self.allowed(changes))
 
     def allowed(self, changes: dict) -> dict:
@@ -194,11 +194,9 @@ def _train(suite: Suite, recipe: Recipe, protocol: str, seed: int, folder: Path,
 
 
 def run_cold(suite: Suite, recipe: Recipe, protocol: str, seed: int, folder: Path, options: dict) -> Run:
-    """Trains in a new process that finds no compiled code of an earlier one. Raises `OutOfTime` as `run_within`; a cold
-    run that was stopped begins anew, as only an uninterrupted one has a cold clock."""
+    """Trains in a new process that finds no compiled code of an earlier one. Raises `OutOfTime` as `run_within`."""
     if not Run(folder).finished:
         suite.need("cold run")
-        shutil.rmtree(folder, ignore_errors=True)
         with tempfile.TemporaryDirectory(prefix="cold-") as cache:
             caches = {"TORCHINDUCTOR_CACHE_DIR": f"{cache}/inductor", "TRITON_CACHE_DIR": f"{cache}/triton"}
             kept = {name: os.environ.get(name) for name in caches}
@@ -360,8 +358,8 @@ def do_final(suite: Suite, step: Final) -> None:
             where = f"{there.folder.parent.name}/{there.folder.name}"
             raise UserError(f"{where} is a run of another recipe or of other images than this step's: move it away")
     job = (recipe, step.protocol, step.seed, folder, options)
-    if step.recipe == "speedrun" and not Run(folder).finished:
-        shutil.rmtree(folder, ignore_errors=True)  # a time that is to count is that of one go
+    if (step.cold or step.recipe == "speedrun") and not Run(folder).finished:
+        shutil.rmtree(folder, ignore_errors=True)  # a time that is to count is that of one go: begin anew
     run = run_cold(suite, *job) if step.cold else run_within(suite, *job)
     publish_run(run, suite.results, suite.root / "README.md")
     summary = run.summary
@@ -421,8 +419,7 @@ def do_throughput(suite: Suite, step: Throughput) -> None:
 
 
 def _rows(suite: Suite, step: Throughput) -> list[Setting]:
-    wanted = settings(suite.place)[: step.rows]
-    return [setting._replace(batch=2, resolution=32) for setting in wanted[:2]] if suite.trial else wanted
+    return settings(suite.place, quick=suite.trial)[: step.rows]
 
 
 # --- The chain --------------------------------------------------------------------------------------------------------
@@ -560,10 +557,6 @@ def _lines(path: Path) -> list[dict]:
         return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     except ValueError as error:
         raise UserError(f"{path} is damaged: {error}") from error
-
-
-def _as_tuple(value: object) -> object:
-    return tuple(map(_as_tuple, value)) if isinstance(value, list) else value
 
 
 def _fingerprint(value: object) -> str:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -17,7 +18,7 @@ import torch
 
 from tinylab.dataset import Dataset
 from tinylab.device import Placement, choose
-from tinylab.recipe import RECIPES, RecipeFailed, UserError, accurate, named
+from tinylab.recipe import RECIPES, Recipe, RecipeFailed, UserError, accurate, named
 from tinylab.record import Run
 from tinylab.split import make_split
 
@@ -46,6 +47,18 @@ def suite(chain: ModuleType, small_dataset: Dataset, tmp_path: Path) -> object:
     """A trial on two made-up classes: an epoch is one step."""
     (tmp_path / "README.md").write_text(README)
     return chain.Suite(tmp_path, small_dataset, choose("cpu", "fp32"), None, math.inf, trial=True)
+
+
+def fail(chain: ModuleType, monkeypatch: pytest.MonkeyPatch, error: Exception, when: Callable[..., bool]) -> None:
+    """From now on the chain's training raises `error` when `when(recipe, seed)` holds."""
+    train = chain.train
+
+    def failing(recipe: Recipe, *rest: object, **named: object) -> Run:
+        if when(recipe, named["seed"]):
+            raise error
+        return train(recipe, *rest, **named)
+
+    monkeypatch.setattr(chain, "train", failing)
 
 
 # --- Rules ------------------------------------------------------------------------------------------------------------
@@ -264,14 +277,7 @@ def test_equal_runs_are_made_once(
 def test_a_run_that_fails_is_a_result(
     suite: object, chain: ModuleType, plan: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    train = chain.train
-
-    def failing(recipe: object, *rest: object, **named: object) -> Run:
-        if recipe.max_learning_rate == 5.0:
-            raise RecipeFailed("the run has diverged")
-        return train(recipe, *rest, **named)
-
-    monkeypatch.setattr(chain, "train", failing)
+    fail(chain, monkeypatch, RecipeFailed("the run has diverged"), lambda recipe, _: recipe.max_learning_rate == 5.0)
     impossible = plan.Candidate("impossible", {"label_smoothing": 2.0})
     candidates = (plan.BASE, plan.Candidate("lr 5", {"max_learning_rate": 5.0}), impossible)
     chain.do(suite, plan.Stage("lr", "accurate", "how high?", candidates, plan.gain(0.4), "0.4"))
@@ -330,10 +336,7 @@ def test_a_budget_that_ends_while_a_run_is_set_up_is_no_failure_of_the_recipe(
 def test_what_the_machine_lacks_is_no_result(
     suite: object, chain: ModuleType, plan: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    def failing(*_: object, **__: object) -> None:
-        raise UserError("no CUDA device here")
-
-    monkeypatch.setattr(chain, "train", failing)
+    fail(chain, monkeypatch, UserError("no CUDA device here"), lambda *_: True)
     stage = plan.Stage("one", "accurate", "?", (plan.BASE,), plan.gain(0.4), "none")
     assert chain.go(suite, [stage]) == 1
     assert suite.selected() == suite.decisions() == []
@@ -344,14 +347,7 @@ def test_what_the_machine_lacks_is_no_result(
 def test_a_bug_in_one_step_keeps_its_traceback_and_the_records_of_the_others(
     suite: object, chain: ModuleType, plan: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    train = chain.train
-
-    def failing(recipe: object, *rest: object, **named: object) -> Run:
-        if named["seed"] == 0:
-            raise ImportError("no module named albumentations")
-        return train(recipe, *rest, **named)
-
-    monkeypatch.setattr(chain, "train", failing)
+    fail(chain, monkeypatch, ImportError("no module named albumentations"), lambda _, seed: seed == 0)
     suite.packed = suite.root / "records.tar.gz"
     assert chain.go(suite, [plan.Final("accurate", "merged", seed) for seed in (1, 0)]) == 1
     assert "Traceback" in capsys.readouterr().err
@@ -447,14 +443,7 @@ def test_a_record_of_a_longer_name_is_not_taken_for_the_notebook_s(
 def test_a_step_that_fails_does_not_stop_the_others(
     suite: object, chain: ModuleType, plan: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    train = chain.train
-
-    def failing(recipe: object, *rest: object, **named: object) -> Run:
-        if named["seed"] == 0:
-            raise UserError("out of memory")
-        return train(recipe, *rest, **named)
-
-    monkeypatch.setattr(chain, "train", failing)
+    fail(chain, monkeypatch, UserError("out of memory"), lambda _, seed: seed == 0)
     steps = [plan.Final("accurate", "merged", seed) for seed in (0, 1)]
     assert chain.go(suite, steps) == 1
     assert [chain.is_done(suite, step) for step in steps] == [False, True]

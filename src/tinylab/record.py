@@ -82,7 +82,7 @@ class Run:
         """Raises `UserError` if the folder is no run, or was written by another version of the recipe."""
         fields = self._read("recipe.json")
         try:
-            return Recipe(**{name: _as_tuple(value) for name, value in fields.items()})
+            return Recipe(**{name: as_tuple(value) for name, value in fields.items()})
         except TypeError as error:
             raise UserError(f"{self.folder}/recipe.json is not a recipe of this version of tinylab: {error}") from error
 
@@ -284,9 +284,9 @@ def hold(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def _as_tuple(value: object) -> object:
+def as_tuple(value: object) -> object:
     """JSON's lists as the tuples that they were."""
-    return tuple(map(_as_tuple, value)) if isinstance(value, list) else value
+    return tuple(map(as_tuple, value)) if isinstance(value, list) else value
 
 
 def default_folder(recipe: Recipe, protocol: str, seed: int) -> Path:
