@@ -19,6 +19,7 @@ from tinylab.device import choose
 from tinylab.recipe import Recipe, UserError, published
 from tinylab.record import (
     Run,
+    compile_cache,
     copy_run,
     default_folder,
     describe_environment,
@@ -309,16 +310,16 @@ def test_a_compiled_run_that_is_finished_is_shown_by_whoever_asks(entered: Run, 
     assert enter_run(compiled, narrow, IDENTITY, dict(ENVIRONMENT)) == []
 
 
-def test_the_environment_says_whether_compiled_code_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_code_that_is_there_already_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
-    assert describe_environment(choose("cpu", "fp32"))["compile_cache"] == "empty"
+    assert compile_cache() == "empty"
     (tmp_path / "cache" / "aa").mkdir(parents=True)
-    assert describe_environment(choose("cpu", "fp32"))["compile_cache"] == "filled"
+    assert compile_cache() == "filled"
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    assert describe_environment(choose("cpu", "fp32"))["compile_cache"] == "empty"
+    assert compile_cache() == "empty"
     (tmp_path / "torchinductor_somebody" / "aa").mkdir(parents=True)
-    assert describe_environment(choose("cpu", "fp32"))["compile_cache"] == "filled"
+    assert compile_cache() == "filled"
 
 
 def test_code_without_its_history_may_be_told_its_commit(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -678,3 +678,12 @@ def test_weights_that_are_not_finite_are_never_saved(
     saved, _ = checkpoint.load(tmp_path / "run" / "checkpoints")
     assert (saved["epoch"], saved["step"]) == (2, 0)
     assert_equal_runs(train_tiny(tmp_path / "run"), finished_run)
+
+
+def test_what_only_clocks_depend_on_stands_in_the_record_and_in_no_checkpoint(finished_run: Run) -> None:
+    about = finished_run.environment
+    assert about["compile_cache"] in ("empty", "filled")
+    assert about["earlier_runs"] >= 0
+    saved, _ = checkpoint.load(finished_run.checkpoints)
+    assert {*about} - {*saved["environment"]} == {"compile_cache", "earlier_runs"}
+    assert saved["environment"]["split_sha256"] == about["split_sha256"]

@@ -397,7 +397,6 @@ def describe_environment(place: Placement) -> dict:
         "cudnn": torch.backends.cudnn.version() if cuda else None,
         "tf32_convolutions": torch.backends.cudnn.allow_tf32 if cuda else None,  # fp32 is not all of fp32 then
         **{name: _version(name) for name in packages},
-        "compile_cache": _compile_cache(),
         "commit": _commit(),
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
     }
@@ -562,7 +561,7 @@ def _power_limit() -> float | None:
         return None
 
 
-def _compile_cache() -> str:
+def compile_cache() -> str:
     """Whether torch.compile finds code that it compiled before, "filled" or "empty": a cold clock is one that began
     with nothing."""
     named = os.environ.get("TORCHINDUCTOR_CACHE_DIR")

@@ -44,9 +44,11 @@ from tinylab.optim import schedule as schedule  # also under this name, beside `
 from tinylab.recipe import Recipe, RecipeFailed, UserError
 from tinylab.record import (
     Run,
+    compile_cache,
     default_folder,
     describe_environment,
     enter_run,
+    hashes,
     hold,
     refuse_another,
     refuse_foreign,
@@ -104,7 +106,7 @@ def train(
     Started by torchrun, every process calls this and trains its share; the first one writes the run.
     Raises `UserError` if the run cannot be made or its numbers are no longer finite, `Stopped` after SIGINT or SIGTERM.
     """
-    started, begun = time.perf_counter(), next(_RUNS)
+    started, begun = time.perf_counter(), _circumstances()
     place = choose(device, precision, compiled=compiled)
     rows = make_split(dataset, split, limit_classes)
     run = Run(Path(folder or default_folder(recipe, split, seed)))
@@ -154,8 +156,8 @@ class _Job:
     say: Callable[[str], None]
     mirror: Mirror | None
     tracker: Tracker | None
-    earlier_runs: int
-    """Runs that this process began before."""
+    circumstances: dict
+    """What its clocks depend on, and no bit of the result: of environment.json, but not of a checkpoint."""
 
 
 def _train(job: _Job, state: TrainState) -> None:
@@ -181,6 +183,11 @@ def _train(job: _Job, state: TrainState) -> None:
         flipped = _score(job, state, with_flip)
     if job.world.writes:
         _finish(job, state, evaluation, flipped)
+
+
+def _circumstances() -> dict:
+    """Runs that this process began before, and whether torch.compile finds what it compiled earlier."""
+    return {"earlier_runs": next(_RUNS), "compile_cache": compile_cache()}
 
 
 # --- Before the first step --------------------------------------------------------------------------------------------
@@ -243,7 +250,7 @@ def _begin(job: _Job, state: TrainState, saved: dict | None, notice: str | None,
     run, world, say = job.run, job.world, job.say
     begun, finished = from_rank_0(world, lambda: (run.begun, run.finished))
     from_rank_0(world, lambda: _refuse_others(job, state.run, saved))
-    state.environment = describe_environment(job.place) | {"processes": world.size, "earlier_runs": job.earlier_runs}
+    state.environment = describe_environment(job.place) | {"processes": world.size}
     if not begun:
         _warm_up(job, state, compiled)  # what fails on this machine fails before the folder is this run's
     for line in from_rank_0(world, lambda: _enter(job, state, saved)):
@@ -306,7 +313,8 @@ def _enter(job: _Job, state: TrainState, saved: dict | None) -> list[str]:
     fields = {field.name for field in dataclasses.fields(job.recipe)}
     identity = {name: value for name, value in state.run.items() if name not in fields}
     elsewhere = None if saved is None else saved.get("environment")
-    notices = enter_run(job.run, job.recipe, identity, state.environment, elsewhere)
+    state.environment |= hashes(identity)
+    notices = enter_run(job.run, job.recipe, identity, state.environment | job.circumstances, elsewhere)
     if not job.run.finished:
         job.run.sweep()
         checkpoint.clean(job.run.checkpoints)
