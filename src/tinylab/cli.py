@@ -107,9 +107,6 @@ class Train:
     """Number format of convolutions and matrix products."""
     compiled: Annotated[bool, tyro.conf.arg(name="compile")] = False
     """Run the training step under torch.compile: minutes of set-up, then faster steps on a GPU."""
-    micro_batch: int | Literal["auto"] | None = None
-    """Most images in one forward pass, where memory is short; the optimiser's steps stay the same. auto: halve until it
-    fits."""
     workers: int | None = None
     """Processes that run albumentations; they do not change the result."""
     mirror: Path | None = None
@@ -131,7 +128,6 @@ class Train:
             device=self.device,
             precision=self.precision,
             compiled=self.compiled,
-            micro_batch=self.micro_batch,
             workers=self.workers,
             mirror=self.mirror,
             track=None if self.track == "none" else self.track,

@@ -20,6 +20,8 @@ from tinylab.distributed import ALONE, World, share
 from tinylab.recipe import Recipe, UserError
 
 EVALUATION_BATCH = 500
+CPU_EVALUATION_BATCH = 32
+"""What fits a CPU's cache: 87 images/s forward, of 500 at once 70 (64 pixels, two cores, bf16)."""
 
 
 class Batch(NamedTuple):
@@ -332,30 +334,37 @@ def statistics_batches(
     seed: int,
     epoch: int,
     world: World = ALONE,
-    largest: int = EVALUATION_BATCH,
 ) -> Iterator[torch.Tensor]:
     """Training images as they are, uint8 (B, 64, 64, 3), for new batch-norm statistics after epoch number `epoch`:
     `ema_bn_batches` of 500 images at most, or as many as there are; with several processes, this one's share of each.
-    As many images in batches of `largest`, no more than a test's: whoever has the memory to test has it here."""
+    With a micro-batch, as many images in batches of twice that: without gradients they need no more memory."""
     order = generator(seed, Stream.STATISTICS, epoch).permutation(len(rows))
     whole = min(recipe.batch_size, EVALUATION_BATCH, len(rows))
-    size = max(min(whole, largest), world.size)
+    size = max(min(whole, 2 * (recipe.micro_batch or whole)), world.size)
     count = min(recipe.ema_bn_batches * whole, len(rows)) // size
     parts = (rows[order[size * i : size * (i + 1)]] for i in range(count))
     return images.batches(part[share(len(part), world).start : share(len(part), world).stop] for part in parts)
+
+
+def evaluation_batch_size(device: torch.device, micro_batch: int | None = None) -> int:
+    """Images in one forward pass without gradients, which takes less than half the memory of one with them."""
+    if device.type == "cpu":
+        return CPU_EVALUATION_BATCH
+    return EVALUATION_BATCH if micro_batch is None else min(EVALUATION_BATCH, 2 * micro_batch)
 
 
 def evaluation_batches(
     dataset: Dataset,
     rows: np.ndarray,
     device: torch.device,
-    batch_size: int = EVALUATION_BATCH,
+    batch_size: int | None = None,
     images: Images | None = None,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """The images `rows` as they are, uint8 (B, 64, 64, 3), and their labels, in that order, in batches on `device`; the
     last one may be smaller. `images`: where to take them from if they are on the device already."""
     if images is None:
         images = Images(dataset.images, dataset.labels, device, resident=device.type == "cpu")
-    parts = [rows[first : first + batch_size] for first in range(0, len(rows), batch_size)]
+    size = batch_size or evaluation_batch_size(device)
+    parts = [rows[first : first + size] for first in range(0, len(rows), size)]
     for part, batch in zip(parts, images.batches(parts), strict=True):
         yield batch, images.labels(part)

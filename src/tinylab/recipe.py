@@ -50,7 +50,7 @@ class Recipe:
     nesterov: bool
     """Nesterov's form of momentum."""
     weight_decay: float
-    """L2 pull, added to the gradient. (Muon's weights shrink instead, at the same pace.)"""
+    """L2 pull, added to the gradient, on what SGD moves."""
     flip_probability: float
     """Probability of a horizontal flip."""
     pad_to: int
@@ -70,6 +70,9 @@ class Recipe:
     at the data set's 64. A multiple of 8, and at least 16: of 8 the last stage would leave a single value."""
 
     # From here on the defaults are what the published run did: it had none of this.
+    micro_batch: int | None = None
+    """Most images in one forward pass; none: the whole batch. The step stays the same but for batch norm, which sees
+    the pieces: where memory is short, or where a CPU's cache is faster with less."""
     ramp: tuple[tuple[int, float], ...] = ()
     """(resolution, share of the epochs) of the phases before the last, which has `resolution` and the rest."""
     test_resolution: int = 64
@@ -107,6 +110,9 @@ class Recipe:
     """muon: convolution weights move by orthogonalised momentum, all other parameters by SGD."""
     muon_learning_rate: float = 0.02
     """Peak of the same schedule for the convolution weights, if `optimizer` is muon."""
+    muon_weight_decay: float = 0.075
+    """Each step multiplies the convolution weights by 1 - Muon's learning rate x this: decoupled, so that each of the
+    two numbers acts by itself."""
     decay_1d: bool = True
     """Weight decay also on parameters with one dimension: batch-norm scales and shifts, biases."""
     ema_decay: float | None = None
@@ -225,8 +231,12 @@ def _check_optimisation(recipe: Recipe) -> None:
     _require(recipe, "label_smoothing", 0 <= recipe.label_smoothing < 1, "at least 0 and below 1")
     _require(recipe, "optimizer", recipe.optimizer in ("sgd", "muon"), "'sgd' or 'muon'")
     _require(recipe, "muon_learning_rate", recipe.muon_learning_rate > 0, "above 0")
-    used = recipe.optimizer == "muon" or recipe.muon_learning_rate == 0.02
-    _require(recipe, "muon_learning_rate", used, "left alone unless optimizer is 'muon'")
+    _require(recipe, "muon_weight_decay", 0 <= recipe.muon_weight_decay <= 10, "between 0 and 10")
+    for field, default in (("muon_learning_rate", 0.02), ("muon_weight_decay", 0.075)):
+        used = recipe.optimizer == "muon" or getattr(recipe, field) == default
+        _require(recipe, field, used, "left alone unless optimizer is 'muon'")
+    pieces = recipe.micro_batch is None or 1 <= recipe.micro_batch <= 1_000_000
+    _require(recipe, "micro_batch", pieces, "at least 1, or none")
     in_range = recipe.ema_decay is None or 0 < recipe.ema_decay < 1
     _require(recipe, "ema_decay", in_range, "between 0 and 1, both excluded, or none")
     _require(recipe, "ema_bn_batches", 1 <= recipe.ema_bn_batches <= 100_000, "from 1 to 100,000")
@@ -252,6 +262,8 @@ def _require_type(recipe: Recipe, field: dataclasses.Field) -> None:
     elif field.name in ("mean", "std"):
         three = isinstance(value, tuple) and len(value) == 3
         _require(recipe, field.name, three and all(map(_is_finite, value)), "three finite numbers")
+    elif field.name == "micro_batch":
+        _require(recipe, field.name, value is None or type(value) is int, "a whole number or none")
     elif field.name == "ema_decay":
         _require(recipe, field.name, value is None or _is_finite(value), "a finite number or none")
     elif field.name == "ramp":

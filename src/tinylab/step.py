@@ -21,10 +21,10 @@ from tinylab.average import make_average, reestimate_batch_norm
 from tinylab.device import Placement
 from tinylab.distributed import ALONE, World, any_rank, share, synchronise_batch_norm, wrap
 from tinylab.finite import MOST_IN_A_ROW, Statistics, all_finite, guarded_step
-from tinylab.loader import EVALUATION_BATCH, Batch
+from tinylab.loader import Batch, evaluation_batch_size
 from tinylab.model import build_model
 from tinylab.optim import make_optimizer
-from tinylab.recipe import SIZE, Recipe, RecipeFailed, UserError
+from tinylab.recipe import SIZE, Recipe, RecipeFailed
 from tinylab.stop import Abandoned
 
 
@@ -49,8 +49,6 @@ class TrainState:
     statistics: Statistics
     """The network's batch-norm statistics before the step."""
     world: World = ALONE
-    micro_batch: int | None = None
-    """Most images of this process in one forward pass; None: all of the batch."""
     epoch: int = 1
     """The epoch being trained, from 1."""
     step: int = 0
@@ -66,12 +64,6 @@ class TrainState:
     """What decides the result, recipe and all: a checkpoint says whose it is."""
     environment: dict = field(default_factory=dict)
     """What the last bits depend on."""
-
-    @property
-    def test_batch(self) -> int:
-        """Most images in a forward pass without gradients: where memory is short, eight times those of one with them,
-        which keeps every layer's outputs."""
-        return EVALUATION_BATCH if self.micro_batch is None else min(EVALUATION_BATCH, 8 * self.micro_batch)
 
     @property
     def tested(self) -> nn.Module:
@@ -204,7 +196,7 @@ def _gradients(
 ) -> list[torch.Tensor]:
     """Leaves the gradients in the parameters; returns the sum of losses (), in nats, of each piece of the batch."""
     state.optimizer.zero_grad(set_to_none=True)
-    parts, losses = list(_parts(batch, state)), []
+    parts, losses = list(_parts(batch, recipe.micro_batch, state.world)), []
     for number, part in enumerate(parts):
         last = number == len(parts) - 1
         with contextlib.nullcontext() if last or not state.world.several else state.network.no_sync():
@@ -219,11 +211,11 @@ def _gradients(
     return losses
 
 
-def _parts(batch: Batch, state: TrainState) -> Iterator[Batch]:
+def _parts(batch: Batch, micro_batch: int | None, world: World) -> Iterator[Batch]:
     """The batch in pieces of at most `micro_batch` images; as many in every process, whose batch norms wait for
     each other."""
-    largest = math.ceil(batch.size / state.world.size)
-    pieces = 1 if state.micro_batch is None else math.ceil(largest / state.micro_batch)
+    largest = math.ceil(batch.size / world.size)
+    pieces = 1 if micro_batch is None else math.ceil(largest / micro_batch)
     if pieces == 1:
         yield batch
         return
@@ -287,19 +279,19 @@ def rehearsal(state: TrainState) -> Iterator[None]:
 def warm_up(state: TrainState, recipe: Recipe, place: Placement, train_images: int, test_images: int) -> None:
     """A step and a test of every shape the run will have, on made-up images, before the clock starts: compilation, the
     choice of convolution algorithms, the first allocation of memory. The state is as before afterwards."""
-    sizes = _batch_sizes(recipe, train_images)
+    sizes, largest = _batch_sizes(recipe, train_images), evaluation_batch_size(place.device, recipe.micro_batch)
     with rehearsal(state):
         for resolution in _resolutions(recipe):
             for size in sizes:
                 for _ in range(2):  # with the second step come kernels that the first, without momentum, has not met
                     _update(state, recipe, place, _made_up(size, place, state.world), resolution)
         if state.average is not None:
-            made_up = _made_up(min(recipe.batch_size, EVALUATION_BATCH, train_images), place, state.world).images
+            made_up = _made_up(min(recipe.batch_size, largest, train_images), place, state.world).images
             with place.autocast():
                 reestimate_batch_norm(state.tested, [normalise(resize(made_up, recipe.test_resolution), recipe)])
         forward = inference(state.tested, recipe, place)
         with torch.inference_mode():
-            for size in {min(EVALUATION_BATCH, test_images), test_images % EVALUATION_BATCH} - {0}:
+            for size in {min(largest, test_images), test_images % largest} - {0}:
                 forward(_made_up(size, place, ALONE).images)
         place.synchronise()
 
@@ -314,41 +306,11 @@ def _batch_sizes(recipe: Recipe, train_images: int) -> set[int]:
     return {recipe.batch_size, left} - {0}
 
 
-def shapes(recipe: Recipe, train_images: int, cut: bool = False) -> int:
-    """How many shapes of batches, or of pieces of two sizes if they are `cut`, the run's training has at most; a
+def shapes(recipe: Recipe, train_images: int) -> int:
+    """How many shapes of batches, or of pieces of two sizes if they are cut, the run's training has at most; a
     compiled network has a graph for each."""
+    cut = recipe.micro_batch is not None
     return len(_resolutions(recipe)) * len(_batch_sizes(recipe, train_images)) * (2 if cut else 1)
-
-
-def fit_micro_batch(state: TrainState, recipe: Recipe, place: Placement) -> int | None:
-    """The largest micro-batch, halving from the whole batch, with which a step fits into memory; None if all of it
-    does. Raises `UserError` if not even one image does."""
-    size = recipe.batch_size
-    while not _fits(state, recipe, place, size):
-        if size == 1:
-            raise UserError("not even one image at a time fits into memory: use a smaller --width or --resolution")
-        size = math.ceil(size / 2)
-    return None if size == recipe.batch_size else size
-
-
-def _fits(state: TrainState, recipe: Recipe, place: Placement, micro_batch: int) -> bool:
-    """Whether a step at the largest resolution has enough memory. Of the pieces two are tried: with the second one the
-    gradients of the first are there, too."""
-    before, state.micro_batch = state.micro_batch, micro_batch
-    try:
-        with rehearsal(state):
-            batch = _made_up(min(2 * micro_batch, recipe.batch_size), place, state.world)
-            _update(state, recipe, place, batch, max(_resolutions(recipe)))
-            place.synchronise()
-    except (MemoryError, RuntimeError) as error:
-        if not out_of_memory(error):
-            raise
-        return False
-    finally:
-        state.micro_batch = before
-        if place.device.type == "cuda":
-            torch.cuda.empty_cache()
-    return True
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -34,6 +34,7 @@ from tinylab.loader import (
     BatchedLoader,
     Images,
     TrainingLoader,
+    evaluation_batch_size,
     evaluation_batches,
     make_loader,
     statistics_batches,
@@ -58,7 +59,6 @@ from tinylab.record import (
 from tinylab.split import Split, make_split
 from tinylab.step import (
     TrainState,
-    fit_micro_batch,
     inference,
     new_state,
     out_of_memory,
@@ -89,7 +89,6 @@ def train(
     device: str = "auto",
     precision: str = "auto",
     compiled: bool = False,
-    micro_batch: int | Literal["auto"] | None = None,
     workers: int | None = None,
     mirror: Path | None = None,
     track: Literal["tensorboard"] | None = None,
@@ -98,11 +97,10 @@ def train(
     """Trains by `recipe`, tests after every epoch, and returns the finished run. A run that was stopped continues.
 
     split: "merged", "official" or "select". folder: the run folder; None: runs/<recipe>-<protocol>-s<seed>.
-    limit_classes: only the first so many classes. compiled: the step runs under torch.compile. micro_batch: most images
-    in one forward pass, with the same number per optimiser step; "auto" halves until it fits into memory. workers:
-    processes that run albumentations; they do not change the result. mirror: a folder of this run's own in which its
-    newest two checkpoints are kept, too; the run continues from the newest whole one of both. track: "tensorboard" also
-    writes each epoch's numbers to the run folder's tensorboard/. quiet: no log, no bar.
+    limit_classes: only the first so many classes. compiled: the step runs under torch.compile. workers: processes that
+    run albumentations; they do not change the result. mirror: a folder of this run's own in which its newest two
+    checkpoints are kept, too; the run continues from the newest whole one of both. track: "tensorboard" also writes
+    each epoch's numbers to the run folder's tensorboard/. quiet: no log, no bar.
     Started by torchrun, every process calls this and trains its share; the first one writes the run.
     Raises `UserError` if the run cannot be made or its numbers are no longer finite, `Stopped` after SIGINT or SIGTERM.
     """
@@ -113,7 +111,7 @@ def train(
     refuse_inside(dataset, run.folder, "run")
     with join(place.device) as world, fastest_convolutions(place):
         place = replace(place, device=world.device(place.device))
-        _check(recipe, rows, world, compiled, micro_batch)
+        _check(recipe, rows, world, compiled)
         images = Images(dataset.images, dataset.labels, place.device)
         loader = make_loader(dataset, rows.train, recipe, seed, place.device, workers, world, images)
         say = _silent if quiet or not world.writes else _say
@@ -124,8 +122,7 @@ def train(
         with contextlib.closing(loader), _one_writer(job), _memory_hint(recipe, place, world):
             state = new_state(recipe, rows.classes, seed, loader.steps, place, world, compiled)
             saved, notice = from_rank_0(world, lambda: _newest_checkpoint(job))
-            state.micro_batch = _micro_batch(job, state, micro_batch, saved)
-            state.run = dataclasses.asdict(recipe) | _identity(job, compiled, state.micro_batch)
+            state.run = dataclasses.asdict(recipe) | _identity(job, compiled)
             if _begin(job, state, saved, notice, compiled):
                 return run
             state.set_up_seconds += time.perf_counter() - started
@@ -193,7 +190,7 @@ def _circumstances() -> dict:
 # --- Before the first step --------------------------------------------------------------------------------------------
 
 
-def _check(recipe: Recipe, rows: Split, world: World, compiled: bool, micro_batch: int | str | None) -> None:
+def _check(recipe: Recipe, rows: Split, world: World, compiled: bool) -> None:
     """Raises `UserError` for what cannot be trained, before anything is made."""
     images = len(rows.train)
     if recipe.batch_size > images:
@@ -206,27 +203,10 @@ def _check(recipe: Recipe, rows: Split, world: World, compiled: bool, micro_batc
             f"{world.size} processes, but the smallest batch of an epoch has {smallest} images: "
             "start fewer, or choose another --batch-size or --drop-last"
         )
-    if micro_batch is not None and micro_batch != "auto" and not (isinstance(micro_batch, int) and micro_batch >= 1):
-        raise UserError(f"micro-batch must be auto or at least 1, not {micro_batch}")
-    if micro_batch == "auto" and world.several:
-        raise UserError("micro-batch auto serves a single process; with several give the number of images")
-    if compiled and micro_batch == "auto":
-        raise UserError("--compile wants to know the size of its batches: give --micro-batch a number")
     if compiled and world.several:
         raise UserError("--compile serves a single process: batch norm over several processes does not compile")
-    if compiled and shapes(recipe, images, cut=micro_batch is not None) > MOST_GRAPHS:
+    if compiled and shapes(recipe, images) > MOST_GRAPHS:
         raise UserError(f"--compile serves at most {MOST_GRAPHS} shapes of batches: use a shorter ramp or --drop-last")
-
-
-def _micro_batch(job: _Job, state: TrainState, asked: int | str | None, saved: dict | None) -> int | None:
-    """The images per forward pass: as asked, as a run that continues had it, or as many as memory holds."""
-    if asked != "auto":
-        return None if asked is None or asked >= job.recipe.batch_size else int(asked)
-    if saved is not None or job.run.finished:
-        return (job.run.identity if saved is None else saved.get("run", {})).get("micro_batch")
-    found = fit_micro_batch(state, job.recipe, job.place)
-    job.say(f"micro-batch: {found or 'the whole batch fits into memory'}")
-    return found
 
 
 def _mirror(dataset: Dataset, run: Run, folder: Path | None, say: Callable[[str], None]) -> Mirror | None:
@@ -292,16 +272,15 @@ def _refuse_others(job: _Job, now: dict, saved: dict | None) -> None:
         refuse_another(job.run, now, saved.get("run", {}))
 
 
-def _identity(job: _Job, compiled: bool, micro_batch: int | None) -> dict:
+def _identity(job: _Job, compiled: bool) -> dict:
     """What decides the result besides the recipe; a run folder belongs to one such set."""
-    unusual = {"compiled": compiled or None, "micro_batch": micro_batch}
     return {
         "protocol": job.rows.protocol,
         "classes": job.rows.classes,
         "seed": job.seed,
         "precision": job.place.precision,
         "device": job.place.device.type,
-        **{name: value for name, value in unusual.items() if value is not None},
+        **({"compiled": True} if compiled else {}),
         "content_sha256": job.dataset.content_sha256,
         "split_sha256": job.rows.sha256,
         "class_order_sha256": class_order_sha256(job.dataset.wnids[: job.rows.classes]),
@@ -341,9 +320,9 @@ def _memory_hint(recipe: Recipe, place: Placement, world: World) -> Iterator[Non
             raise
         kind = RecipeFailed if world.writes else RankError
         raise kind(
-            f"out of memory on {place.device} with {recipe.batch_size} images per step: --micro-batch auto trains the "
-            "same batch in pieces that fit (in another --run, if this one has checkpoints); --batch-size or --width "
-            "make it smaller"
+            f"out of memory on {place.device} with {recipe.micro_batch or recipe.batch_size} images at once: a smaller "
+            "--micro-batch trains the same batch in pieces that fit (in another --run); --width makes the network "
+            "smaller"
         ) from error
 
 
@@ -518,8 +497,7 @@ def _evaluate(job: _Job, state: TrainState) -> tuple[Evaluation, float]:
     """The test images' scores, and the seconds that took, new batch-norm statistics of averaged weights included."""
     started = time.perf_counter()
     if state.average is not None:
-        where = (job.images, job.rows.train, job.recipe, job.seed, state.epoch, job.world)
-        plain = statistics_batches(*where, largest=state.test_batch)
+        plain = statistics_batches(job.images, job.rows.train, job.recipe, job.seed, state.epoch, job.world)
         network_input = (normalise(resize(images, job.recipe.test_resolution), job.recipe) for images in plain)
         with job.place.autocast():
             reestimate_batch_norm(state.average.module, _stoppable(job, state, network_input))
@@ -533,10 +511,10 @@ def _evaluate(job: _Job, state: TrainState) -> tuple[Evaluation, float]:
 def _score(job: _Job, state: TrainState, view: Callable = lambda forward: forward) -> Evaluation:
     """The test images' scores, of the network as `view` makes it see them. With several processes each tests its share
     of the batches, of which no image is counted twice, and all get the scores of all."""
-    rows, world = job.rows.test, job.world
-    mine = share(-(-len(rows) // state.test_batch), world)
-    rows = rows[mine.start * state.test_batch : mine.stop * state.test_batch]
-    batches = evaluation_batches(job.dataset, rows, job.place.device, state.test_batch, job.images)
+    rows, world, size = job.rows.test, job.world, evaluation_batch_size(job.place.device, job.recipe.micro_batch)
+    mine = share(-(-len(rows) // size), world)
+    rows = rows[mine.start * size : mine.stop * size]
+    batches = evaluation_batches(job.dataset, rows, job.place.device, size, job.images)
     forward = view(inference(state.tested, job.recipe, job.place))
     if len(rows):
         logits, labels = compute_logits(forward, _stoppable(job, state, batches), len(rows))
