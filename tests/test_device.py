@@ -1,5 +1,9 @@
 """Where a run computes and in which number format, on machines that this one only pretends to be."""
 
+import platform
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -154,8 +158,21 @@ def test_a_placement_explains_itself_in_one_line(pretend) -> None:
     ],
 )
 def test_a_processors_bf16_is_read_from_its_flags(monkeypatch: pytest.MonkeyPatch, flags: str, native: bool) -> None:
+    """And oneDNN may use it: by itself it says yes where bf16 is emulated, too."""
     monkeypatch.setattr(device.Path, "read_text", lambda _path: f"model name : Some CPU\n{flags}\n")
-    assert device._cpu_has_bf16() is native
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    question = "_is_mkldnn_bf16_supported"
+    for answer in (True, False):
+        monkeypatch.setattr(torch.ops.mkldnn, question, lambda answer=answer: answer)
+        assert device._cpu_has_bf16() is (native and answer)
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="no such instructions")
+def test_a_processor_held_to_avx2_computes_in_fp32(subprocess_environment: dict[str, str]) -> None:
+    command = [sys.executable, "-c", "import tinylab.device as d; print(d.choose('cpu').precision)"]
+    environment = subprocess_environment | {"ONEDNN_MAX_CPU_ISA": "AVX2"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.stdout == "fp32\n", done.stderr
 
 
 def test_without_a_list_of_flags_no_bf16_is_assumed(monkeypatch: pytest.MonkeyPatch) -> None:

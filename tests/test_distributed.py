@@ -402,7 +402,7 @@ def pieces_of_a_step(world: World, recipe: Recipe, images: torch.Tensor, labels:
     """Weights after two optimiser steps, each on this process's share in pieces of at most `micro` images."""
     place = choose("cpu", "fp32")
     state = new_state(recipe, 3, 0, 4, place, world)
-    state.micro_batch = micro
+    recipe = replace(recipe, micro_batch=micro)
     state.model.train()
     mine = share(len(labels), world)
     batch = Batch(images[mine.start : mine.stop], labels[mine.start : mine.stop], total=len(labels))

@@ -1,12 +1,14 @@
 """Which images are explained, and whether the maps are Grad-CAM's."""
 
 import copy
+import itertools
 import json
 
 import numpy as np
 import pytest
 import scipy.stats
 import torch
+from conftest import Exact
 from pytorch_grad_cam.utils.svd_on_activations import get_2d_projection
 from torch import nn
 
@@ -35,6 +37,13 @@ def model() -> ResNet18:
     with torch.no_grad():
         for _ in range(3):  # batch-norm statistics of its own, so that eval mode differs from train mode
             network.train()(2 * torch.randn(16, 3, 32, 32) + 1)
+    return network.eval()
+
+
+@pytest.fixture
+def exact(model: ResNet18) -> Exact:
+    network = Exact(CLASSES, width=4)
+    network.load_state_dict(model.state_dict())
     return network.eval()
 
 
@@ -84,13 +93,18 @@ def equal(one: dict[str, np.ndarray], other: dict[str, np.ndarray], atol: float 
     return one.keys() == other.keys() and all(np.allclose(one[stage], other[stage], atol=atol) for stage in one)
 
 
+@pytest.mark.numerical
 @pytest.mark.parametrize("method", METHODS)
-def test_maps_equal_their_definition_at_every_stage(model: ResNet18, inputs: torch.Tensor, method: str) -> None:
+def test_maps_equal_their_definition_at_every_stage(
+    exact: Exact,
+    inputs: torch.Tensor,
+    method: str,
+) -> None:
     inputs = torch.cat([inputs, inputs.flip(1)], dim=3).repeat(1, 1, 2, 1)  # 64 x 64, as the data set has it
-    maps = gradcam(model, inputs, TARGETS, method=method)
+    maps = gradcam(exact, inputs, TARGETS, method=method)
     sides = {"layer1": 64, "layer2": 32, "layer3": 16, "layer4": 8}
     assert {stage: values.shape for stage, values in maps.items()} == {s: (5, n, n) for s, n in sides.items()}
-    assert equal(maps, by_hand(model, inputs, TARGETS, method), atol=1e-4)
+    assert equal(maps, by_hand(exact, inputs, TARGETS, method))
     for values in maps.values():
         assert values.dtype == np.float32
         assert values.min() == 0
@@ -104,11 +118,17 @@ def test_each_image_is_explained_for_its_own_target(model: ResNet18, inputs: tor
     assert not np.allclose(maps["layer4"][0], maps["layer4"][1], atol=0.05)
 
 
+@pytest.mark.numerical
 @pytest.mark.parametrize("batch_size", [1, 2, 5, 64])
-def test_batches_equal_one_by_one(model: ResNet18, inputs: torch.Tensor, batch_size: int) -> None:
-    alone = [gradcam(model, inputs[i : i + 1], TARGETS[i : i + 1]) for i in range(len(inputs))]
-    together = gradcam(model, inputs, TARGETS, batch_size=batch_size)
-    assert equal(together, {stage: np.concatenate([maps[stage] for maps in alone]) for stage in STAGES})
+def test_batches_equal_one_by_one(exact: Exact, inputs: torch.Tensor, batch_size: int) -> None:
+    each = zip(inputs.split(1), TARGETS.split(1), strict=True)
+    alone = [gradcam(exact, image, target) for image, target in each]
+    together = gradcam(exact, inputs, TARGETS, batch_size=batch_size)
+    expected = {stage: np.concatenate([maps[stage] for maps in alone]) for stage in STAGES}
+    assert equal(together, expected)
+    for i, j in itertools.combinations(range(len(inputs)), 2):
+        for maps in expected.values():
+            assert not np.allclose(maps[i], maps[j], atol=0.05), "to mix them up would not show"
 
 
 def test_stages_may_be_asked_for_in_any_order(model: ResNet18, inputs: torch.Tensor) -> None:

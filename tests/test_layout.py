@@ -115,16 +115,6 @@ def test_recipes_and_the_command_line_load_nothing_heavy() -> None:
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_functions_are_short(module: str) -> None:
-    long = {
-        node.name: node.end_lineno - node.lineno + 1
-        for node in ast.walk(syntax(module))
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.end_lineno - node.lineno + 1 > 60
-    }
-    assert not long
-
-
-@pytest.mark.parametrize("module", MODULES)
 def test_modules_explain_themselves(module: str) -> None:
     tree = syntax(module)
     assert ast.get_docstring(tree), "no docstring"

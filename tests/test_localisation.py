@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import Exact
 from torch import nn
 
 from tinylab.augment import normalise
@@ -14,7 +15,6 @@ from tinylab.boxes import energy, hits
 from tinylab.dataset import Dataset
 from tinylab.explain import gradcam
 from tinylab.localisation import COLUMNS, GROUPS, MEASURES, Localisation, localise
-from tinylab.model import ResNet18
 from tinylab.recipe import UserError, smoke
 from tinylab.sample import Drawing, draw_numbered
 
@@ -273,9 +273,10 @@ def test_empty_maps_are_counted_and_score_their_box_s_area() -> None:
         assert not line["empty_actual"]
 
 
+@pytest.mark.numerical
 def test_batches_change_nothing(monkeypatch: pytest.MonkeyPatch, sample_dataset: Dataset) -> None:
     torch.manual_seed(0)
-    model = ResNet18(10, 4).eval()
+    model = Exact(10, width=4).eval()
     rows = np.arange(0, 600, 17)
     logits = np.random.default_rng(0).normal(size=(len(rows), 10)).astype(np.float16)
     what = {"images": sample_dataset.images, "labels": sample_dataset.labels, "boxes": sample_dataset.boxes}

@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import OneCycleLR
+from torch.utils.flop_counter import FlopCounterMode
 
 from tinylab.model import ResNet18, build_model
-from tinylab.optim import Muon, make_optimizer, orthogonalise, schedule
+from tinylab.optim import Muon, make_optimizer, muon_petaflop, orthogonalise, schedule
 from tinylab.recipe import Recipe, UserError, accurate, official, published, speedrun
 
 STEPS = 8
@@ -52,8 +53,7 @@ def assert_equal_weights(ours: nn.Module, theirs: nn.Module) -> None:
 
 
 def muon(**changes: object) -> Recipe:
-    """With the rate of the convolutions a twentieth of the others', their decay is 20 times the recipe's, and that
-    divided by 1 - base_momentum."""
+    """The rate of the convolutions is a twentieth of the others'."""
     return replace(accurate(), optimizer="muon", muon_learning_rate=0.05, **changes)
 
 
@@ -140,12 +140,12 @@ def test_momentum_starts_at_zero_and_is_there(model: ResNet18, recipe: Recipe) -
 
 
 def test_muon_takes_the_convolutions_at_its_own_rate(model: ResNet18) -> None:
-    recipe = muon(epochs=1)
+    recipe = muon(epochs=1, muon_weight_decay=0.2)
     optimizer, scheduler = make_optimizer(model, recipe, STEPS)
     others, flat, convolutions = optimizer.param_groups
     assert [group["orthogonal"] for group in optimizer.param_groups] == [False, False, True]
     assert [shapes(group) for group in optimizer.param_groups] == [{2}, {1}, {4}]
-    assert [group["weight_decay"] for group in optimizer.param_groups] == pytest.approx([5e-4, 0, 5e-4 / 0.05 / 0.1])
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [5e-4, 0, 0.2]
     expected, peaks = list(schedule(recipe, STEPS * recipe.batch_size)), []
     for _, learning_rate, momentum in expected:
         assert [group["lr"] for group in (others, flat)] == [learning_rate, learning_rate]
@@ -192,7 +192,7 @@ def test_convolutions_move_as_written_by_hand(nesterov: bool, channels_last: boo
         parameter.data = parameter.data.contiguous(memory_format=layout)
     expected = [parameter.detach().double().flatten(1) for parameter in model]
     momenta = [torch.zeros_like(matrix) for matrix in expected]
-    recipe = muon(weight_decay=0.5 * 0.05 * 0.4, nesterov=nesterov, base_momentum=0.6, max_momentum=0.9)
+    recipe = muon(muon_weight_decay=0.5, nesterov=nesterov, base_momentum=0.6, max_momentum=0.9)
     optimizer, scheduler = make_optimizer(model, recipe, STEPS)
     for step in range(STEPS - 1):
         with_gradients(model, seed=step)
@@ -224,6 +224,40 @@ def test_singular_values_become_about_one_and_vectors_stay(shape: tuple[int, ...
         assert values.min() > 0.65
 
 
+def newton_schulz(matrix: torch.Tensor) -> torch.Tensor:
+    """The iteration as Jordan writes it, on the matrix itself, in float64."""
+    x = matrix.double() / (torch.linalg.matrix_norm(matrix.double()) + 1e-7)
+    for _ in range(5):
+        gram = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x
+
+
+@pytest.mark.parametrize("condition", [1.0, 1e2, 1e4, 1e6])
+@pytest.mark.parametrize("shape", [(64, 27), (64, 576), (576, 64), (512, 4608), (256, 256), (16, 27)])
+def test_the_small_square_matrix_gives_the_same(shape: tuple[int, int], condition: float) -> None:
+    """Wide, tall and square, well and badly conditioned: singular values evenly spread, or one or all but one small."""
+    generator = torch.Generator().manual_seed(3)
+    rank = min(shape)
+    u, v = (torch.linalg.qr(torch.randn(size, rank, generator=generator, dtype=torch.float64))[0] for size in shape)
+    spread = condition ** -torch.linspace(0, 1, rank, dtype=torch.float64)
+    one_small, all_but_one_small = torch.ones(rank), torch.full((rank,), 1 / condition)
+    one_small[-1], all_but_one_small[0] = 1 / condition, 1
+    for values in (spread, one_small, all_but_one_small):
+        matrix = ((u * values) @ v.mT).float()
+        expected = newton_schulz(matrix)
+        error = torch.linalg.matrix_norm(orthogonalise(matrix[None])[0] - expected) / torch.linalg.matrix_norm(expected)
+        assert error < 2e-3
+
+
+def test_the_arithmetic_of_muon_is_what_its_products_take(model: ResNet18) -> None:
+    with FlopCounterMode(display=False) as counter:
+        for parameter in model.parameters():
+            if parameter.ndim == 4:
+                orthogonalise(parameter.detach().flatten(1)[None])
+    assert muon_petaflop(model, steps=1000) == pytest.approx(counter.get_total_flops() * 1000 / 1e15, rel=1e-3)
+
+
 def test_matrices_of_zeros_and_tiny_ones_do_not_explode() -> None:
     assert torch.equal(orthogonalise(torch.zeros(2, 4, 9)), torch.zeros(2, 4, 9))
     assert orthogonalise(torch.full((1, 4, 9), 1e-30)).abs().max() < 1e-6
@@ -237,7 +271,7 @@ def test_a_layer_without_gradient_decays_and_stays_finite(model: ResNet18) -> No
     with_gradients(model, seed=0)
     model.layer1[0].conv1.weight.grad.zero_()
     model.layer1[0].conv2.weight.grad = None
-    optimizer, _ = make_optimizer(model, muon(weight_decay=0.5 * 0.05 * 0.1), STEPS)
+    optimizer, _ = make_optimizer(model, muon(muon_weight_decay=0.5), STEPS)
     kept = 1 - optimizer.param_groups[-1]["lr"] * 0.5
     optimizer.step()
     assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
@@ -254,7 +288,7 @@ def test_pytorchs_own_muon_moves_the_same_matrix_alike(shape: tuple[int, ...]) -
     start = torch.randn(shape, generator=generator)
     ours = nn.ParameterList([nn.Parameter(start.clone())])
     matrix = nn.Parameter(start.flatten(1).clone())
-    recipe = muon(weight_decay=0.3 * 0.05 * 0.1, base_momentum=0.9, max_momentum=0.9)
+    recipe = muon(muon_weight_decay=0.3, base_momentum=0.9, max_momentum=0.9)
     optimizer, _ = make_optimizer(ours, recipe, STEPS)
     rate = optimizer.param_groups[0]["lr"]
     theirs = torch.optim.Muon([matrix], lr=rate, weight_decay=0.3, momentum=0.9, nesterov=True)

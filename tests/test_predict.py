@@ -510,6 +510,7 @@ def put(run: Run, weights: Path) -> None:
     run.write("summary.json", run.summary | {"model_sha256": hashlib.sha256(content).hexdigest()})
 
 
+@pytest.mark.numerical
 def test_a_finished_run_answers_as_it_was_tested(finished_run: Run, tiny_dataset: Dataset) -> None:
     model, about = load(finished_run.folder)
     assert not model.training
@@ -517,12 +518,12 @@ def test_a_finished_run_answers_as_it_was_tested(finished_run: Run, tiny_dataset
     assert about["content_sha256"] == tiny_dataset.content_sha256
     stored = finished_run.predictions
     answers = predict(model, about, tiny_dataset.images[stored["rows"]], top=3)
-    assert [[each["wnid"] for each in answer] for answer in answers] == [
-        [tiny_dataset.wnids[index] for index in order] for order in np.argsort(-stored["logits"], axis=1, kind="stable")
-    ]
-    probabilities = torch.softmax(torch.from_numpy(stored["logits"]).float(), 1).sort(dim=1, descending=True)[0]
-    found = [[each["probability"] for each in answer] for answer in answers]
-    np.testing.assert_allclose(found, probabilities.numpy(), atol=2e-3)
+    shares = [{each["wnid"]: each["probability"] for each in answer} for answer in answers]
+    found = [[each[wnid] for wnid in tiny_dataset.wnids] for each in shares]
+    # Stored logits are float16: what is nearly equal may rank the other way.
+    expected = torch.softmax(torch.from_numpy(stored["logits"]).float(), dim=1).numpy()
+    np.testing.assert_allclose(found, expected, atol=2e-4)
+    assert np.ptp(expected, axis=1).min() > 0.01, "to mix up classes would not show"
     assert answers[0][0].keys() == {"wnid", "name", "probability"}
 
 

@@ -382,6 +382,15 @@ def test_a_long_history_is_thinned(finished_run: Run, explanation: dict, tmp_pat
     assert [rows[0][0], rows[1][0], rows[-1][0]] == ["1", "5", "1001"]
 
 
+def test_an_epoch_without_a_test_has_dashes(finished_run: Run, explanation: dict, tmp_path: Path) -> None:
+    run = changed(finished_run, tmp_path, "summary.json")
+    first, last = finished_run.history
+    run.write_history([{name: value for name, value in first.items() if not name.startswith("test_")}, last])
+    rows = assert_sound(page(run, explanation, {})).rows("Losses in nats")
+    assert [rows[0][column] for column in (3, 5, 6)] == ["–", "–", "–"]
+    assert "–" not in rows[1]
+
+
 def test_figures_are_inside_with_their_size(finished_run: Run, explanation: dict) -> None:
     (image,) = assert_sound(page(finished_run, explanation, {"curves": PNG})).all("img")
     assert base64.b64decode(image["src"].removeprefix("data:image/png;base64,")) == PNG

@@ -16,10 +16,9 @@ from tinylab import step as step_module
 from tinylab.device import Placement, choose
 from tinylab.loader import Batch
 from tinylab.model import build_model
-from tinylab.recipe import Recipe, UserError, accurate, published, speedrun
+from tinylab.recipe import Recipe, accurate, published, speedrun
 from tinylab.step import (
     TrainState,
-    fit_micro_batch,
     inference,
     new_state,
     out_of_memory,
@@ -134,9 +133,8 @@ def test_gradients_do_not_depend_on_how_a_batch_is_cut(
     monkeypatch.setattr(step_module, "make_average", lambda *_: None)
     batch, results = made_batch(mixed=mixed), []
     for size in (None, micro_batch):
-        state = state_of(wide, place)
-        state.micro_batch = size
-        train_step(state, wide, place, batch)
+        state, recipe = state_of(wide, place), replace(wide, micro_batch=size)
+        train_step(state, recipe, place, batch)
         results.append((gradients(state), state.totals))
     (whole, totals), (cut, cut_totals) = results
     for first, second in zip(whole, cut, strict=True):
@@ -154,9 +152,8 @@ def _seeded(network: type[nn.Module]) -> nn.Module:
 @pytest.mark.parametrize("micro_batch", [3, 4])
 def test_pieces_are_no_larger_than_asked_for(place: Placement, wide: Recipe, micro_batch: int) -> None:
     state, seen = state_of(wide, place), []
-    state.micro_batch = micro_batch
     state.model.conv1.register_forward_pre_hook(lambda _module, inputs: seen.append(len(inputs[0])))
-    train_step(state, wide, place, made_batch())
+    train_step(state, replace(wide, micro_batch=micro_batch), place, made_batch())
     assert sum(seen) == 8
     assert max(seen) <= micro_batch
     assert len(seen) == math.ceil(8 / micro_batch)
@@ -164,9 +161,8 @@ def test_pieces_are_no_larger_than_asked_for(place: Placement, wide: Recipe, mic
 
 def test_a_cut_batch_is_one_step_of_optimiser_schedule_and_average(place: Placement, wide: Recipe) -> None:
     state = state_of(wide, place)
-    state.micro_batch = 2
     before = state.scheduler.last_epoch
-    train_step(state, wide, place, made_batch())
+    train_step(state, replace(wide, micro_batch=2), place, made_batch())
     assert state.scheduler.last_epoch == before + 1
     assert state.step == 1
     assert int(state.average.n_averaged) == 1
@@ -197,7 +193,7 @@ def test_without_an_average_the_network_itself_is_tested(place: Placement, narro
 
 @pytest.mark.parametrize("optimizer", ["sgd", "muon"])
 @pytest.mark.parametrize("steps", [0, 2])
-@pytest.mark.parametrize("rehearse", ["warm_up", "seconds_per_image", "fit_micro_batch"])
+@pytest.mark.parametrize("rehearse", ["warm_up", "seconds_per_image"])
 def test_a_rehearsal_changes_nothing(place: Placement, wide: Recipe, steps: int, rehearse: str, optimizer: str) -> None:
     """In the middle of a run as at its start; and the run goes on as if there had been none."""
     recipe = replace(wide, ramp=((32, 0.5),), optimizer=optimizer)
@@ -209,7 +205,6 @@ def test_a_rehearsal_changes_nothing(place: Placement, wide: Recipe, steps: int,
     rehearsals: dict[str, Callable] = {
         "warm_up": lambda: warm_up(state, recipe, place, train_images=21, test_images=7),
         "seconds_per_image": lambda: seconds_per_image(state, recipe, place),
-        "fit_micro_batch": lambda: fit_micro_batch(state, recipe, place),
     }
     rehearsals[rehearse]()
     assert_same(everything(state), before)
@@ -232,49 +227,12 @@ def test_a_warm_up_meets_every_shape_of_the_run(place: Placement, wide: Recipe) 
         )
     warm_up(state, recipe, place, train_images=21, test_images=507)
     assert trained == {(8, 32), (8, 64), (5, 32), (5, 64)}
-    assert tested == {(500, 64), (7, 64)}
+    assert tested == {(32, 64), (27, 64)}  # of 507 images, on a CPU
     assert shapes(recipe, 21) == 4
     assert shapes(replace(recipe, drop_last=True), 21) == 2
 
 
 # --- Memory and cost --------------------------------------------------------------------------------------------------
-
-
-def with_memory_for(images: int, state: TrainState) -> None:
-    """From now on a forward pass of more images fails as a GPU's would."""
-
-    def check(_module: nn.Module, inputs: tuple[torch.Tensor]) -> None:
-        if len(inputs[0]) > images:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-
-    state.model.register_forward_pre_hook(check)
-
-
-@pytest.mark.parametrize(("images", "found"), [(100, None), (8, None), (7, 4), (4, 4), (3, 2), (1, 1)])
-def test_a_micro_batch_is_halved_until_it_fits(place: Placement, wide: Recipe, images: int, found: int | None) -> None:
-    state = state_of(wide, place)
-    with_memory_for(images, state)
-    assert fit_micro_batch(state, wide, place) == found
-    state.micro_batch = found
-    train_step(state, wide, place, made_batch())
-
-
-def test_not_even_one_image_is_refused(place: Placement, wide: Recipe) -> None:
-    state = state_of(wide, place)
-    with_memory_for(0, state)
-    with pytest.raises(UserError, match="not even one image"):
-        fit_micro_batch(state, wide, place)
-
-
-def test_an_error_that_is_not_about_memory_is_not_swallowed(place: Placement, wide: Recipe) -> None:
-    state = state_of(wide, place)
-
-    def fail(*_: object) -> None:
-        raise RuntimeError("expected scalar type Float but found Half")
-
-    state.model.register_forward_pre_hook(fail)
-    with pytest.raises(RuntimeError, match="scalar type"):
-        fit_micro_batch(state, wide, place)
 
 
 @pytest.mark.parametrize(

@@ -75,6 +75,18 @@ def test_every_number_of_every_epoch_is_there(tmp_path: Path) -> None:
 
 
 @needs_tensorboard
+def test_an_epoch_without_a_test_has_no_test_s_numbers(tmp_path: Path) -> None:
+    rows = history(3)
+    rows[1] = {name: value for name, value in rows[1].items() if not name.startswith("test_")}
+    tracker = Tracker(tmp_path)
+    tracker.up_to(rows)
+    tracker.close()
+    reader = EventAccumulator(str(tmp_path / "tensorboard"))
+    reader.Reload()
+    assert [event.step for event in reader.Scalars("top1/test")] == [1, 3]
+    assert [event.step for event in reader.Scalars("top1/train")] == [1, 2, 3]
+
+
 def test_tags_are_those_of_the_records(tmp_path: Path, finished_run) -> None:
     tracked(tmp_path, [], finished_run.history)
     last = shown(tmp_path)[-1]

@@ -1,8 +1,10 @@
 """A run is a function of its recipe, data and seed: however often it is stopped, killed or started again."""
 
 import csv
+import itertools
 import json
 import os
+import re
 import shutil
 import signal
 from collections.abc import Callable, Iterator
@@ -20,7 +22,7 @@ from tinylab import checkpoint
 from tinylab import train as train_module
 from tinylab.dataset import Dataset
 from tinylab.device import choose
-from tinylab.loader import Batch, TrainingBatches
+from tinylab.loader import Batch, TrainingBatches, evaluation_batch_size
 from tinylab.model import build_model, load_weights
 from tinylab.recipe import Recipe, UserError
 from tinylab.record import Run
@@ -173,7 +175,8 @@ def test_metrics_have_a_line_per_epoch(finished_run: Run, narrow: Recipe) -> Non
     for number, line in enumerate(lines, start=1):
         assert set(line) == {
             "epoch", "learning_rate", "train_loss", "train_top1", "train_top5", "test_loss", "test_top1", "test_top5",
-            "test_correct", "test_total", "train_seconds", "eval_seconds", "images_per_second", "skipped_steps",
+            "test_correct", "test_total", "train_seconds", "train_cpu_seconds", "eval_seconds", "images_per_second",
+            "skipped_steps",
         }  # fmt: skip
         assert line["epoch"] == number
         assert line["learning_rate"] == rates[3 * (number - 1)]
@@ -365,15 +368,19 @@ def test_seconds_are_of_one_epoch_and_add_up_over_a_stop(
         if clock[0] == 1:
             send(signal.SIGINT)
 
-    monkeypatch.setattr(train_module, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    monkeypatch.setattr(
+        train_module, "time", SimpleNamespace(perf_counter=lambda: clock[0], process_time=lambda: 2 * clock[0])
+    )
     at_moment(tick)
     with pytest.raises(Stopped):
         train_tiny(tmp_path / "run")
     run = train_tiny(tmp_path / "run")
     assert [row["train_seconds"] for row in run.history] == [3, 3]
+    assert [row["train_cpu_seconds"] for row in run.history] == [6, 6]
     assert [row["eval_seconds"] for row in run.history] == [2, 2]
     assert [row["images_per_second"] for row in run.history] == [4, 4]
     assert (run.summary["train_seconds"], run.summary["eval_seconds"]) == (6, 4)
+    assert run.summary["train_cpu_seconds"] == 12
     assert run.summary["time_to_accuracy_seconds"] == 6 + 2
     assert run.summary["images_per_second"] == 4
 
@@ -445,10 +452,7 @@ def test_a_longer_run_is_another_run(train_tiny: TrainTiny, finished_run: Run, n
         ({"split": "random"}, "split"),
         ({"device": "tpu"}, "device"),
         ({"precision": "fp16"}, "fp16"),
-        ({"micro_batch": 0}, "micro-batch"),
-        ({"micro_batch": "auto", "compiled": True}, "--compile wants to know"),
-        ({"micro_batch": -3}, "micro-batch"),
-        ({"micro_batch": 2.5}, "micro-batch"),
+        ({"test_every": 0}, "test-every must be at least 1"),
     ],
 )
 def test_an_impossible_run_is_refused_before_its_folder_is_made(
@@ -483,76 +487,116 @@ def test_the_weights_saved_are_the_average_with_its_own_statistics(
     assert np.allclose(run.predictions["logits"], logits.numpy(), atol=2e-3)
 
 
-def test_a_micro_batch_is_another_run_only_where_it_cuts(
-    train_tiny: TrainTiny, finished_run: Run, tmp_path: Path
+def test_a_micro_batch_is_part_of_the_recipe(
+    train_tiny: TrainTiny, narrow: Recipe, finished_run: Run, tmp_path: Path
 ) -> None:
-    """Batch norm sees the pieces, so a cut run differs and its folder says so; one that needs no cut is the same."""
-    assert_equal_runs(train_tiny(tmp_path / "whole", micro_batch="auto"), finished_run)
-    cut = train_tiny(tmp_path / "cut", micro_batch=2)
-    assert cut.identity["micro_batch"] == 2
+    """Batch norm sees the pieces, so a cut run differs."""
+    recipe = replace(narrow, micro_batch=2)
+    cut = train_tiny(tmp_path / "cut", recipe)
+    assert cut.recipe.micro_batch == 2
     assert cut.history[0]["train_loss"] != finished_run.history[0]["train_loss"]
     with pytest.raises(UserError, match="micro_batch 2 -> None"):
         train_tiny(tmp_path / "cut")
-    assert_equal_runs(train_tiny(tmp_path / "again", micro_batch=2), cut)
+    assert_equal_runs(train_tiny(tmp_path / "again", recipe), cut)
+
+
+def test_a_run_of_an_older_version_continues(
+    train_tiny: TrainTiny, rich: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It kept the micro-batch beside the recipe, in run.json, and derived Muon's decay."""
+    decay = rich.weight_decay * rich.max_learning_rate / 0.02 / (1 - rich.base_momentum)
+    recipe = replace(rich, optimizer="muon", muon_weight_decay=decay, micro_batch=3)
+    expected = train_tiny(tmp_path / "undisturbed", recipe)
+    real, calls = train_module.train_step, itertools.count()
+
+    def stopping(*arguments: object) -> None:
+        real(*arguments)
+        if next(calls) == 3:
+            send(signal.SIGTERM)
+
+    monkeypatch.setattr(train_module, "train_step", stopping)
+    with pytest.raises(Stopped):
+        train_tiny(tmp_path / "run", recipe)
+    monkeypatch.undo()
+    run = Run(tmp_path / "run")
+    fields = json.loads((run.folder / "recipe.json").read_text())
+    del fields["muon_weight_decay"], fields["micro_batch"]
+    run.write("recipe.json", fields)
+    run.write("run.json", run.identity | {"micro_batch": 3})
+    state, _ = checkpoint.load(run.checkpoints)
+    del state["run"]["muon_weight_decay"], state["epoch_cpu_seconds"]
+    for _ in range(2):  # the newest, and the one before it
+        checkpoint.save(run.checkpoints, state)
+    assert run.recipe == recipe
+    assert_equal_runs(train_tiny(run.folder, recipe), expected)
+    assert run.recipe == recipe
+    assert "micro_batch" not in run.identity
+
+
+def test_tests_now_and_then_change_no_weight(
+    train_tiny: TrainTiny, rich: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = replace(rich, epochs=4)
+    always = train_tiny(tmp_path / "always", recipe)
+    run = train_tiny(tmp_path / "seldom", recipe, test_every=3, quiet=False)
+    assert ["test_top1" in row for row in run.history] == [False, False, True, True]
+    assert [row["eval_seconds"] > 0 for row in run.history] == [False, False, True, True]
+    assert capsys.readouterr().out.count("  test: average loss") == 2
+    common = [name for name in always.history[0] if not name.startswith("test_") and "seconds" not in name]
+    common.remove("images_per_second")
+    for ours, theirs in zip(run.history, always.history, strict=True):
+        assert [ours[name] for name in common] == [theirs[name] for name in common]
+    np.testing.assert_array_equal(run.predictions["logits"], always.predictions["logits"])
+    assert run.summary["flip_tta_top1"] == always.summary["flip_tta_top1"]
+
+
+def test_where_nobody_watches_a_line_a_minute_tells_how_far_it_is(
+    train_tiny: TrainTiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(train_module, "LINE_SECONDS", 0)
+    train_tiny(tmp_path / "run", quiet=False)
+    text = capsys.readouterr().out
+    line = r"^  epoch 1/2, step [123]/3: loss \d\.\d{4}, \d+ images/s, about \d+ min left$"
+    assert len(re.findall(line, text, re.M)) == 3
+    assert re.search(r"^  test: 0 of 1 batches$", text, re.M)
+    assert re.search(r"^  test of mirror images: 0 of 1 batches$", text, re.M)
 
 
 def test_a_run_out_of_memory_says_what_to_do(
-    train_tiny: TrainTiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    train_tiny: TrainTiny, narrow: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = train_module.train_step
 
-    def exhausted(state: TrainState, *arguments: object) -> None:
-        if state.step == 1 and state.micro_batch is None:
+    def exhausted(state: TrainState, recipe: Recipe, *arguments: object) -> None:
+        if state.step == 1 and recipe.micro_batch is None:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-        real(state, *arguments)
+        real(state, recipe, *arguments)
 
     monkeypatch.setattr(train_module, "train_step", exhausted)
-    with pytest.raises(UserError, match=r"out of memory on cpu with 5 images per step: --micro-batch auto"):
+    with pytest.raises(UserError, match=r"out of memory on cpu with 5 images at once: a smaller --micro-batch"):
         train_tiny(tmp_path / "run")
-    assert train_tiny(tmp_path / "run", micro_batch=3).identity["micro_batch"] == 3  # what was advised, and works
+    assert train_tiny(tmp_path / "another", replace(narrow, micro_batch=3)).finished  # what was advised, and works
 
 
 def test_short_of_memory_nothing_is_passed_forward_whole(
     train_tiny: TrainTiny, rich: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Statistics and tests, which keep no outputs for gradients, take up to eight times a micro-batch."""
+    """Batch-norm statistics, which keep no outputs for gradients, take up to twice a micro-batch."""
     real, seen = train_module.new_state, []
 
     def watched(*arguments: object) -> TrainState:
         state = real(*arguments)
-        for network in (state.model, state.tested):
-            network.register_forward_pre_hook(
-                lambda module, inputs: seen.append((module.conv1.weight.requires_grad, len(inputs[0])))
-            )
+        state.tested.register_forward_pre_hook(
+            lambda module, inputs: seen.append(len(inputs[0])) if module.bn1.training else None
+        )
         return state
 
     monkeypatch.setattr(train_module, "new_state", watched)
-    run = train_tiny(tmp_path / "run", replace(rich, batch_size=12, drop_last=False), micro_batch=1)
-    assert run.finished
-    assert max(count for _, count in seen) <= 8
-    assert TrainState.test_batch.fget(SimpleNamespace(micro_batch=100)) == 500
-    assert TrainState.test_batch.fget(SimpleNamespace(micro_batch=None)) == 500
-
-
-def test_auto_finds_the_micro_batch_and_a_stopped_run_keeps_it(
-    train_tiny: TrainTiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with monkeypatch.context() as patched:
-        patched.setattr(train_module, "fit_micro_batch", lambda *_: 2)
-        count, real = iter(range(100)), train_module.train_step
-
-        def stopping(*arguments: object) -> None:
-            real(*arguments)
-            if next(count) == 1:
-                send(signal.SIGINT)
-
-        patched.setattr(train_module, "train_step", stopping)
-        with pytest.raises(Stopped):
-            train_tiny(tmp_path / "run", micro_batch="auto", quiet=False)
-    assert "micro-batch: 2" in capsys.readouterr().out
-    run = train_tiny(tmp_path / "run", micro_batch="auto")  # here all would fit
-    assert run.identity["micro_batch"] == 2
-    assert_equal_runs(run, train_tiny(tmp_path / "reference", micro_batch=2))
+    recipe = replace(rich, batch_size=12, drop_last=False, micro_batch=2)
+    assert train_tiny(tmp_path / "run", recipe).finished
+    assert set(seen) == {4}
+    cuda = torch.device("cuda")
+    assert [evaluation_batch_size(cuda, micro_batch) for micro_batch in (None, 1, 100, 300)] == [500, 2, 200, 500]
 
 
 def test_a_run_on_a_processor_says_what_it_will_cost(
@@ -561,10 +605,10 @@ def test_a_run_on_a_processor_says_what_it_will_cost(
     monkeypatch.setattr(train_module, "seconds_per_image", lambda *_: 600.0)
     train_tiny(tmp_path / "run", quiet=False)
     lines = capsys.readouterr().out.splitlines()
-    # 2 epochs of 12 training images and of 6 test images at a third of the price: 28 x 10 minutes.
+    # 2 epochs of 12 training images, three tests of 6 images at a third of the price: 30 x 10 minutes.
     told = [line for line in lines if "images/s: about" in line]
     assert told == [
-        "this CPU trains 0 images/s: about 4.7 hours; a GPU is far faster, "
+        "this CPU trains 0 images/s: about 5.0 hours; a GPU is far faster, "
         "and --limit-classes, --epochs and --width make it less"
     ]
     assert lines.index(told[0]) < next(number for number, line in enumerate(lines) if line.startswith("epoch"))

@@ -81,7 +81,7 @@ def _suitable_precision(device: str, compiled: bool) -> tuple[str, str]:
     if device == "cpu":
         if _cpu_has_bf16():
             return "bf16", "this processor computes bf16 natively"
-        return "fp32", "this processor has no native 16-bit format"
+        return "fp32", "no native 16-bit format here"
     return "fp32", "16-bit formats are not trusted on Apple GPUs yet"
 
 
@@ -113,12 +113,18 @@ def fastest_convolutions(place: Placement) -> Iterator[None]:
 
 
 def _cpu_has_bf16() -> bool:
-    """Whether the processor itself multiplies bf16 (Linux tells; elsewhere no is assumed)."""
+    """Whether the processor itself multiplies bf16 (Linux tells; elsewhere no is assumed) and
+    oneDNN may use it."""
     try:
         words = set(Path("/proc/cpuinfo").read_text().split())
     except OSError:
         return False
-    return bool(words & {"avx512_bf16", "amx_bf16", "bf16"})
+    # oneDNN's own answer heeds ONEDNN_MAX_CPU_ISA, but counts AVX-512 that emulates bf16, slowly.
+    return (
+        bool(words & {"avx512_bf16", "amx_bf16", "bf16"})
+        and torch.backends.mkldnn.is_available()
+        and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
 
 
 def device_name(device: torch.device) -> str:

@@ -49,9 +49,14 @@ class Evaluation:
         return 100 * self.correct_top5 / self.total
 
 
+def mirrored(forward: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The logits of each image's mirror image."""
+    return lambda images: forward(images.flip(2))  # (B, height, width, 3): axis 2 is the width
+
+
 def with_flip(forward: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
     """Flip test-time augmentation: the mean of the logits of each image and its mirror image. Reported apart."""
-    return lambda images: (forward(images) + forward(images.flip(2))) / 2  # (B, height, width, 3): axis 2 is the width
+    return lambda images: (forward(images) + mirrored(forward)(images)) / 2
 
 
 def compute_logits(

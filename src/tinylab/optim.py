@@ -154,6 +154,17 @@ class Muon(torch.optim.SGD):
                 parameter.add_(direction.view_as(parameter), alpha=-reach)
 
 
+def muon_petaflop(model: nn.Module, steps: int) -> float:
+    """PFLOP of orthogonalising the convolution weights of `model` in `steps` optimiser steps."""
+    flop = 0
+    for parameter in model.parameters():
+        if parameter.ndim == 4:
+            short, long = sorted((parameter.shape[0], parameter[0].numel()))
+            square_products = NEWTON_SCHULZ_STEPS + 3 * (NEWTON_SCHULZ_STEPS - 1)
+            flop += 2 * short**2 * (2 * long + square_products * short)
+    return float(f"{flop * steps / 1e15:.4g}")
+
+
 def orthogonalise(matrices: torch.Tensor) -> torch.Tensor:
     """Return about U V' of the singular value decomposition U S V' of each matrix.
 

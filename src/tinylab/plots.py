@@ -849,10 +849,10 @@ def _column(rows: Sequence[Mapping], key: str) -> list[float]:
 
 
 def _line(ax: Axes, x: list[float], y: list[float], label: str, color: str, dashed: bool = False) -> None:
-    """A curve with a dot on its last value; `_label_ends` names it."""
-    finite = [i for i, value in enumerate(y) if math.isfinite(value)]
+    """A curve through the values there are, with a dot on the last one; `_label_ends` names it."""
+    x, y = np.array([point for point in zip(x, y, strict=True) if math.isfinite(point[1])]).reshape(-1, 2).T
     look = {"linestyle": (0, (3, 1.6)), "linewidth": 1.2} if dashed else {}
-    ax.plot(x, y, label=label, color=color, marker="o", markersize=4, markevery=finite[-1:], **look)
+    ax.plot(x, y, label=label, color=color, marker="o", markersize=4, markevery=[len(x) - 1] if len(x) else [], **look)
 
 
 def _whole_numbers(ax: Axes) -> None:

@@ -80,7 +80,8 @@ class Run:
     @property
     def recipe(self) -> Recipe:
         """Raises `UserError` if the folder is no run, or was written by another version of the recipe."""
-        fields = self._read("recipe.json")
+        older = {"micro_batch": self._read("run.json").get("micro_batch")} if self.begun else {}
+        fields = in_todays_terms(older | self._read("recipe.json"))
         try:
             return Recipe(**{name: as_tuple(value) for name, value in fields.items()})
         except TypeError as error:
@@ -118,7 +119,8 @@ class Run:
 
     @property
     def history(self) -> list[dict]:
-        """One dictionary per finished epoch, as in metrics.jsonl: accuracies in percent, losses in nats, seconds."""
+        """One dictionary per finished epoch, as in metrics.jsonl: accuracies in percent, losses in nats, seconds. An
+        epoch that was not tested lacks the fields that begin with `test_`."""
         path = self.folder / "metrics.jsonl"
         if not os.path.lexists(path):
             return []
@@ -127,7 +129,8 @@ class Run:
         except (OSError, ValueError) as error:
             raise UserError(f"{path} cannot be read: {_reason(error)}; delete {self.folder} and train again") from error
         for row in rows:
-            if not isinstance(row, dict) or (wrong := _of_other_types(row, EPOCH)):
+            tested = TEST if isinstance(row, dict) and "test_top1" in row else {}
+            if not isinstance(row, dict) or (wrong := _of_other_types(row, EPOCH | tested)):
                 lacks = wrong if isinstance(row, dict) else "its fields"
                 raise UserError(f"{path} lacks {lacks}, or has them of another type: tinylab did not write it")
         return rows
@@ -189,9 +192,9 @@ SUMMARY = {
 }  # fmt: skip
 EPOCH = {
     "epoch": int, "learning_rate": float, "train_loss": float, "train_top1": float, "train_top5": float,
-    "test_loss": float, "test_top1": float, "test_top5": float, "test_correct": int, "test_total": int,
     "train_seconds": float, "eval_seconds": float, "images_per_second": float,
 }  # fmt: skip
+TEST = {"test_loss": float, "test_top1": float, "test_top5": float, "test_correct": int, "test_total": int}
 ENVIRONMENT = {"device": str, "precision": str, "torch": str}
 EXPLANATION = {
     "model_sha256": str, "tested": int, "wrong": int, "method": str, "images": list, "figures": list,
@@ -289,6 +292,16 @@ def as_tuple(value: object) -> object:
     return tuple(map(as_tuple, value)) if isinstance(value, list) else value
 
 
+def in_todays_terms(fields: dict) -> dict:
+    """A recipe's fields as recorded, and those that an older version did not know, as it acted."""
+    defaults = {field.name: field.default for field in dataclasses.fields(Recipe)}
+    added = {name: defaults[name] for name in ("micro_batch", "muon_weight_decay")}
+    if fields.get("optimizer") == "muon":  # it derived Muon's decay
+        peaks = fields["max_learning_rate"] / fields["muon_learning_rate"]
+        added["muon_weight_decay"] = fields["weight_decay"] * peaks / (1 - fields["base_momentum"])
+    return added | fields
+
+
 def default_folder(recipe: Recipe, protocol: str, seed: int) -> Path:
     """runs/<recipe>-<protocol>-s<seed>."""
     return Path("runs") / f"{recipe.name}-{protocol}-s{seed}"
@@ -316,6 +329,7 @@ def enter_run(run: Run, recipe: Recipe, identity: dict, environment: dict, elsew
         return _environment_notice(run, environment)
     refuse_another(run, dataclasses.asdict(recipe) | identity)
     if run.identity != identity and not run.finished:
+        run.write("recipe.json", dataclasses.asdict(recipe))
         run.write("run.json", identity)
     return _environment_notice(run, environment)
 
@@ -324,7 +338,7 @@ def refuse_another(run: Run, now: dict, before: dict | None = None) -> None:
     """Raises `UserError`, naming what differs, if `now`, the recipe's fields and the identity, is not what the run in
     the folder is, or what a checkpoint says that it is of (`before`)."""
     checkpoint = before is not None
-    before = _plain(before if checkpoint else dataclasses.asdict(run.recipe) | run.identity)
+    before = _plain(in_todays_terms(before) if checkpoint else dataclasses.asdict(run.recipe) | run.identity)
     now = _plain(now)
     where = {"data_folder"}  # may move; the content hash says whether it is the same data
     if "class_order_sha256" not in before and not checkpoint:

@@ -56,6 +56,8 @@ class TrainState:
     epoch_learning_rate: float = 0.0
     """Learning rate of its first step."""
     epoch_seconds: float = 0.0
+    epoch_cpu_seconds: float = 0.0
+    """Of all cores together, without worker processes."""
     set_up_seconds: float = 0.0
     stops: int = 0
     """How often the run was continued after a stop."""
@@ -71,13 +73,16 @@ class TrainState:
         return self.model if self.average is None else self.average.module
 
     def next_epoch(self) -> None:
-        self.epoch, self.step, self.epoch_seconds = self.epoch + 1, 0, 0.0
+        self.epoch, self.step, self.epoch_seconds, self.epoch_cpu_seconds = self.epoch + 1, 0, 0.0, 0.0
         self.totals.zero_()
         self.skips[0] = 0
 
     def to_checkpoint(self) -> dict:
         """Tensors and plain values. The schedule is its step count: everything else follows from the recipe."""
-        numbers = ("epoch", "step", "epoch_learning_rate", "epoch_seconds", "set_up_seconds", "stops", "history")
+        numbers = (
+            "epoch", "step", "epoch_learning_rate", "epoch_seconds", "epoch_cpu_seconds", "set_up_seconds", "stops",
+            "history",
+        )  # fmt: skip
         return {
             "model": self.model.state_dict(),
             "average": None if self.average is None else self.average.state_dict(),

@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import io
 import itertools
+import math
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -28,7 +29,7 @@ from tinylab.average import reestimate_batch_norm
 from tinylab.dataset import Dataset, interactive, refuse_inside
 from tinylab.device import Placement, choose, fastest_convolutions
 from tinylab.distributed import RankError, World, agree, from_rank_0, gather_rows, highest, join, share, sum_over_ranks
-from tinylab.evaluate import Evaluation, compute_logits, score, with_flip
+from tinylab.evaluate import Evaluation, compute_logits, mirrored, score
 from tinylab.finite import all_finite
 from tinylab.loader import (
     BatchedLoader,
@@ -41,8 +42,9 @@ from tinylab.loader import (
 )
 from tinylab.mirror import Mirror
 from tinylab.model import weights_file
+from tinylab.optim import muon_petaflop
 from tinylab.optim import schedule as schedule  # also under this name, beside `train`
-from tinylab.recipe import Recipe, RecipeFailed, UserError
+from tinylab.recipe import SIZE, Recipe, RecipeFailed, UserError, training_petaflop
 from tinylab.record import (
     Run,
     compile_cache,
@@ -72,6 +74,7 @@ from tinylab.stop import Abandoned, Stopped, StopRequest, abandon_when
 from tinylab.track import Tracker
 
 SAVE_SECONDS = 300  # an epoch that takes longer is saved within, too
+LINE_SECONDS = 60  # between two lines about an epoch or a test, where no bar is shown
 MOST_GRAPHS = 8  # torch.compile's own limit, beyond which it silently does without
 _RUNS = itertools.count()  # how many runs this process has begun: only the first has a cold clock
 
@@ -91,16 +94,18 @@ def train(
     compiled: bool = False,
     workers: int | None = None,
     mirror: Path | None = None,
+    test_every: int = 1,
     track: Literal["tensorboard"] | None = None,
     quiet: bool = False,
 ) -> Run:
-    """Trains by `recipe`, tests after every epoch, and returns the finished run. A run that was stopped continues.
+    """Trains by `recipe`, tests now and then, and returns the finished run. A run that was stopped continues.
 
     split: "merged", "official" or "select". folder: the run folder; None: runs/<recipe>-<protocol>-s<seed>.
     limit_classes: only the first so many classes. compiled: the step runs under torch.compile. workers: processes that
     run albumentations; they do not change the result. mirror: a folder of this run's own in which its newest two
-    checkpoints are kept, too; the run continues from the newest whole one of both. track: "tensorboard" also writes
-    each epoch's numbers to the run folder's tensorboard/. quiet: no log, no bar.
+    checkpoints are kept, too; the run continues from the newest whole one of both. test_every: test after every so many
+    epochs, and after the last one; it does not change the weights. track: "tensorboard" also writes each epoch's
+    numbers to the run folder's tensorboard/. quiet: no log, no bar.
     Started by torchrun, every process calls this and trains its share; the first one writes the run.
     Raises `UserError` if the run cannot be made or its numbers are no longer finite, `Stopped` after SIGINT or SIGTERM.
     """
@@ -111,14 +116,17 @@ def train(
     refuse_inside(dataset, run.folder, "run")
     with join(place.device) as world, fastest_convolutions(place):
         place = replace(place, device=world.device(place.device))
-        _check(recipe, rows, world, compiled)
+        _check(recipe, rows, world, compiled, test_every)
         images = Images(dataset.images, dataset.labels, place.device)
         loader = make_loader(dataset, rows.train, recipe, seed, place.device, workers, world, images)
         say = _silent if quiet or not world.writes else _say
         stop = StopRequest(patient=world.several)
         second = _mirror(dataset, run, mirror, say)
         tracker = _tracker(run, track, world)
-        job = _Job(recipe, dataset, images, rows, seed, place, world, run, loader, stop, say, second, tracker, begun)
+        job = _Job(
+            recipe, dataset, images, rows, seed, place, world, run, loader, stop, say, second, tracker, begun,
+            test_every,
+        )  # fmt: skip
         with contextlib.closing(loader), _one_writer(job), _memory_hint(recipe, place, world):
             state = new_state(recipe, rows.classes, seed, loader.steps, place, world, compiled)
             saved, notice = from_rank_0(world, lambda: _newest_checkpoint(job))
@@ -155,18 +163,26 @@ class _Job:
     tracker: Tracker | None
     circumstances: dict
     """What its clocks depend on, and no bit of the result: of environment.json, but not of a checkpoint."""
+    test_every: int
+
+    def is_tested(self, epoch: int) -> bool:
+        return epoch % self.test_every == 0 or epoch == self.recipe.epochs
 
 
 def _train(job: _Job, state: TrainState) -> None:
     """All epochs that are left, each with its test and its checkpoint, then the final records."""
-    evaluation = None
+    logits = labels = None
     if job.tracker:
         job.tracker.up_to(state.history)
     while state.epoch <= job.recipe.epochs:
         _train_epoch(job, state)
-        with _saved_when_abandoned(job, state):
-            evaluation, seconds = _evaluate(job, state)
-        state.history.append(_history_row(job, state, evaluation, seconds))
+        row = _training_row(job, state)
+        if job.is_tested(state.epoch):
+            started = time.perf_counter()
+            with _saved_when_abandoned(job, state):
+                logits, labels = _test(job, state)
+            row |= _scored(state, logits, labels).numbers() | {"eval_seconds": round(time.perf_counter() - started, 3)}
+        state.history.append(row)
         state.next_epoch()
         _save(job, state)
         if job.world.writes:
@@ -175,11 +191,11 @@ def _train(job: _Job, state: TrainState) -> None:
             job.tracker.epoch(state.history[-1])
         job.say(log_lines(state.history[-1], job.recipe.epochs))
     with _saved_when_abandoned(job, state):
-        if evaluation is None:  # stopped after the last epoch was saved, before the run was finished
-            evaluation = _score(job, state)  # the averaged network has its statistics already
-        flipped = _score(job, state, with_flip)
+        if logits is None:  # stopped after the last epoch was saved, before the run was finished
+            logits, labels = _logits(job, state, "test")  # the averaged network has its statistics already
+        of_mirror_images, _ = _logits(job, state, "test of mirror images", mirrored)
     if job.world.writes:
-        _finish(job, state, evaluation, flipped)
+        _finish(job, state, score(logits, labels), score((logits + of_mirror_images) / 2, labels))
 
 
 def _circumstances() -> dict:
@@ -190,8 +206,10 @@ def _circumstances() -> dict:
 # --- Before the first step --------------------------------------------------------------------------------------------
 
 
-def _check(recipe: Recipe, rows: Split, world: World, compiled: bool) -> None:
+def _check(recipe: Recipe, rows: Split, world: World, compiled: bool, test_every: int) -> None:
     """Raises `UserError` for what cannot be trained, before anything is made."""
+    if test_every < 1:
+        raise UserError(f"test-every must be at least 1, not {test_every}")
     images = len(rows.train)
     if recipe.batch_size > images:
         raise UserError(
@@ -367,14 +385,25 @@ def _own_totals(saved: torch.Tensor, world: World) -> torch.Tensor:
 
 def _cost(job: _Job, state: TrainState) -> str:
     """What the rest of the run will cost on this CPU, from one measured step."""
-    recipe, epochs = job.recipe, range(state.epoch, job.recipe.epochs + 1)
-    per_image = seconds_per_image(state, recipe, job.place)
-    tested = (recipe.test_resolution / 64) ** 2 / 3 * len(job.rows.test)  # a forward pass is a third of a step
-    images = sum(relative_cost(recipe, epoch) * len(job.rows.train) + tested for epoch in epochs)
+    per_image = seconds_per_image(state, job.recipe, job.place)
+    seconds = _images_left(job, state) * per_image
     advice = "; a GPU is far faster, and --limit-classes, --epochs and --width make it less"
-    seconds = images * per_image
-    about = f"about {seconds / 3600:.1f} hours" if seconds >= 5400 else f"about {max(1, round(seconds / 60))} min"
-    return f"this CPU trains {1 / per_image:,.0f} images/s: {about}{advice if seconds > 600 else ''}"
+    return f"this CPU trains {1 / per_image:,.0f} images/s: {_about(seconds)}{advice if seconds > 600 else ''}"
+
+
+def _images_left(job: _Job, state: TrainState) -> float:
+    """What is left to compute, steps and tests, in training images of 64 x 64 pixels."""
+    recipe, rows, epochs = job.recipe, job.rows, range(state.epoch, job.recipe.epochs + 1)
+    trained = sum(relative_cost(recipe, epoch) * len(rows.train) for epoch in epochs)
+    trained -= relative_cost(recipe, state.epoch) * state.step * recipe.batch_size
+    statistics = min(recipe.ema_bn_batches * recipe.batch_size, len(rows.train)) if state.average is not None else 0
+    tests = sum(map(job.is_tested, epochs))
+    forward = tests * (len(rows.test) + statistics) + len(rows.test)  # and the mirror images at the end
+    return trained + (recipe.test_resolution / SIZE) ** 2 * forward / 3  # a forward pass is a third of a step
+
+
+def _about(seconds: float) -> str:
+    return f"about {seconds / 3600:.1f} hours" if seconds >= 5400 else f"about {max(1, round(seconds / 60))} min"
 
 
 # --- An epoch ---------------------------------------------------------------------------------------------------------
@@ -395,39 +424,53 @@ def _train_epoch(job: _Job, state: TrainState) -> None:
     if state.step == 0:
         state.epoch_learning_rate = state.optimizer.param_groups[0]["lr"]
     job.place.synchronise()
-    before, started, shown, saved = state.epoch_seconds, time.perf_counter(), 0.0, time.perf_counter()
-    bar = tqdm(
-        desc=f"epoch {state.epoch}/{job.recipe.epochs}",
-        total=job.loader.steps,
-        initial=state.step,
-        unit="step",
-        leave=False,
-        mininterval=0.5,
-        disable=job.say is _silent or not interactive(),
-    )
+    before, before_cpu, images_before = state.epoch_seconds, state.epoch_cpu_seconds, _images_left(job, state)
+    started, started_cpu, shown = time.perf_counter(), time.process_time(), time.perf_counter()
+    saved, first_step = started, state.step
+    title = f"epoch {state.epoch}/{job.recipe.epochs}"
+    bar = _bar(job, title, job.loader.steps, state.step, "step")
     with bar, contextlib.closing(job.loader.epoch(state.epoch, state.step)) as batches:
         for batch in batches:
             with contextlib.suppress(Abandoned):  # the wish is to stop, then
                 train_step(state, job.recipe, job.place, batch)
                 bar.update()
             now, trouble = time.perf_counter(), None
-            if now - shown > 0.5 or job.place.device.type == "cpu":  # a GPU would be waited for
+            look = now - shown > (LINE_SECONDS if bar.disable else 0.5)
+            if look or job.place.device.type == "cpu":  # a GPU would be waited for
                 trouble = state.trouble()
-            if now - shown > 0.5:
+            if look:
                 shown = now
                 loss, top1, _ = _means(state.totals)
                 bar.set_postfix_str(f"loss {loss:.4f}, accuracy {top1:.2f} %", refresh=False)
+                left = _images_left(job, state)
+                if bar.disable and left < images_before:
+                    rate = (state.step - first_step) * job.recipe.batch_size / (now - started)
+                    seconds = left * (now - started) / (images_before - left)
+                    job.say(
+                        f"  {title}, step {state.step}/{job.loader.steps}: loss {loss:.4f}, {rate:.0f} images/s, "
+                        f"{_about(seconds)} left"
+                    )
             wish = highest(job.world, _wish(job, trouble, now - saved))
             if wish == _Wish.ABORT:
                 _require_finite(job, state)
             if wish:
                 saved = now
                 state.epoch_seconds = before + now - started
+                state.epoch_cpu_seconds = before_cpu + time.process_time() - started_cpu
                 _save_within(job, state, stopping=wish == _Wish.STOP)
     no_images = sum_over_ranks(job.world, state.totals)[3] == 0
     _require_finite(job, state, epoch_without_images=bool(no_images))
     job.place.synchronise()
     state.epoch_seconds = before + time.perf_counter() - started
+    state.epoch_cpu_seconds = before_cpu + time.process_time() - started_cpu
+
+
+def _bar(job: _Job, title: str, total: int, done: int = 0, unit: str = "batch") -> tqdm:
+    """A bar where somebody may be watching; it is disabled elsewhere, where a line a minute takes its place."""
+    hidden = job.say is _silent or not interactive()
+    return tqdm(
+        desc=title, total=total, initial=done, unit=unit, leave=False, mininterval=0.5, ncols=79, disable=hidden
+    )
 
 
 def _wish(job: _Job, trouble: RecipeFailed | None, since_saved: float) -> _Wish:
@@ -493,53 +536,65 @@ def _means(totals: torch.Tensor) -> tuple[float, float, float]:
     return loss / images, 100 * top1 / images, 100 * top5 / images
 
 
-def _evaluate(job: _Job, state: TrainState) -> tuple[Evaluation, float]:
-    """The test images' scores, and the seconds that took, new batch-norm statistics of averaged weights included."""
-    started = time.perf_counter()
+def _test(job: _Job, state: TrainState) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits and labels of the test images, averaged weights with new batch-norm statistics."""
     if state.average is not None:
         plain = statistics_batches(job.images, job.rows.train, job.recipe, job.seed, state.epoch, job.world)
         network_input = (normalise(resize(images, job.recipe.test_resolution), job.recipe) for images in plain)
         with job.place.autocast():
-            reestimate_batch_norm(state.average.module, _stoppable(job, state, network_input))
-    try:
-        evaluation = _score(job, state)
-    except UserError as error:
-        raise RecipeFailed(f"after epoch {state.epoch}, step {state.step}: {error}") from error
-    return evaluation, time.perf_counter() - started
+            reestimate_batch_norm(state.average.module, _watched(job, state, network_input, "batch-norm statistics"))
+    return _logits(job, state, "test")
 
 
-def _score(job: _Job, state: TrainState, view: Callable = lambda forward: forward) -> Evaluation:
-    """The test images' scores, of the network as `view` makes it see them. With several processes each tests its share
-    of the batches, of which no image is counted twice, and all get the scores of all."""
+def _logits(
+    job: _Job, state: TrainState, title: str, view: Callable = lambda forward: forward
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits fp32 (N, classes) and labels int64 (N,) of the test images, of the network as `view` makes it see them.
+    With several processes each tests its share of the batches, of which no image is counted twice, and all get all."""
     rows, world, size = job.rows.test, job.world, evaluation_batch_size(job.place.device, job.recipe.micro_batch)
     mine = share(-(-len(rows) // size), world)
     rows = rows[mine.start * size : mine.stop * size]
     batches = evaluation_batches(job.dataset, rows, job.place.device, size, job.images)
     forward = view(inference(state.tested, job.recipe, job.place))
     if len(rows):
-        logits, labels = compute_logits(forward, _stoppable(job, state, batches), len(rows))
+        logits, labels = compute_logits(forward, _watched(job, state, batches, title, len(mine)), len(rows))
     else:  # more processes than batches
         logits = torch.empty(0, job.rows.classes, device=job.place.device)
         labels = torch.empty(0, dtype=torch.int64, device=job.place.device)
     if world.several:
         logits, labels = gather_rows(world, logits), gather_rows(world, labels)
-    return score(logits, labels)
+    return logits, labels
 
 
-def _stoppable(job: _Job, state: TrainState, batches: Iterable[Item]) -> Iterator[Item]:
-    """The batches. A stop asked for meanwhile is obeyed at once: the state is as it was after the last step. (Several
-    processes have different numbers of batches; they stop together after the next step.)"""
-    for batch in batches:
-        if job.stop.received and not job.world.several:
-            _save_within(job, state, stopping=True)
-        yield batch
+def _watched(
+    job: _Job, state: TrainState, batches: Iterable[Item], title: str, total: int | None = None
+) -> Iterator[Item]:
+    """The batches, with a bar or a line a minute. A stop asked for meanwhile is obeyed at once: the state is as it was
+    after the last step. (Several processes have different numbers of batches; they stop after the next step.)"""
+    said = time.perf_counter()
+    with _bar(job, title, total) as bar:
+        for number, batch in enumerate(batches):
+            if job.stop.received and not job.world.several:
+                _save_within(job, state, stopping=True)
+            if bar.disable and time.perf_counter() - said > LINE_SECONDS:
+                said = time.perf_counter()
+                job.say(f"  {title}: {number} of {total or '?'} batches")
+            yield batch
+            bar.update()
+
+
+def _scored(state: TrainState, logits: torch.Tensor, labels: torch.Tensor) -> Evaluation:
+    try:
+        return score(logits, labels)
+    except UserError as error:
+        raise RecipeFailed(f"after epoch {state.epoch}, step {state.step}: {error}") from error
 
 
 # --- Records ----------------------------------------------------------------------------------------------------------
 
 
-def _history_row(job: _Job, state: TrainState, evaluation: Evaluation, eval_seconds: float) -> dict:
-    """One line of metrics.jsonl: accuracies in percent, losses in nats per image."""
+def _training_row(job: _Job, state: TrainState) -> dict:
+    """One line of metrics.jsonl, without what a test adds: accuracies in percent, losses in nats per image."""
     totals = sum_over_ranks(job.world, state.totals)
     loss, top1, top5 = _means(totals)
     return {
@@ -548,24 +603,28 @@ def _history_row(job: _Job, state: TrainState, evaluation: Evaluation, eval_seco
         "train_loss": loss,
         "train_top1": top1,
         "train_top5": top5,
-        **evaluation.numbers(),
         "train_seconds": round(state.epoch_seconds, 3),
-        "eval_seconds": round(eval_seconds, 3),
+        "train_cpu_seconds": round(state.epoch_cpu_seconds, 3),
+        "eval_seconds": 0.0,
         "images_per_second": round(totals[3].item() / state.epoch_seconds, 1),
         "skipped_steps": int(state.skips[0]),
     }
 
 
 def log_lines(row: dict, epochs: int) -> str:
-    """The published run's two lines per epoch: training, then test with mean loss and correct / total."""
+    """The published run's two lines per epoch: training, then, if it was tested, mean loss and correct / total."""
     filled = round(row["train_top1"] / 5)
     bar = "#" * filled + "." * (20 - filled)
     skipped = f", {row['skipped_steps']} steps skipped: not finite" if row.get("skipped_steps") else ""
-    return (
+    training = (
         f"epoch {row['epoch']:>{len(str(epochs))}}/{epochs}  learning rate {row['learning_rate']:.6f}  "
         f"loss {row['train_loss']:.4f}  accuracy {row['train_top1']:5.2f} % [{bar}]  "
-        f"{row['train_seconds']:.0f} s, {row['images_per_second']:.0f} images/s{skipped}\n"
-        f"  test: average loss {row['test_loss']:.4f}, accuracy {row['test_correct']}/{row['test_total']} "
+        f"{row['train_seconds']:.0f} s, {row['images_per_second']:.0f} images/s{skipped}"
+    )
+    if "test_top1" not in row:
+        return training
+    return (
+        f"{training}\n  test: average loss {row['test_loss']:.4f}, accuracy {row['test_correct']}/{row['test_total']} "
         f"({row['test_top1']:.2f} %), top-5 {row['test_top5']:.2f} %"
     )
 
@@ -595,8 +654,11 @@ def _finish(job: _Job, state: TrainState, evaluation: Evaluation, flipped: Evalu
 def _summary(job: _Job, state: TrainState) -> dict:
     """The final numbers. Time to accuracy is all training and the one last test, warm; cold has the set-up, too."""
     last, rows, recipe = state.history[-1], job.rows, job.recipe
-    train_seconds = sum(row["train_seconds"] for row in state.history)
-    images = min(len(rows.train), job.loader.steps * recipe.batch_size) * recipe.epochs
+    train_seconds, cpu_seconds = (
+        sum(row.get(clock, math.nan) for row in state.history) for clock in ("train_seconds", "train_cpu_seconds")
+    )
+    images = min(len(rows.train), job.loader.steps * recipe.batch_size)
+    steps = job.loader.steps * recipe.epochs
     warm = train_seconds + last["eval_seconds"]
     tested = ("train_loss", "train_top1", "test_loss", "test_top1", "test_top5", "test_correct")
     return {
@@ -610,11 +672,14 @@ def _summary(job: _Job, state: TrainState) -> dict:
         **{name: last[name] for name in tested},
         "parameters": sum(parameter.numel() for parameter in state.model.parameters()),
         "set_up_seconds": round(state.set_up_seconds, 3),
+        "train_petaflop": training_petaflop(recipe, len(rows.train)),
+        "muon_petaflop": muon_petaflop(state.model, steps) if recipe.optimizer == "muon" else None,
         "train_seconds": round(train_seconds, 3),
+        "train_cpu_seconds": None if math.isnan(cpu_seconds) else round(cpu_seconds, 3),  # older epochs lack it
         "eval_seconds": round(sum(row["eval_seconds"] for row in state.history), 3),
         "time_to_accuracy_seconds": round(warm, 3),
         "cold_time_to_accuracy_seconds": round(warm + state.set_up_seconds, 3),
-        "images_per_second": round(images / train_seconds, 1),
+        "images_per_second": round(images * recipe.epochs / train_seconds, 1),
         "skipped_steps": sum(row["skipped_steps"] for row in state.history),
         "stops": state.stops,
     }

@@ -191,19 +191,18 @@ def test_a_new_machine_keeps_the_micro_batch_and_tells_of_its_environment(
     train_tiny: TrainTiny, narrow: Recipe, tmp_path: Path, stopping: Callable, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
     """Batch norm sees the pieces, so another number of images would be another run."""
-    recipe, mirror = replace(narrow, batch_size=6), tmp_path / "mirror"
-    undisturbed = train_tiny(tmp_path / "undisturbed", recipe, micro_batch=2)
+    recipe, mirror = replace(narrow, batch_size=6, micro_batch=2), tmp_path / "mirror"
+    undisturbed = train_tiny(tmp_path / "undisturbed", recipe)
     stopping(1, 2)
     with pytest.raises(Stopped):
-        train_tiny(tmp_path / "first", recipe, micro_batch=2, mirror=mirror)
+        train_tiny(tmp_path / "first", recipe, mirror=mirror)
     monkeypatch.undo()
     for other in (3, None):
         with pytest.raises(UserError, match="micro_batch 2 -> "):
-            train_tiny(tmp_path / "other", recipe, micro_batch=other, mirror=mirror)
+            train_tiny(tmp_path / "other", replace(recipe, micro_batch=other), mirror=mirror)
     real = train_module.describe_environment
     monkeypatch.setattr(train_module, "describe_environment", lambda place: real(place) | {"threads": 64})
-    monkeypatch.setattr(train_module, "fit_micro_batch", lambda *_: 3)
-    run = train_tiny(tmp_path / "second", recipe, micro_batch="auto", mirror=mirror, quiet=False)
+    run = train_tiny(tmp_path / "second", recipe, mirror=mirror, quiet=False)
     notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: the environment")]
     assert len(notes) == 1
     assert "threads 1 -> 64" in notes[0]
