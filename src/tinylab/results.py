@@ -383,7 +383,7 @@ TARGETS = {
         "50 s (30 s)",
     ),
     "cpu": (
-        "`cpu`: top-1 for a ninth of the arithmetic",
+        "`cpu`: top-1 for a tenth of the arithmetic",
         "merged, no TTA, last epoch, at most 3.33 PFLOP of training",
         f"57.55 for 30.8 PFLOP ({_COURSE})",
         "56.0 (57.55)",
