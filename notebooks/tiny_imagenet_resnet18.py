@@ -20,13 +20,13 @@
 #
 # * **With a GPU** (in Colab: *Runtime > Change runtime type > T4 GPU*) the whole published experiment runs: 200 classes,
 #   30 epochs. The published run took 79 minutes of training on a Colab GPU.
-# * **Without one** the notebook trains the same network by the recipe `cpu` on the first 10 classes: about half an hour
-#   on two slow cores.
+# * **Without one** the notebook trains the same network by the recipe `cpu` on the first 10 classes for 6 epochs: about
+#   half an hour on two slow cores.
 # * **Interrupted?** Run it again: training continues where it stopped, and what is finished is only shown.
 
 # %% tags=["parameters"]
 RECIPE = None  # None: "published", without a GPU "cpu"; "smoke": small, for the made-up sample data
-EPOCHS = None  # None: the recipe's own number
+EPOCHS = None  # None: the recipe's own number; without a GPU 6
 CLASSES = None  # None: all 200; without a GPU the first 10
 SEED = 0
 SOURCE = "auto"  # "auto" finds or downloads Tiny ImageNet; also a URL, a zip, a folder; "sample": made-up data
@@ -126,8 +126,8 @@ dataset = prepare(str(source), Path(DATA or ("data/sample" if made_up else "data
 # All 200 classes take a CPU hours; a run that is finished can be shown anywhere.
 recipe, classes, epochs = named(RECIPE or ("cpu" if on_cpu else "published")), CLASSES, EPOCHS
 whole = come_back(record.Run(Path(RUN or runs / record.default_folder(recipe, "merged", SEED).name)))
-if on_cpu and not made_up and not whole.finished and classes is None:
-    classes = 10
+if on_cpu and not made_up and not whole.finished:
+    classes, epochs = (10 if CLASSES is None else CLASSES), (6 if EPOCHS is None else EPOCHS)
 recipe = recipe if epochs is None else replace(recipe, epochs=epochs)
 split = make_split(dataset, "merged", classes)
 names = dataset.names[: split.classes]
@@ -185,7 +185,7 @@ show("learning_rate", plots.learning_rate_curve(learning_rates, momenta, recipe.
 # %% [markdown]
 # ## Training
 #
-# A line per epoch, and one for each test on all test images, which a CPU makes after every fourth epoch and the last.
+# A line per epoch, and one for each test on all test images, which a CPU makes after every fourth epoch and the last one.
 # The reported result is that of the last epoch, never of the best.
 # Stopping the cell saves the run first; running it again continues with the very same images. A run that is finished
 # only shows its log.

@@ -109,6 +109,7 @@ def test_equal_keys_make_equal_images_and_other_keys_others(name: str) -> None:
     assert not torch.equal(operation(images, new_draws(key=1)), first)
 
 
+@pytest.mark.numerical
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_a_part_of_a_batch_is_augmented_like_the_whole(name: str) -> None:
     """Wherever it begins and even if it wraps around, as the neighbours of the first image do."""
@@ -266,6 +267,7 @@ def box_of(crop: torch.Tensor) -> tuple[int, int, int, int]:
     return top, left, bottom - top + 1, right - left + 1
 
 
+@pytest.mark.numerical
 @pytest.mark.parametrize("antialias", [True, False])
 def test_resized_crops_against_torchvision(antialias: bool) -> None:
     images = smooth(64)
@@ -293,6 +295,7 @@ def test_images_that_are_not_cropped_stay_as_they_are() -> None:
     assert torch.equal(random_resized_crop(images, 0.35, 0.0, new_draws()), images)
 
 
+@pytest.mark.numerical
 def test_jitter_against_torchvision() -> None:
     images, draws = smooth(), new_draws()
     bright, contrast = draws.uniform(0.6, 1.4), draws.uniform(0.5, 1.5)
@@ -303,6 +306,7 @@ def test_jitter_against_torchvision() -> None:
     assert largest_difference(jitter(images, 0.4, 0.5, new_draws()), expected) < 0.52
 
 
+@pytest.mark.numerical
 @pytest.mark.parametrize("part", ["brightness", "contrast"])
 def test_jitter_of_one_kind_against_torchvision_on_bytes(part: str) -> None:
     images, factors = smooth(), new_draws().uniform(0.6, 1.4)
@@ -314,6 +318,7 @@ def test_jitter_of_one_kind_against_torchvision_on_bytes(part: str) -> None:
     assert not torch.equal(result, images)
 
 
+@pytest.mark.numerical
 @pytest.mark.parametrize("resolution", [8, 32, 40, 48, 56, 72, 96, 128])
 def test_resizing_against_torchvision(resolution: int) -> None:
     for images in (smooth(4), noise(4)):

@@ -202,6 +202,7 @@ def test_an_update_reads_nothing_from_the_device_and_sends_nothing_there(model: 
 # --- Batch-norm statistics --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.numerical
 @pytest.mark.parametrize("sizes", [(4, 4, 4), (6, 2, 3), (5,)])
 def test_statistics_are_plain_means_over_the_batches(model: ResNet18, sizes: tuple[int, ...]) -> None:
     """In every layer, whatever the statistics were before."""
@@ -223,6 +224,7 @@ def test_statistics_are_plain_means_over_the_batches(model: ResNet18, sizes: tup
         assert int(layer.num_batches_tracked) == len(sizes)
 
 
+@pytest.mark.numerical
 def test_the_mean_is_that_of_all_images_and_the_variance_that_within_batches() -> None:
     """Against one layer that sees all images at once: the variance lacks that of the batches' means."""
     batches = some_batches(8, 8, 8, 8)
@@ -332,6 +334,7 @@ def test_other_kinds_of_batch_norm_are_found_and_those_without_statistics_passed
     assert int(other.num_batches_tracked) == 2
 
 
+@pytest.mark.numerical
 def test_an_averaged_network_works_with_its_own_statistics_only(model: ResNet18) -> None:
     """In eval mode the outputs on a batch are those of training mode if the statistics are that batch's."""
     average = make_average(model, averaged(0.5))

@@ -225,6 +225,7 @@ def test_the_last_stage_alone_asks_for_no_gradient_below_it(model: ResNet18, inp
     assert asked == [(False, False)]
 
 
+@pytest.mark.numerical
 def test_eigencam_is_the_library_s_but_for_the_sign(model: ResNet18, inputs: torch.Tensor) -> None:
     seen = []
     handle = model.layer4.register_forward_hook(lambda _, __, output: seen.append(output.detach().numpy()))

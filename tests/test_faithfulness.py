@@ -122,6 +122,7 @@ def test_a_map_that_says_nothing_is_as_good_as_a_random_one() -> None:
     assert found["difference"] == {"mean": 0, "low": 0, "high": 0}
 
 
+@pytest.mark.numerical
 def test_combined_is_the_library_s(monkeypatch: pytest.MonkeyPatch) -> None:
     """ROADCombined of the same maps, both without noise; of maps without equal pixels, which it cannot rank."""
     monkeypatch.setattr(NoisyLinearImputer.__init__, "__defaults__", (0.0, neighbors_weights))

@@ -32,6 +32,7 @@ def test_the_network_has_the_published_number_of_parameters() -> None:
     assert sum(parameter.numel() for parameter in ResNet18().parameters()) == 11_271_432
 
 
+@pytest.mark.numerical
 def test_logits_equal_torchvisions_with_the_same_weights() -> None:
     torch.manual_seed(0)
     theirs = torchvision.models.resnet18(num_classes=200)

@@ -629,6 +629,7 @@ def test_the_network_sees_what_it_was_tested_on(weights: Path, coloured: Recipe)
         assert expected.shape == (3, 3, resolution, resolution)
 
 
+@pytest.mark.numerical
 def test_answers_come_best_first_and_add_up(weights: Path) -> None:
     model, about = load(weights)
     answers = predict(model, about, pictures(70), top=100)
@@ -696,6 +697,7 @@ def narrow_torchvision(width: int, classes: int) -> torchvision.models.ResNet:
     return model.eval()
 
 
+@pytest.mark.numerical
 @pytest.mark.parametrize("size", [1, 2, 7])
 def test_the_weights_answer_alike_in_a_narrow_torchvision(weights: Path, size: int) -> None:
     model, about = load(weights)

@@ -254,7 +254,7 @@ def results_table(rows: list[dict], published: list[dict]) -> str:
             petaflop = training_petaflop(named(name), IMAGES[protocol][0])
             lines.append(
                 f"| `{name}` | {protocol}, 200 | {images} | {named(name).epochs} | not yet measured | | "
-                f"| {petaflop:.3g} | | | needs a GPU |"
+                f"| {petaflop:.3g} | | | {'hours on two CPU cores' if name == 'cpu' else 'needs a GPU'} |"
             )
     lines += [_table_line(runs) for runs in groups if runs[0]["classes"] != 200]
     return "\n".join(lines)
