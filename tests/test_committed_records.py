@@ -65,12 +65,12 @@ def test_the_arithmetic_follows_from_the_recipe(folder: Path) -> None:
     """PFLOP of training: images x 13.33 GFLOP at 64 pixels, by the area and by the square of the width."""
     summary, recipe = read(folder / "summary.json"), read(folder / "recipe.json")
     sides, end = [recipe["resolution"]] * recipe["epochs"], 0.0
-    for side, share in recipe["ramp"]:
+    for side, share in recipe.get("ramp", ()):  # an older record has none
         begin, end = end, end + share
         for epoch in range(round(begin * recipe["epochs"]), min(round(end * recipe["epochs"]), recipe["epochs"] - 1)):
             sides[epoch] = side
     images, batch = summary["train_images"], recipe["batch_size"]
-    images -= images % batch if recipe["drop_last"] else 0
+    images -= images % batch if recipe.get("drop_last") else 0
     petaflop = sum(images * 13.33e-6 * (side / 64) ** 2 * (recipe["width"] / 64) ** 2 for side in sides)
     assert float(table()[folder.name]["train_petaflop"]) == pytest.approx(petaflop, rel=1e-3)
 

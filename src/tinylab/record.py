@@ -129,7 +129,7 @@ class Run:
         except (OSError, ValueError) as error:
             raise UserError(f"{path} cannot be read: {_reason(error)}; delete {self.folder} and train again") from error
         for row in rows:
-            tested = TEST if isinstance(row, dict) and "test_top1" in row else {}
+            tested = TEST if isinstance(row, dict) and not TEST.keys().isdisjoint(row) else {}
             if not isinstance(row, dict) or (wrong := _of_other_types(row, EPOCH | tested)):
                 lacks = wrong if isinstance(row, dict) else "its fields"
                 raise UserError(f"{path} lacks {lacks}, or has them of another type: tinylab did not write it")

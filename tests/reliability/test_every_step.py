@@ -128,7 +128,7 @@ def test_a_rich_run_stopped_in_its_very_last_test_ends_the_same(
         return forward
 
     with monkeypatch.context() as patched:
-        patched.setattr(train_module, "with_flip", stopping)
+        patched.setattr(train_module, "mirrored", stopping)
         with pytest.raises(Stopped, match="stopped after the last epoch; the same command"):
             train_tiny(tmp_path / "run", rich_reference.recipe)
     tally(stops=1)
