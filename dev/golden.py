@@ -1,6 +1,6 @@
 """Check that a change of the code moves no result.
 
-    python dev/golden.py OLD        OLD: any commit
+    python dev/golden.py OLD        OLD: a commit that has the recipe `cpu`
 
 Trains short narrow runs on the made-up data, once with the code of OLD and once with the working
 copy, and compares weights, predictions and metrics in every bit. One thread and fp32, so that the

@@ -13,8 +13,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from tinylab import record
+from tinylab import train as train_module
 from tinylab.device import choose
 from tinylab.recipe import Recipe, UserError, published
 from tinylab.record import (
@@ -333,3 +335,32 @@ def test_code_without_its_history_may_be_told_its_commit(monkeypatch: pytest.Mon
     assert describe_environment(choose("cpu", "fp32"))["commit"] == "0123456789ab"
     monkeypatch.delenv("TINYLAB_COMMIT")
     assert describe_environment(choose("cpu", "fp32"))["commit"] is None
+
+
+def test_an_unsaved_run_may_begin_anew_in_smaller_pieces(
+    train_tiny: Callable[..., Run], narrow: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first try ran out of memory before it saved anything; the second is the one that is recorded."""
+
+    def exhausted(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(train_module, "train_step", exhausted)
+        with pytest.raises(UserError, match="out of memory"):
+            train_tiny(tmp_path / "run")
+    recipe = replace(narrow, micro_batch=2)
+    assert train_tiny(tmp_path / "run", recipe).recipe == recipe
+    assert train_tiny(tmp_path / "run", recipe).finished
+
+
+@pytest.mark.parametrize("damage", [{"muon_learning_rate": 0}, {"muon_learning_rate": "1"}, {"base_momentum": 1.0}])
+def test_an_older_muon_recipe_that_is_damaged_is_refused(
+    train_tiny: Callable[..., Run], narrow: Recipe, tmp_path: Path, damage: dict
+) -> None:
+    run = train_tiny(tmp_path / "run", replace(narrow, epochs=1))
+    fields = json.loads((run.folder / "recipe.json").read_text()) | {"optimizer": "muon"} | damage
+    del fields["muon_weight_decay"]
+    run.write("recipe.json", fields)
+    with pytest.raises(UserError, match=r"recipe\.json|must be"):
+        _ = run.recipe

@@ -195,25 +195,17 @@ class Evaluate:
 
     def run(self) -> None:
         finished, dataset, rows = open_finished(self.run_folder, self.data)
-        from tqdm import tqdm
-
-        from tinylab.dataset import interactive
         from tinylab.device import choose
         from tinylab.evaluate import compute_logits, score, with_flip
         from tinylab.loader import evaluation_batch_size, evaluation_batches
         from tinylab.step import inference
+        from tinylab.train import shown
 
         place = choose(self.device, self.precision)
         forward = inference(trained_model(finished, dataset).to(place.device), finished.recipe, place)
         forward = with_flip(forward) if self.tta == "flip" else forward
-        batches = tqdm(
-            evaluation_batches(dataset, rows.test, place.device),
-            desc="test",
-            total=-(-len(rows.test) // evaluation_batch_size(place.device)),
-            unit="batch",
-            leave=False,
-            disable=not interactive(),
-        )
+        total = -(-len(rows.test) // evaluation_batch_size(place.device))
+        batches = shown(evaluation_batches(dataset, rows.test, place.device), "test", total)
         result = score(*compute_logits(forward, batches, len(rows.test)))
         print(f"{len(rows.test):,} test images of {finished.folder}, {place}")
         print(json.dumps({"protocol": rows.protocol, "classes": rows.classes, "tta": self.tta, **result.numbers()}))

@@ -81,10 +81,10 @@ class Run:
     def recipe(self) -> Recipe:
         """Raises `UserError` if the folder is no run, or was written by another version of the recipe."""
         older = {"micro_batch": self._read("run.json").get("micro_batch")} if self.begun else {}
-        fields = in_todays_terms(older | self._read("recipe.json"))
+        fields = older | self._read("recipe.json")
         try:
-            return Recipe(**{name: as_tuple(value) for name, value in fields.items()})
-        except TypeError as error:
+            return Recipe(**{name: as_tuple(value) for name, value in in_todays_terms(fields).items()})
+        except (KeyError, TypeError, ZeroDivisionError) as error:
             raise UserError(f"{self.folder}/recipe.json is not a recipe of this version of tinylab: {error}") from error
 
     @property
@@ -296,7 +296,7 @@ def in_todays_terms(fields: dict) -> dict:
     """A recipe's fields as recorded, and those that an older version did not know, as it acted."""
     defaults = {field.name: field.default for field in dataclasses.fields(Recipe)}
     added = {name: defaults[name] for name in ("micro_batch", "muon_weight_decay")}
-    if fields.get("optimizer") == "muon":  # it derived Muon's decay
+    if fields.get("optimizer") == "muon" and "muon_weight_decay" not in fields:  # it derived Muon's decay
         peaks = fields["max_learning_rate"] / fields["muon_learning_rate"]
         added["muon_weight_decay"] = fields["weight_decay"] * peaks / (1 - fields["base_momentum"])
     return added | fields
@@ -328,7 +328,7 @@ def enter_run(run: Run, recipe: Recipe, identity: dict, environment: dict, elsew
         run.write("run.json", identity)  # last: a folder that has it is complete
         return _environment_notice(run, environment)
     refuse_another(run, dataclasses.asdict(recipe) | identity)
-    if run.identity != identity and not run.finished:
+    if not run.finished and (run.identity != identity or run.recipe != recipe):
         run.write("recipe.json", dataclasses.asdict(recipe))
         run.write("run.json", identity)
     return _environment_notice(run, environment)

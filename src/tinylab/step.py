@@ -98,6 +98,7 @@ class TrainState:
 
     def load_checkpoint(self, saved: dict) -> None:
         """Puts everything back; the optimiser last: a schedule touched later would overwrite its learning rate."""
+        saved = {"epoch_cpu_seconds": math.nan} | saved  # an older version did not count them
         saved = {name: value for name, value in saved.items() if name not in ("run", "environment")}
         self.model.load_state_dict(saved.pop("model"))
         average = saved.pop("average", None)

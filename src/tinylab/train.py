@@ -426,26 +426,27 @@ def _train_epoch(job: _Job, state: TrainState) -> None:
     job.place.synchronise()
     before, before_cpu, images_before = state.epoch_seconds, state.epoch_cpu_seconds, _images_left(job, state)
     started, started_cpu, shown = time.perf_counter(), time.process_time(), time.perf_counter()
-    saved, first_step = started, state.step
+    saved, told = started, (started, images_before, state.step)
     title = f"epoch {state.epoch}/{job.recipe.epochs}"
-    bar = _bar(job, title, job.loader.steps, state.step, "step")
+    bar = _bar(job.say, title, job.loader.steps, state.step, "step")
     with bar, contextlib.closing(job.loader.epoch(state.epoch, state.step)) as batches:
         for batch in batches:
             with contextlib.suppress(Abandoned):  # the wish is to stop, then
                 train_step(state, job.recipe, job.place, batch)
                 bar.update()
             now, trouble = time.perf_counter(), None
-            look = now - shown > (LINE_SECONDS if bar.disable else 0.5)
+            look = now - shown > min(0.5, LINE_SECONDS)
             if look or job.place.device.type == "cpu":  # a GPU would be waited for
                 trouble = state.trouble()
             if look:
                 shown = now
                 loss, top1, _ = _means(state.totals)
                 bar.set_postfix_str(f"loss {loss:.4f}, accuracy {top1:.2f} %", refresh=False)
-                left = _images_left(job, state)
-                if bar.disable and left < images_before:
-                    rate = (state.step - first_step) * job.recipe.batch_size / (now - started)
-                    seconds = left * (now - started) / (images_before - left)
+                if bar.disable and now - told[0] > LINE_SECONDS and state.step > told[2]:
+                    left = _images_left(job, state)
+                    rate = (state.step - told[2]) * job.recipe.batch_size / (now - told[0])
+                    seconds = left * (now - told[0]) / (told[1] - left)
+                    told = (now, left, state.step)
                     job.say(
                         f"  {title}, step {state.step}/{job.loader.steps}: loss {loss:.4f}, {rate:.0f} images/s, "
                         f"{_about(seconds)} left"
@@ -465,9 +466,9 @@ def _train_epoch(job: _Job, state: TrainState) -> None:
     state.epoch_cpu_seconds = before_cpu + time.process_time() - started_cpu
 
 
-def _bar(job: _Job, title: str, total: int, done: int = 0, unit: str = "batch") -> tqdm:
+def _bar(say: Callable, title: str, total: int | None, done: int = 0, unit: str = "batch") -> tqdm:
     """A bar where somebody may be watching; it is disabled elsewhere, where a line a minute takes its place."""
-    hidden = job.say is _silent or not interactive()
+    hidden = say is _silent or not interactive()
     return tqdm(
         desc=title, total=total, initial=done, unit=unit, leave=False, mininterval=0.5, ncols=79, disable=hidden
     )
@@ -569,16 +570,24 @@ def _logits(
 def _watched(
     job: _Job, state: TrainState, batches: Iterable[Item], title: str, total: int | None = None
 ) -> Iterator[Item]:
-    """The batches, with a bar or a line a minute. A stop asked for meanwhile is obeyed at once: the state is as it was
-    after the last step. (Several processes have different numbers of batches; they stop after the next step.)"""
-    said = time.perf_counter()
-    with _bar(job, title, total) as bar:
+    """The batches, shown. A stop asked for meanwhile is obeyed at once: the state is as it was after the last step.
+    (Several processes have different numbers of batches; they stop after the next step.)"""
+    for batch in shown(batches, title, total, job.say):
+        if job.stop.received and not job.world.several:
+            _save_within(job, state, stopping=True)
+        yield batch
+
+
+def shown(
+    batches: Iterable[Item], title: str, total: int | None = None, say: Callable[[str], None] | None = None
+) -> Iterator[Item]:
+    """The batches of a test, with a bar or a line a minute."""
+    say, said = say or _say, time.perf_counter()
+    with _bar(say, title, total) as bar:
         for number, batch in enumerate(batches):
-            if job.stop.received and not job.world.several:
-                _save_within(job, state, stopping=True)
             if bar.disable and time.perf_counter() - said > LINE_SECONDS:
                 said = time.perf_counter()
-                job.say(f"  {title}: {number} of {total or '?'} batches")
+                say(f"  {title}: {number}{f' of {total}' if total else ''} batches")
             yield batch
             bar.update()
 
@@ -604,7 +613,7 @@ def _training_row(job: _Job, state: TrainState) -> dict:
         "train_top1": top1,
         "train_top5": top5,
         "train_seconds": round(state.epoch_seconds, 3),
-        "train_cpu_seconds": round(state.epoch_cpu_seconds, 3),
+        **({} if math.isnan(state.epoch_cpu_seconds) else {"train_cpu_seconds": round(state.epoch_cpu_seconds, 3)}),
         "eval_seconds": 0.0,
         "images_per_second": round(totals[3].item() / state.epoch_seconds, 1),
         "skipped_steps": int(state.skips[0]),
