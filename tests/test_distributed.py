@@ -482,7 +482,8 @@ def test_a_run_of_two_processes_is_the_run_of_one(run_of_two: Run, small_dataset
         assert ours == pytest.approx(reference, rel=1e-3)
     for name in ("rows", "labels"):
         np.testing.assert_array_equal(run_of_two.predictions[name], alone.predictions[name])
-    np.testing.assert_allclose(run_of_two.predictions["logits"], alone.predictions["logits"], atol=5e-3)
+    logits, expected = (run.predictions["logits"] for run in (run_of_two, alone))
+    np.testing.assert_allclose(logits, expected, atol=0.02)  # a batch norm of one's own: 0.17
     assert without_seconds(run_of_two.summary).keys() == without_seconds(alone.summary).keys()
     for name in ("seed", "train_images", "test_images", "test_correct", "parameters"):
         assert run_of_two.summary[name] == alone.summary[name], name
