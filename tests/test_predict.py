@@ -754,6 +754,7 @@ def onnx_logits(path: Path, inputs: torch.Tensor) -> np.ndarray:
     return session.run(["logits"], {"images": inputs.contiguous().numpy()})[0]
 
 
+@pytest.mark.numerical
 @pytest.mark.parametrize("size", [1, 2, 7])
 def test_onnx_answers_as_torch_does(onnx_file: tuple, size: int) -> None:
     path, _, model, about = onnx_file
