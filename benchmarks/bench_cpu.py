@@ -33,12 +33,14 @@ import torch
 import torch.nn.functional as F
 from bench_loader import conditions, is_steady, print_conditions, spread
 
-from tinylab.augment import normalise, resize
-from tinylab.device import PRECISIONS, Placement, choose
-from tinylab.evaluate import compute_logits
-from tinylab.loader import BatchedLoader, Images, evaluation_batch_size, evaluation_batches
-from tinylab.recipe import GFLOP_PER_IMAGE, SIZE, Recipe, UserError, named
-from tinylab.step import TrainState, inference, new_state, train_step
+from tinylab.data.augment import normalise, resize
+from tinylab.data.loader import BatchedLoader, Images, evaluation_batch_size, evaluation_batches
+from tinylab.exceptions import UserError
+from tinylab.recipe import GFLOP_PER_IMAGE, SIZE, Recipe
+from tinylab.recipes import named
+from tinylab.run.environment import PRECISIONS, Compute, choose
+from tinylab.training.evaluate import compute_logits
+from tinylab.training.step import TrainState, inference, new_state, train_step
 
 CLASSES = 200
 STEPS = 1000
@@ -77,9 +79,9 @@ def clock(owner: object, method: str) -> list[float]:
     return noted
 
 
-def make_parts(recipe: Recipe, place: Placement, state: TrainState) -> Iterator[tuple[str, Part]]:
+def make_parts(recipe: Recipe, compute: Compute, state: TrainState) -> Iterator[tuple[str, Part]]:
     """Give each part by its name; they share the state, which does not know about sizes."""
-    rng, count, device = np.random.default_rng(0), 2 * recipe.batch_size, place.device
+    rng, count, device = np.random.default_rng(0), 2 * recipe.batch_size, compute.device
     pixels = rng.integers(0, 256, (count, SIZE, SIZE, 3), dtype=np.uint8)
     images, rows = Images(pixels, rng.integers(0, CLASSES, count), device), np.arange(count)
     loader = BatchedLoader(rows, recipe, 0, images)
@@ -90,17 +92,17 @@ def make_parts(recipe: Recipe, place: Placement, state: TrainState) -> Iterator[
     def forward_backward(recipe: Recipe) -> None:
         for part, labels in zip(*pieces, strict=True):
             state.optimizer.zero_grad(set_to_none=True)
-            with place.autocast():
+            with compute.autocast():
                 logits = state.network(normalise(resize(part, recipe.resolution), recipe)).float()
             loss = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=smoothing)
             (loss / recipe.batch_size).backward()
 
     def whole_step(recipe: Recipe) -> None:
-        train_step(state, recipe, place, loader.batch(1, next(numbers)))
+        train_step(state, recipe, compute, loader.batch(1, next(numbers)))
 
     def tests() -> None:
         batches = evaluation_batches(None, rows, device, size, images)
-        compute_logits(inference(state.tested, recipe, place), batches, count)
+        compute_logits(inference(state.tested, recipe, compute), batches, count)
 
     gflop = GFLOP_PER_IMAGE * (recipe.width / 64) ** 2
     for name, work in (("forward, backward", forward_backward), ("whole step", whole_step)):
@@ -161,7 +163,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="seconds; the numbers mean little")
     arguments = parser.parse_args()
     try:
-        place, recipe = choose("cpu", arguments.precision), named("cpu")
+        compute, recipe = choose("cpu", arguments.precision), named("cpu")
     except UserError as error:
         parser.error(str(error))
     recipe = replace(recipe, ramp=(), test_resolution=SIZE)
@@ -169,13 +171,13 @@ def main() -> None:
     if arguments.quick:
         recipe = replace(recipe, width=16, batch_size=4, micro_batch=2)
         repeat, side = 1, 512
-    found = conditions(place, "made-up images in memory")
+    found = conditions(compute, "made-up images in memory")
     found |= {"width": recipe.width, "batch": recipe.batch_size, "micro_batch": recipe.micro_batch}
-    state = new_state(recipe, CLASSES, 0, STEPS, place)
+    state = new_state(recipe, CLASSES, 0, STEPS, compute)
     state.model.train()
     clocks = {"optimizer_seconds": clock(state.optimizer, "step")}
     clocks["average_seconds"] = clock(state.average, "update_parameters")
-    parts, dtype = dict(make_parts(recipe, place, state)), PRECISIONS[place.precision]
+    parts, dtype = dict(make_parts(recipe, compute, state)), PRECISIONS[compute.precision]
     # The first round is not counted: it allocates memory and prepares kernels.
     rounds = [measure_round(parts, side, dtype, clocks) for _ in range(repeat + 1)][1:]
     rows = {}

@@ -39,14 +39,16 @@ import numpy as np
 import torch
 from PIL import Image
 
-from tinylab.archive import open_archive
-from tinylab.augment import normalise
-from tinylab.dataset import FOLDER, Dataset, available_cores, open_dataset, prepare
-from tinylab.device import Placement, choose, device_name
-from tinylab.loader import make_loader
-from tinylab.recipe import Recipe, UserError, accurate, published
-from tinylab.sample import write_sample
-from tinylab.split import make_split
+from tinylab.data.archive import open_archive
+from tinylab.data.augment import normalise
+from tinylab.data.dataset import FOLDER, Dataset, available_cores, open_dataset, prepare
+from tinylab.data.loader import make_loader
+from tinylab.data.split import make_split
+from tinylab.data.synthetic import write_sample
+from tinylab.exceptions import UserError
+from tinylab.recipe import Recipe
+from tinylab.recipes import accurate, published
+from tinylab.run.environment import Compute, choose, device_name
 
 TARGET = 5.0
 """Batched loading should be at least so many times as fast as ImageFolder, on two cores."""
@@ -71,11 +73,19 @@ class Contender(NamedTuple):
 def make_parser(description: str, repeat: int | None = None) -> argparse.ArgumentParser:
     """A command line with the options that all benchmarks have; `repeat` rounds, if there are rounds."""
     parser = argparse.ArgumentParser(description=description.partition("\n")[0])
-    parser.add_argument("--data", type=Path, help=f"data set folder (default: {FOLDER}, or made-up images without it)")
+    parser.add_argument(
+        "--data",
+        type=Path,
+        help=f"data set folder (default: {FOLDER}, or made-up images without it)",
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     if repeat:
-        parser.add_argument("--repeat", type=int, default=repeat, help=f"rounds (default: {repeat})")
-    parser.add_argument("--quick", action="store_true", help="seconds instead of minutes; the numbers mean little")
+        parser.add_argument(
+            "--repeat", type=int, default=repeat, help=f"rounds (default: {repeat})"
+        )
+    parser.add_argument(
+        "--quick", action="store_true", help="seconds instead of minutes; the numbers mean little"
+    )
     return parser
 
 
@@ -87,10 +97,18 @@ def find_data(folder: Path | None, scratch: Path) -> tuple[Dataset, Path | None,
     """
     if folder is None and not (FOLDER / "meta.json").exists():
         archive = write_sample(scratch / "sample.zip")
-        return prepare(archive, scratch / "sample", progress=False), archive, "made-up images, in a temporary folder"
+        return (
+            prepare(archive, scratch / "sample", progress=False),
+            archive,
+            "made-up images, in a temporary folder",
+        )
     dataset = open_dataset(folder or FOLDER)
     archive = dataset.folder.parent / "tiny-imagenet-200.zip"
-    words = "Tiny ImageNet" if dataset.is_tiny_imagenet else f"{len(dataset):,} images that are not Tiny ImageNet"
+    words = (
+        "Tiny ImageNet"
+        if dataset.is_tiny_imagenet
+        else f"{len(dataset):,} images that are not Tiny ImageNet"
+    )
     return dataset, archive if archive.is_file() else None, words
 
 
@@ -106,26 +124,35 @@ def alternate(contenders: dict[str, Callable[[], float]], repeat: int) -> dict[s
 
 def spread(values: list[float]) -> dict[str, float]:
     """Median, smallest and largest of the rounds."""
-    return {"median": round(statistics.median(values), 4), "min": round(min(values), 4), "max": round(max(values), 4)}
+    return {
+        "median": round(statistics.median(values), 4),
+        "min": round(min(values), 4),
+        "max": round(max(values), 4),
+    }
 
 
 def is_steady(spreads: list[dict[str, float]]) -> bool:
     """Whether the rounds of every contender agree well enough for a comparison; says so if they do not."""
     worst = max(found["max"] / found["min"] for found in spreads)
     if worst > UNSTEADY:
-        print(f"note: rounds of one and the same differ by a factor of {worst:.1f}: repeat this on an idle machine")
+        print(
+            f"note: rounds of one and the same differ by a factor of {worst:.1f}: repeat this on an idle machine"
+        )
     return worst <= UNSTEADY
 
 
-def conditions(place: Placement, data: str) -> dict[str, object]:
+def conditions(compute: Compute, data: str) -> dict[str, object]:
     """What a reader has to know about the machine to compare numbers."""
     return {
-        "device": device_name(place.device),
-        "precision": place.precision,
+        "device": device_name(compute.device),
+        "precision": compute.precision,
         "cores": available_cores(),
         "threads": torch.get_num_threads(),
         "load_average": round(os.getloadavg()[0], 2),
-        **{name: version(name) for name in ("torch", "torchvision", "timm", "grad-cam", "albumentations")},
+        **{
+            name: version(name)
+            for name in ("torch", "torchvision", "timm", "grad-cam", "albumentations")
+        },
         "data": data,
     }
 
@@ -133,22 +160,28 @@ def conditions(place: Placement, data: str) -> dict[str, object]:
 def print_conditions(found: dict[str, object], repeat: int | None = None) -> None:
     """The same in a line for people."""
     rounds = f"; median of {repeat}" if repeat else ""
-    print(f"{found['device']}, {found['cores']} cores, torch {found['torch']}; {found['data']}{rounds}")
+    print(
+        f"{found['device']}, {found['cores']} cores, torch {found['torch']}; {found['data']}{rounds}"
+    )
     if found["load_average"] > 0.5:
-        print(f"note: others were at work here when this began (load average {found['load_average']})")
+        print(
+            f"note: others were at work here when this began (load average {found['load_average']})"
+        )
 
 
 # --- The loaders ------------------------------------------------------------------------------------------------------
 
 
-def our_loader(dataset: Dataset, rows: np.ndarray, recipe: Recipe, place: Placement) -> Contender:
+def our_loader(dataset: Dataset, rows: np.ndarray, recipe: Recipe, compute: Compute) -> Contender:
     """This project's loader of those rows, with what the recipe asks for, and normalisation on the device."""
     recipe = replace(recipe, batch_size=min(recipe.batch_size, len(rows)))
     on_device = recipe.augmentation == "batched"
 
     @contextlib.contextmanager
     def opened(workers: int) -> Iterator[Pass]:
-        loader = make_loader(dataset, rows, recipe, 0, place.device, None if on_device else workers)
+        loader = make_loader(
+            dataset, rows, recipe, 0, compute.device, None if on_device else workers
+        )
         epochs = itertools.cycle(range(1, round(recipe.epochs * (1 - recipe.unmixed_share)) + 1))
         with contextlib.closing(loader):
             yield lambda: (normalise(batch.images, recipe) for batch in loader.epoch(next(epochs)))
@@ -161,7 +194,9 @@ def torchvision_transform(recipe: Recipe) -> Callable[[Image.Image], torch.Tenso
 
     Of several orders of the transforms this is the fastest here: tensors first, as torchvision's documentation advises.
     """
-    from torchvision.transforms import v2  # here, like the peers below: the other benchmarks import this file
+    from torchvision.transforms import (
+        v2,  # here, like the peers below: the other benchmarks import this file
+    )
 
     area = (recipe.hole_size / 64) ** 2
     return v2.Compose(
@@ -178,7 +213,7 @@ def torchvision_transform(recipe: Recipe) -> Callable[[Image.Image], torch.Tenso
     )
 
 
-def image_folder(folder: Path, recipe: Recipe, place: Placement) -> Contender:
+def image_folder(folder: Path, recipe: Recipe, compute: Compute) -> Contender:
     """torchvision's way, with the recipe's augmentation."""
     from torch.utils.data import DataLoader
     from torchvision.datasets import ImageFolder
@@ -193,14 +228,14 @@ def image_folder(folder: Path, recipe: Recipe, place: Placement) -> Contender:
             shuffle=True,
             num_workers=workers,
             persistent_workers=workers > 0,
-            pin_memory=place.device.type == "cuda",
+            pin_memory=compute.device.type == "cuda",
         )
-        yield lambda: (batch.to(place.device, non_blocking=True) for batch, _ in loader)
+        yield lambda: (batch.to(compute.device, non_blocking=True) for batch, _ in loader)
 
     return Contender(opened, worker_numbers())
 
 
-def timm_loader(folder: Path, recipe: Recipe, place: Placement) -> Contender:
+def timm_loader(folder: Path, recipe: Recipe, compute: Compute) -> Contender:
     """timm's loader as its training script makes it, but for the size, flip and erasing of this recipe."""
     from timm.data import create_loader
     from torchvision.datasets import ImageFolder
@@ -219,8 +254,8 @@ def timm_loader(folder: Path, recipe: Recipe, place: Placement) -> Contender:
             std=recipe.std,
             num_workers=workers,
             persistent_workers=workers > 0,
-            pin_memory=place.device.type == "cuda",
-            device=place.device,
+            pin_memory=compute.device.type == "cuda",
+            device=compute.device,
         )
         yield lambda: (batch for batch, _ in loader)
 
@@ -238,7 +273,9 @@ def evenly(rows: np.ndarray, count: int) -> np.ndarray:
     return rows[np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(np.int64)]
 
 
-def write_image_folder(dataset: Dataset, rows: np.ndarray, archive: Path | None, folder: Path) -> str:
+def write_image_folder(
+    dataset: Dataset, rows: np.ndarray, archive: Path | None, folder: Path
+) -> str:
     """Writes the images `rows` as JPEG files, one folder per class; says where the files came from."""
     with contextlib.ExitStack() as stack:
         opened = stack.enter_context(open_archive(archive)) if archive else None
@@ -261,81 +298,101 @@ def check_image(path: Path, image: np.ndarray, exact: bool) -> None:
     with Image.open(io.BytesIO(path.read_bytes())) as opened:
         difference = np.abs(np.asarray(opened.convert("RGB")).astype(int) - image).mean()
     if difference > (0 if exact else 20):
-        raise UserError("the archive beside the data set is not the one that it was prepared from: move it away")
+        raise UserError(
+            "the archive beside the data set is not the one that it was prepared from: move it away"
+        )
 
 
 # --- Measuring --------------------------------------------------------------------------------------------------------
 
 
-def images_per_second(begin: Pass, place: Placement) -> float:
+def images_per_second(begin: Pass, compute: Compute) -> float:
     """Of one pass, from the call that begins it until the device has every batch."""
-    place.synchronise()
+    compute.synchronise()
     started, seen = time.perf_counter(), 0
     for images in begin():
         seen += len(images)
-    place.synchronise()
+    compute.synchronise()
     return seen / (time.perf_counter() - started)
 
 
-def fastest_workers(contender: Contender, place: Placement) -> tuple[int, dict[int, float]]:
+def fastest_workers(contender: Contender, compute: Compute) -> tuple[int, dict[int, float]]:
     """With how many worker processes it is fastest, and images/s with each number; started workers, second pass."""
     if len(contender.workers) == 1:
         return contender.workers[0], {}
     rates = {}
     for workers in contender.workers:
         with contender.open(workers) as begin:
-            images_per_second(begin, place)
-            rates[workers] = round(images_per_second(begin, place), 1)
+            images_per_second(begin, compute)
+            rates[workers] = round(images_per_second(begin, compute), 1)
     return max(rates, key=rates.get), rates
 
 
-def measure(contenders: dict[str, Contender], place: Placement, repeat: int) -> dict[str, dict]:
+def measure(contenders: dict[str, Contender], compute: Compute, repeat: int) -> dict[str, dict]:
     """For each loader images/s with its best number of workers, which that is, and what the other numbers gave."""
-    chosen = {name: fastest_workers(contender, place) for name, contender in contenders.items()}
+    chosen = {name: fastest_workers(contender, compute) for name, contender in contenders.items()}
     with contextlib.ExitStack() as stack:
         measurements = {}
         for name, contender in contenders.items():
             begin = stack.enter_context(contender.open(chosen[name][0]))
-            images_per_second(begin, place)  # starts the workers, maps the pages
-            measurements[name] = lambda begin=begin: images_per_second(begin, place)
+            images_per_second(begin, compute)  # starts the workers, maps the pages
+            measurements[name] = lambda begin=begin: images_per_second(begin, compute)
         rates = alternate(measurements, repeat)
     return {
-        name: {"images_per_second": spread(rates[name]), "workers": chosen[name][0], "tried": chosen[name][1]}
+        name: {
+            "images_per_second": spread(rates[name]),
+            "workers": chosen[name][0],
+            "tried": chosen[name][1],
+        }
         for name in contenders
     }
 
 
 def main() -> None:
     parser = make_parser(__doc__, repeat=5)
-    parser.add_argument("--images", type=int, default=4096, help="JPEG files for the peers (default: 4096)")
+    parser.add_argument(
+        "--images", type=int, default=4096, help="JPEG files for the peers (default: 4096)"
+    )
     arguments = parser.parse_args()
     repeat = 1 if arguments.quick else arguments.repeat
     warnings.filterwarnings("ignore", message=".*suggested max number of worker.*")
     with tempfile.TemporaryDirectory(prefix="bench-loader-") as scratch:
         try:
-            place = choose(arguments.device)
+            compute = choose(arguments.device)
             dataset, archive, words = find_data(arguments.data, Path(scratch))
-            found = conditions(place, words)
+            found = conditions(compute, words)
             train = make_split(dataset, "merged").train
             count = min(200 if arguments.quick else arguments.images, len(train))
             few, many = (
-                train[np.linspace(0, len(train) - 1, n).astype(int)] for n in (count, min(8 * count, len(train)))
+                train[np.linspace(0, len(train) - 1, n).astype(int)]
+                for n in (count, min(8 * count, len(train)))
             )
             files = write_image_folder(dataset, few, archive, Path(scratch) / "images")
         except UserError as error:
             parser.error(str(error))
         batched = replace(published(), augmentation="batched")
         contenders = {
-            "ours, batched": our_loader(dataset, many, batched, place),
-            "ours, accurate": our_loader(dataset, many, accurate(), place),
-            "ours, albumentations": our_loader(dataset, few, published(), place),
-            "ImageFolder": image_folder(Path(scratch) / "images", published(), place),
-            "timm": timm_loader(Path(scratch) / "images", published(), place),
+            "ours, batched": our_loader(dataset, many, batched, compute),
+            "ours, accurate": our_loader(dataset, many, accurate(), compute),
+            "ours, albumentations": our_loader(dataset, few, published(), compute),
+            "ImageFolder": image_folder(Path(scratch) / "images", published(), compute),
+            "timm": timm_loader(Path(scratch) / "images", published(), compute),
         }
         if arguments.quick:
-            contenders = {name: each._replace(workers=each.workers[:1]) for name, each in contenders.items()}
-        rows = measure(contenders, place, repeat)
-    report(rows, {**found, "images": len(few), "images_batched": len(many), "jpeg_files": files, "repeat": repeat})
+            contenders = {
+                name: each._replace(workers=each.workers[:1]) for name, each in contenders.items()
+            }
+        rows = measure(contenders, compute, repeat)
+    report(
+        rows,
+        {
+            **found,
+            "images": len(few),
+            "images_batched": len(many),
+            "jpeg_files": files,
+            "repeat": repeat,
+        },
+    )
 
 
 def report(rows: dict[str, dict], found: dict[str, object]) -> None:
@@ -346,7 +403,9 @@ def report(rows: dict[str, dict], found: dict[str, object]) -> None:
     print(
         f"  {found['images']:,} JPEG files ({found['jpeg_files']}); batched loaders: {found['images_batched']:,} images"
     )
-    print(f"  {'':24}{'images/s':>10}  {'lowest':>8}  {'highest':>8}  {'workers':>7}  {'batched is':>10}")
+    print(
+        f"  {'':24}{'images/s':>10}  {'lowest':>8}  {'highest':>8}  {'workers':>7}  {'batched is':>10}"
+    )
     for name, row in rows.items():
         rate = row["images_per_second"]
         print(
@@ -354,8 +413,17 @@ def report(rows: dict[str, dict], found: dict[str, object]) -> None:
             f"{ratios[name]:>9.2f}x"
         )
     reached = ratios["ImageFolder"] >= TARGET
-    print(f"  target: batched at least {TARGET:g} x ImageFolder: {'reached' if reached else 'missed'}")
-    result = {"benchmark": "loader", **found, "loaders": rows, "ratios": ratios, "target": TARGET, "reached": reached}
+    print(
+        f"  target: batched at least {TARGET:g} x ImageFolder: {'reached' if reached else 'missed'}"
+    )
+    result = {
+        "benchmark": "loader",
+        **found,
+        "loaders": rows,
+        "ratios": ratios,
+        "target": TARGET,
+        "reached": reached,
+    }
     steady = is_steady([row["images_per_second"] for row in rows.values()])
     print(json.dumps(result | {"steady": steady}))
 

@@ -22,7 +22,7 @@ from pathlib import Path
 
 PREPARE = """
 import json, resource, sys
-from tinylab.dataset import prepare
+from tinylab.data.dataset import prepare
 prepare(sys.argv[1], sys.argv[2])
 peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
 print(json.dumps(peak * (1 if sys.platform == "darwin" else 1024)))
@@ -30,7 +30,7 @@ print(json.dumps(peak * (1 if sys.platform == "darwin" else 1024)))
 REOPEN = """
 import json, sys, time
 start = time.perf_counter()
-from tinylab.dataset import prepare
+from tinylab.data.dataset import prepare
 dataset = prepare(sys.argv[1], sys.argv[2])
 dataset.images[0].sum(), dataset.images[-1].sum()
 print(json.dumps([time.perf_counter() - start, dataset.is_tiny_imagenet, len(dataset)]))
@@ -42,7 +42,9 @@ def timed(command: list[str]) -> tuple[float, float, str]:
     before, start = os.times(), time.perf_counter()
     output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     wall, after = time.perf_counter() - start, os.times()
-    used = after.children_user + after.children_system - before.children_user - before.children_system
+    used = (
+        after.children_user + after.children_system - before.children_user - before.children_system
+    )
     return wall, used, output
 
 
@@ -53,7 +55,9 @@ def measure(archive: Path, scratch: Path, repeat: int) -> dict[str, object]:
         unzip.append(timed(["unzip", "-q", str(archive), "-d", str(scratch / "unzipped")])[:2])
         shutil.rmtree(scratch / "unzipped")
         os.sync()  # neither pays for the other's unwritten pages
-        *took, peak = timed([sys.executable, "-c", PREPARE, str(archive), str(scratch / "prepared")])
+        *took, peak = timed(
+            [sys.executable, "-c", PREPARE, str(archive), str(scratch / "prepared")]
+        )
         prepare.append(took)
         peaks.append(json.loads(peak))
         opening, published, images = json.loads(
@@ -62,7 +66,10 @@ def measure(archive: Path, scratch: Path, repeat: int) -> dict[str, object]:
         reopen.append(opening)
         shutil.rmtree(scratch / "prepared")
         os.sync()
-        print(f"round {round_number + 1}: unzip {unzip[-1][0]:.2f} s, prepare {prepare[-1][0]:.2f} s", flush=True)
+        print(
+            f"round {round_number + 1}: unzip {unzip[-1][0]:.2f} s, prepare {prepare[-1][0]:.2f} s",
+            flush=True,
+        )
     unzip_seconds, unzip_cpu = map(statistics.median, zip(*unzip, strict=True))
     prepare_seconds, prepare_cpu = map(statistics.median, zip(*prepare, strict=True))
     return {
@@ -76,7 +83,9 @@ def measure(archive: Path, scratch: Path, repeat: int) -> dict[str, object]:
         "peak_process_bytes": max(peaks),
         "second_start_seconds": round(statistics.median(reopen), 3),
         "repeat": repeat,
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(),
         "load_average": round(os.getloadavg()[0], 2),
     }
 
@@ -86,7 +95,9 @@ def main() -> None:
     parser.add_argument("--archive", type=Path, default=Path("data/tiny-imagenet-200.zip"))
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument(
-        "--scratch", type=Path, help="folder for the results, removed afterwards (default: the system's)"
+        "--scratch",
+        type=Path,
+        help="folder for the results, removed afterwards (default: the system's)",
     )
     arguments = parser.parse_args()
     if not arguments.archive.is_file():

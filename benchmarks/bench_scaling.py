@@ -40,14 +40,16 @@ import numpy as np
 import torch
 from bench_loader import conditions, evenly, find_data, make_parser, print_conditions
 
-from tinylab.augment import normalise
-from tinylab.dataset import FORMAT_VERSION, Dataset, open_dataset
-from tinylab.device import Placement, choose, fastest_convolutions
-from tinylab.evaluate import compute_logits, score
-from tinylab.loader import Images, evaluation_batches, make_loader
-from tinylab.recipe import Recipe, UserError, accurate
-from tinylab.split import Split, make_split
-from tinylab.step import inference, new_state, train_step
+from tinylab.data.augment import normalise
+from tinylab.data.dataset import FORMAT_VERSION, Dataset, open_dataset
+from tinylab.data.loader import Images, evaluation_batches, make_loader
+from tinylab.data.split import Split, make_split
+from tinylab.exceptions import UserError
+from tinylab.recipe import Recipe
+from tinylab.recipes import accurate
+from tinylab.run.environment import Compute, choose, fastest_convolutions
+from tinylab.training.evaluate import compute_logits, score
+from tinylab.training.step import inference, new_state, train_step
 
 COSTS = ("open", "split", "load", "train", "evaluate")
 PER_CLASS = (8, 32, 128, 550)
@@ -68,7 +70,9 @@ def write_part(dataset: Dataset, classes: int, per_class: int, folder: Path) -> 
     if len(rows) == len(dataset):
         return dataset.folder
     folder.mkdir()
-    images = np.lib.format.open_memmap(folder / "images.npy", "w+", np.uint8, (len(rows), *dataset.images.shape[1:]))
+    images = np.lib.format.open_memmap(
+        folder / "images.npy", "w+", np.uint8, (len(rows), *dataset.images.shape[1:])
+    )
     for first in range(0, len(rows), 1000):
         images[first : first + 1000] = dataset.images[rows[first : first + 1000]]
     images.flush()
@@ -122,36 +126,42 @@ def memory_line(name: str) -> int:
 
 def peak_resident() -> int:
     """Bytes. Linux's ru_maxrss counts the parent, too: a new program inherits it from the process that started it."""
-    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == "darwin" else 1024
+    )
     return memory_line("VmHWM") or used
 
 
-def seconds(work: Callable[[], object], place: Placement) -> float:
+def seconds(work: Callable[[], object], compute: Compute) -> float:
     """Wall-clock seconds of one call, from an idle device to an idle device."""
-    place.synchronise()
+    compute.synchronise()
     started = time.perf_counter()
     work()
-    place.synchronise()
+    compute.synchronise()
     return time.perf_counter() - started
 
 
-def best_seconds(work: Callable[[], object], place: Placement, budget: float) -> float:
+def best_seconds(work: Callable[[], object], compute: Compute, budget: float) -> float:
     """The least of up to ten goes, as many as fit into `budget` seconds, but at least one."""
-    took = [seconds(work, place)]
+    took = [seconds(work, compute)]
     while len(took) < 10 and sum(took) < budget:
-        took.append(seconds(work, place))
+        took.append(seconds(work, compute))
     return min(took)
 
 
-def measure_size(folder: Path, place: Placement, width: int, resolution: int, budget: float) -> dict[str, object]:
+def measure_size(
+    folder: Path, compute: Compute, width: int, resolution: int, budget: float
+) -> dict[str, object]:
     """Seconds of each cost on that data set, and the peaks of memory."""
-    recipe = replace(accurate(), width=width, resolution=resolution, test_resolution=resolution, drop_last=False)
-    with Memory() as memory, fastest_convolutions(place):
+    recipe = replace(
+        accurate(), width=width, resolution=resolution, test_resolution=resolution, drop_last=False
+    )
+    with Memory() as memory, fastest_convolutions(compute):
         dataset = open_dataset(folder)
         split = make_split(dataset, "merged")
         recipe = replace(recipe, batch_size=min(256, len(split.train)))
-        work = costs_of(folder, dataset, split, recipe, place)
-        took = {name: best_seconds(work[name], place, budget) for name in COSTS}
+        work = costs_of(folder, dataset, split, recipe, compute)
+        took = {name: best_seconds(work[name], compute, budget) for name in COSTS}
     found = {
         "images": len(dataset),
         "train_images": len(split.train),
@@ -161,18 +171,18 @@ def measure_size(folder: Path, place: Placement, width: int, resolution: int, bu
         "peak_resident_bytes": peak_resident(),
         "peak_private_bytes": memory.private,
     }
-    if place.device.type == "cuda":
-        found["peak_gpu_bytes"] = torch.cuda.max_memory_allocated(place.device)
+    if compute.device.type == "cuda":
+        found["peak_gpu_bytes"] = torch.cuda.max_memory_allocated(compute.device)
     return found
 
 
 def costs_of(
-    folder: Path, dataset: Dataset, split: Split, recipe: Recipe, place: Placement
+    folder: Path, dataset: Dataset, split: Split, recipe: Recipe, compute: Compute
 ) -> dict[str, Callable[[], object]]:
     """What is measured, by its name in `COSTS`."""
-    images = Images(dataset.images, dataset.labels, place.device)
-    loader = make_loader(dataset, split.train, recipe, 0, place.device, images=images)
-    state = new_state(recipe, split.classes, 0, loader.steps, place)
+    images = Images(dataset.images, dataset.labels, compute.device)
+    loader = make_loader(dataset, split.train, recipe, 0, compute.device, images=images)
+    state = new_state(recipe, split.classes, 0, loader.steps, compute)
     epochs = iter(range(1, recipe.epochs))
 
     def opening() -> None:
@@ -187,24 +197,39 @@ def costs_of(
     def train() -> None:
         state.model.train()
         for batch in loader.epoch(next(epochs)):
-            train_step(state, recipe, place, batch)
+            train_step(state, recipe, compute, batch)
 
     def evaluate() -> None:
-        batches = evaluation_batches(dataset, split.test, place.device, images=images)
-        score(*compute_logits(inference(state.model, recipe, place), batches, len(split.test)))
+        batches = evaluation_batches(dataset, split.test, compute.device, images=images)
+        score(*compute_logits(inference(state.model, recipe, compute), batches, len(split.test)))
 
-    return dict(zip(COSTS, (opening, lambda: make_split(dataset, "merged"), load, train, evaluate), strict=True))
+    return dict(
+        zip(
+            COSTS,
+            (opening, lambda: make_split(dataset, "merged"), load, train, evaluate),
+            strict=True,
+        )
+    )
 
 
 # --- All sizes --------------------------------------------------------------------------------------------------------
 
 
-def measure_series(dataset: Dataset, sizes: list[tuple[int, int]], arguments: argparse.Namespace) -> Iterator[dict]:
+def measure_series(
+    dataset: Dataset, sizes: list[tuple[int, int]], arguments: argparse.Namespace
+) -> Iterator[dict]:
     """`measure_size` of each (classes, images per class), each in a new process."""
     for classes, per_class in sizes:
         with tempfile.TemporaryDirectory(prefix="bench-scaling-") as scratch:
             folder = write_part(dataset, classes, per_class, Path(scratch) / "part")
-            command = [sys.executable, __file__, "--size", str(folder), "--device", arguments.device]
+            command = [
+                sys.executable,
+                __file__,
+                "--size",
+                str(folder),
+                "--device",
+                arguments.device,
+            ]
             command += ["--quick"] if arguments.quick else []
             command += ["--width", str(arguments.width), "--resolution", str(arguments.resolution)]
             output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
@@ -229,7 +254,9 @@ def fits(series: list[dict]) -> dict[str, dict]:
     handled = {"open": "images", "split": "images", "load": "train_images", "train": "train_images"}
     found = {}
     for name in COSTS:
-        images = np.array([size[handled.get(name, "test_images")] for size in series], dtype=np.float64)
+        images = np.array(
+            [size[handled.get(name, "test_images")] for size in series], dtype=np.float64
+        )
         took = np.array([size["seconds"][name] for size in series])
         exponent = np.polyfit(np.log(images), np.log(took), 1)[0]
         # Weighted so that a per cent off counts alike at every size.
@@ -244,24 +271,36 @@ def fits(series: list[dict]) -> dict[str, dict]:
 
 def main() -> None:
     parser = make_parser(__doc__)
-    parser.add_argument("--width", type=int, help="channels of the first stage (default: 16 on a CPU, 64 on a GPU)")
-    parser.add_argument("--resolution", type=int, help="pixels per side (default: 16 on a CPU, 64 on a GPU)")
-    parser.add_argument("--size", type=Path, help=argparse.SUPPRESS)  # a process of one size: its data set folder
+    parser.add_argument(
+        "--width", type=int, help="channels of the first stage (default: 16 on a CPU, 64 on a GPU)"
+    )
+    parser.add_argument(
+        "--resolution", type=int, help="pixels per side (default: 16 on a CPU, 64 on a GPU)"
+    )
+    parser.add_argument(
+        "--size", type=Path, help=argparse.SUPPRESS
+    )  # a process of one size: its data set folder
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="bench-scaling-") as scratch:
         try:
-            place = choose(arguments.device)
-            on_gpu = place.device.type == "cuda"
+            compute = choose(arguments.device)
+            on_gpu = compute.device.type == "cuda"
             arguments.width = arguments.width or (64 if on_gpu else 16)
             arguments.resolution = arguments.resolution or (64 if on_gpu else 16)
             if arguments.size:
                 budget = 0 if arguments.quick else 4
-                print(json.dumps(measure_size(arguments.size, place, arguments.width, arguments.resolution, budget)))
+                print(
+                    json.dumps(
+                        measure_size(
+                            arguments.size, compute, arguments.width, arguments.resolution, budget
+                        )
+                    )
+                )
                 return
             dataset, _, words = find_data(arguments.data, Path(scratch))
         except UserError as error:
             parser.error(str(error))
-        report(dataset, arguments, conditions(place, words), on_gpu)
+        report(dataset, arguments, conditions(compute, words), on_gpu)
 
 
 def sizes_for(dataset: Dataset, quick: bool) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
@@ -272,17 +311,24 @@ def sizes_for(dataset: Dataset, quick: bool) -> tuple[list[tuple[int, int]], lis
     if quick:
         counts, numbers = [counts[0], min(counts[-1], 32)], numbers[:1]
     same = min(SAME_IMAGES, numbers[0] * most)
-    return [(classes, count) for count in counts], [(number, max(2, same // number)) for number in numbers]
+    return [(classes, count) for count in counts], [
+        (number, max(2, same // number)) for number in numbers
+    ]
 
 
-def report(dataset: Dataset, arguments: argparse.Namespace, found: dict[str, object], on_gpu: bool) -> None:
+def report(
+    dataset: Dataset, arguments: argparse.Namespace, found: dict[str, object], on_gpu: bool
+) -> None:
     """Measures, printing the table row by row, and ends with the JSON line."""
     print_conditions(found)
-    print(f"  network of width {arguments.width} at {arguments.resolution} pixels; seconds; memory in MB")
+    print(
+        f"  network of width {arguments.width} at {arguments.resolution} pixels; seconds; memory in MB"
+    )
     print(f"  {'images':>8}{'classes':>9}" + "".join(f"{name:>11}" for name in COSTS), end="")
     print(f"{'resident':>11}{'private':>9}{'GPU' if on_gpu else '':>8}")
     by_images, by_classes = (
-        list(measure_series(dataset, sizes, arguments)) for sizes in sizes_for(dataset, arguments.quick)
+        list(measure_series(dataset, sizes, arguments))
+        for sizes in sizes_for(dataset, arguments.quick)
     )
     lines = fits(by_images)
     print(f"  {'':10}" + "".join(f"{name:>11}" for name in COSTS))

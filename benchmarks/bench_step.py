@@ -34,19 +34,30 @@ import timm
 import torch
 import torch.nn.functional as F
 import torchvision
-from bench_loader import alternate, conditions, evenly, find_data, is_steady, make_parser, print_conditions, spread
+from bench_loader import (
+    alternate,
+    conditions,
+    evenly,
+    find_data,
+    is_steady,
+    make_parser,
+    print_conditions,
+    spread,
+)
 from timm.loss import LabelSmoothingCrossEntropy
 from timm.optim import create_optimizer_v2
 from torch import nn
 from torch.optim.lr_scheduler import OneCycleLR
 
-from tinylab.augment import normalise
-from tinylab.dataset import Dataset
-from tinylab.device import PRECISIONS, Placement, choose, fastest_convolutions
-from tinylab.loader import Batch, make_loader
-from tinylab.recipe import Recipe, UserError, accurate, published
-from tinylab.split import make_split
-from tinylab.step import new_state, train_step
+from tinylab.data.augment import normalise
+from tinylab.data.dataset import Dataset
+from tinylab.data.loader import Batch, make_loader
+from tinylab.data.split import make_split
+from tinylab.exceptions import UserError
+from tinylab.recipe import Recipe
+from tinylab.recipes import accurate, published
+from tinylab.run.environment import PRECISIONS, Compute, choose, fastest_convolutions
+from tinylab.training.step import new_state, train_step
 
 CLASSES = 200
 STEPS = 100_000
@@ -71,16 +82,18 @@ class Sizes(NamedTuple):
 # --- The loops --------------------------------------------------------------------------------------------------------
 
 
-def our_step(recipe: Recipe, batch: Batch, place: Placement, compiled: bool) -> Step:
+def our_step(recipe: Recipe, batch: Batch, compute: Compute, compiled: bool) -> Step:
     """This project's step on the resident batch."""
-    state = new_state(recipe, CLASSES, 0, STEPS, place, compiled=compiled)
+    state = new_state(recipe, CLASSES, 0, STEPS, compute, compiled=compiled)
     state.model.train()
-    return lambda: train_step(state, recipe, place, batch)
+    return lambda: train_step(state, recipe, compute, batch)
 
 
 def plain_step(recipe: Recipe, images: torch.Tensor, labels: torch.Tensor) -> Step:
     """The published notebook's step, on the same network as torchvision builds it."""
-    model = with_small_stem(torchvision.models.resnet18(num_classes=CLASSES)).to(images.device).train()
+    model = (
+        with_small_stem(torchvision.models.resnet18(num_classes=CLASSES)).to(images.device).train()
+    )
     optimizer = torch.optim.SGD(
         model.parameters(),
         lr=recipe.max_learning_rate,
@@ -105,7 +118,11 @@ def plain_step(recipe: Recipe, images: torch.Tensor, labels: torch.Tensor) -> St
 
 def timm_step(images: torch.Tensor, labels: torch.Tensor) -> Step:
     """timm's network, optimiser and loss, with the settings its training script has for SGD."""
-    model = with_small_stem(timm.create_model("resnet18", num_classes=CLASSES)).to(images.device).train()
+    model = (
+        with_small_stem(timm.create_model("resnet18", num_classes=CLASSES))
+        .to(images.device)
+        .train()
+    )
     optimizer = create_optimizer_v2(model, opt="sgd", lr=0.05, weight_decay=2e-5, momentum=0.9)
     criterion = LabelSmoothingCrossEntropy(0.1)
 
@@ -127,50 +144,59 @@ def with_small_stem(model: nn.Module) -> nn.Module:
 # --- Measuring --------------------------------------------------------------------------------------------------------
 
 
-def images_per_second(step: Step, place: Placement, batch: int, steps: int) -> float:
+def images_per_second(step: Step, compute: Compute, batch: int, steps: int) -> float:
     """Of `steps` steps, from an idle device to an idle device."""
-    place.synchronise()
+    compute.synchronise()
     started = time.perf_counter()
     for _ in range(steps):
         step()
-    place.synchronise()
+    compute.synchronise()
     return batch * steps / (time.perf_counter() - started)
 
 
 def measure_steps(
-    images: torch.Tensor, labels: torch.Tensor, place: Placement, sizes: Sizes, compiled: bool, repeat: int
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    compute: Compute,
+    sizes: Sizes,
+    compiled: bool,
+    repeat: int,
 ) -> dict[str, dict]:
     """Images/s of all loops on uint8 images (B, 64, 64, 3) and labels int64 (B,), both on the device."""
     recipe, batch = published(), Batch(images, labels)
     pixels = normalise(images, recipe).contiguous()  # NCHW
     # Each loop is made, with its settings, where it is tried; cuDNN remembers what it found for a shape.
     loops = {
-        "ours": (our_step(recipe, batch, place, compiled), True),
-        "ours, accurate": (our_step(accurate(), batch, place, compiled), True),
+        "ours": (our_step(recipe, batch, compute, compiled), True),
+        "ours, accurate": (our_step(accurate(), batch, compute, compiled), True),
         "plain": (plain_step(recipe, pixels, labels), False),
         "timm": (timm_step(pixels, labels), True),  # its training script lets cuDNN choose, too
     }
 
     def measurement(step: Step, tuned: bool, steps: int) -> Callable[[], float]:
         def measure() -> float:
-            with fastest_convolutions(place) if tuned else contextlib.nullcontext():
-                return images_per_second(step, place, len(images), steps)
+            with fastest_convolutions(compute) if tuned else contextlib.nullcontext():
+                return images_per_second(step, compute, len(images), steps)
 
         return measure
 
     alternate({name: measurement(*loop, sizes.warm_up) for name, loop in loops.items()}, 1)
-    rates = alternate({name: measurement(*loop, sizes.steps) for name, loop in loops.items()}, repeat)
+    rates = alternate(
+        {name: measurement(*loop, sizes.steps) for name, loop in loops.items()}, repeat
+    )
     return {name: {"images_per_second": spread(values)} for name, values in rates.items()}
 
 
 def measure_epoch(
-    dataset: Dataset, rows: np.ndarray, place: Placement, sizes: Sizes, compiled: bool, repeat: int
+    dataset: Dataset, rows: np.ndarray, compute: Compute, sizes: Sizes, compiled: bool, repeat: int
 ) -> dict[str, object]:
     """Images/s of epochs through the batched loader, and of as many steps on one resident batch."""
     recipe = replace(published(), augmentation="batched", batch_size=sizes.batch, drop_last=True)
-    rows = np.resize(rows, sizes.epoch_steps * sizes.batch)  # as many as asked for, repeated where there are fewer
-    loader = make_loader(dataset, rows, recipe, 0, place.device)
-    state = new_state(recipe, CLASSES, 0, STEPS, place, compiled=compiled)
+    rows = np.resize(
+        rows, sizes.epoch_steps * sizes.batch
+    )  # as many as asked for, repeated where there are fewer
+    loader = make_loader(dataset, rows, recipe, 0, compute.device)
+    state = new_state(recipe, CLASSES, 0, STEPS, compute, compiled=compiled)
     state.model.train()
     resident = next(iter(loader.epoch(1)))
     numbers = itertools.cycle(range(1, recipe.epochs))
@@ -179,19 +205,21 @@ def measure_epoch(
         return (resident for _ in range(loader.steps)) if number == 0 else loader.epoch(number)
 
     def rate(number: int) -> float:
-        place.synchronise()
+        compute.synchronise()
         started = time.perf_counter()
         for batch in batches(number):
-            train_step(state, recipe, place, batch)
-        place.synchronise()
+            train_step(state, recipe, compute, batch)
+        compute.synchronise()
         return len(rows) / (time.perf_counter() - started)
 
-    with fastest_convolutions(place):
+    with fastest_convolutions(compute):
         for _ in range(sizes.warm_up):
-            train_step(state, recipe, place, resident)
+            train_step(state, recipe, compute, resident)
         rates = alternate({"epoch": lambda: rate(next(numbers)), "bare": lambda: rate(0)}, repeat)
     # Of each pair its own quotient: both halves of a pair met the same machine.
-    share = statistics.median(epoch / bare for epoch, bare in zip(rates["epoch"], rates["bare"], strict=True))
+    share = statistics.median(
+        epoch / bare for epoch, bare in zip(rates["epoch"], rates["bare"], strict=True)
+    )
     return {
         "steps": loader.steps,
         "epoch_images_per_second": spread(rates["epoch"]),
@@ -200,17 +228,17 @@ def measure_epoch(
     }
 
 
-def matmul_peak(place: Placement, quick: bool) -> float:
+def matmul_peak(compute: Compute, quick: bool) -> float:
     """Median operations per second of large square matrix products in the step's number format."""
-    side = 8192 if place.device.type == "cuda" else 512 if quick else 2048
-    dtype = PRECISIONS[place.precision]
-    left, right = (torch.randn(side, side, device=place.device).to(dtype) for _ in range(2))
+    side = 8192 if compute.device.type == "cuda" else 512 if quick else 2048
+    dtype = PRECISIONS[compute.precision]
+    left, right = (torch.randn(side, side, device=compute.device).to(dtype) for _ in range(2))
     rates = []
     for number in range(5 if quick else 25):
-        place.synchronise()
+        compute.synchronise()
         started = time.perf_counter()
         torch.matmul(left, right)
-        place.synchronise()
+        compute.synchronise()
         if number >= 3:  # the first ones find a cold device
             rates.append(2 * side**3 / (time.perf_counter() - started))
     return statistics.median(rates)
@@ -218,38 +246,47 @@ def matmul_peak(place: Placement, quick: bool) -> float:
 
 def main() -> None:
     parser = make_parser(__doc__, repeat=5)
-    parser.add_argument("--batch", type=int, help="images per step (default: 32 on a CPU, 256 on a GPU)")
+    parser.add_argument(
+        "--batch", type=int, help="images per step (default: 32 on a CPU, 256 on a GPU)"
+    )
     parser.add_argument("--compile", action="store_true", help="ours under torch.compile")
     arguments = parser.parse_args()
     repeat = 1 if arguments.quick else arguments.repeat
     with tempfile.TemporaryDirectory(prefix="bench-step-") as scratch:
         try:
-            place = choose(arguments.device, compiled=arguments.compile)
+            compute = choose(arguments.device, compiled=arguments.compile)
             dataset, _, words = find_data(arguments.data, Path(scratch))
             rows = make_split(dataset, "merged").train
         except UserError as error:
             parser.error(str(error))
-        found = conditions(place, words)
-        sizes = sizes_for(place, arguments.batch, arguments.quick)
+        found = conditions(compute, words)
+        sizes = sizes_for(compute, arguments.batch, arguments.quick)
         chosen = np.resize(evenly(rows, sizes.batch), sizes.batch)
-        images = torch.from_numpy(dataset.images[chosen]).to(place.device)
-        labels = torch.from_numpy(dataset.labels[chosen].astype(np.int64)).to(place.device)
-        loops = measure_steps(images, labels, place, sizes, arguments.compile, repeat)
-        epoch = measure_epoch(dataset, rows, place, sizes, arguments.compile, repeat)
-        peak = matmul_peak(place, arguments.quick)
-    found |= {"compiled": arguments.compile, "batch": sizes.batch, "steps": sizes.steps, "repeat": repeat}
-    report(loops, epoch, peak, found, on_gpu=place.device.type == "cuda")
+        images = torch.from_numpy(dataset.images[chosen]).to(compute.device)
+        labels = torch.from_numpy(dataset.labels[chosen].astype(np.int64)).to(compute.device)
+        loops = measure_steps(images, labels, compute, sizes, arguments.compile, repeat)
+        epoch = measure_epoch(dataset, rows, compute, sizes, arguments.compile, repeat)
+        peak = matmul_peak(compute, arguments.quick)
+    found |= {
+        "compiled": arguments.compile,
+        "batch": sizes.batch,
+        "steps": sizes.steps,
+        "repeat": repeat,
+    }
+    report(loops, epoch, peak, found, on_gpu=compute.device.type == "cuda")
 
 
-def sizes_for(place: Placement, batch: int | None, quick: bool) -> Sizes:
+def sizes_for(compute: Compute, batch: int | None, quick: bool) -> Sizes:
     """On a GPU an epoch is one of `merged`: 77,000 images."""
-    if place.device.type == "cuda":
+    if compute.device.type == "cuda":
         batch = batch or 256
         return Sizes(batch, 10, 10, 20) if quick else Sizes(batch, 50, 30, 77_000 // batch)
     return Sizes(batch or 2, 1, 0, 1) if quick else Sizes(batch or 32, 1, 2, 4)
 
 
-def report(loops: dict[str, dict], epoch: dict, peak: float, found: dict[str, object], on_gpu: bool) -> None:
+def report(
+    loops: dict[str, dict], epoch: dict, peak: float, found: dict[str, object], on_gpu: bool
+) -> None:
     """Prints the tables and the JSON line."""
     medians = {name: row["images_per_second"]["median"] for name, row in loops.items()}
     ratios = {name: round(medians["ours"] / median, 2) for name, median in medians.items()}
@@ -259,20 +296,32 @@ def report(loops: dict[str, dict], epoch: dict, peak: float, found: dict[str, ob
         "epoch": epoch["epoch_share_of_bare"] >= TARGETS["epoch"],
     }
     print_conditions(found, found["repeat"])
-    print(f"  {found['batch']} images per step, {found['precision']}{', compiled' if found['compiled'] else ''}")
+    print(
+        f"  {found['batch']} images per step, {found['precision']}{', compiled' if found['compiled'] else ''}"
+    )
     print(f"  {'':24}{'images/s':>10}  {'lowest':>8}  {'highest':>8}  {'ours is':>8}")
     for name, row in loops.items():
         rate = row["images_per_second"]
-        print(f"  {name:24}{rate['median']:>10,.1f}  {rate['min']:>8,.1f}  {rate['max']:>8,.1f}  {ratios[name]:>7.2f}x")
-    whole, bare = epoch["epoch_images_per_second"]["median"], epoch["bare_images_per_second"]["median"]
-    print(f"  epoch of {epoch['steps']} steps with its loader: {whole:,.1f} images/s, bare steps {bare:,.1f}: ", end="")
+        print(
+            f"  {name:24}{rate['median']:>10,.1f}  {rate['min']:>8,.1f}  {rate['max']:>8,.1f}  {ratios[name]:>7.2f}x"
+        )
+    whole, bare = (
+        epoch["epoch_images_per_second"]["median"],
+        epoch["bare_images_per_second"]["median"],
+    )
+    print(
+        f"  epoch of {epoch['steps']} steps with its loader: {whole:,.1f} images/s, bare steps {bare:,.1f}: ",
+        end="",
+    )
     print(f"{epoch['epoch_share_of_bare']:.1%}")
     print(
         f"  matrix products in {found['precision']}: {peak / 1e12:.3g} TFLOP/s; ours reaches {share_of_peak:.1%} of it"
     )
     applies = ["plain", "epoch"] if on_gpu else ["plain"] if found["precision"] == "bf16" else []
     for name in applies:
-        print(f"  target against {name}: {TARGETS[name]:g}: {'reached' if reached[name] else 'missed'}")
+        print(
+            f"  target against {name}: {TARGETS[name]:g}: {'reached' if reached[name] else 'missed'}"
+        )
     spreads = [row["images_per_second"] for row in loops.values()]
     spreads += [epoch["epoch_images_per_second"], epoch["bare_images_per_second"]]
     result = {

@@ -34,14 +34,15 @@ import torch
 from bench_loader import conditions, make_parser, print_conditions
 from bench_step import STEPS, TRAINING_FLOP, images_per_second, matmul_peak
 
-from tinylab.checkpoint import write_atomically
-from tinylab.device import Placement, choose, device_name, fastest_convolutions
-from tinylab.loader import Batch
-from tinylab.recipe import SIZE, UserError, accurate
-from tinylab.record import describe_environment
+from tinylab.data.loader import Batch
+from tinylab.exceptions import UserError
+from tinylab.files import as_csv, write_atomically
+from tinylab.recipe import SIZE
+from tinylab.recipes import accurate
 from tinylab.results import THROUGHPUT
-from tinylab.step import TrainState, new_state, out_of_memory, train_step
-from tinylab.tables import as_csv
+from tinylab.run.environment import Compute, choose, device_name, fastest_convolutions
+from tinylab.run.folder import describe_environment
+from tinylab.training.step import TrainState, new_state, out_of_memory, train_step
 
 CLASSES = 200
 
@@ -56,15 +57,17 @@ class Setting(NamedTuple):
     resolution: int = SIZE
 
 
-def settings(place: Placement, full: bool = False, quick: bool = False) -> list[Setting]:
+def settings(compute: Compute, full: bool = False, quick: bool = False) -> list[Setting]:
     """The rows for this device, most telling first. quick: two of them, on few and small images."""
-    chosen = _gpu_settings(full) if place.device.type == "cuda" else _cpu_settings(place)
+    chosen = _gpu_settings(full) if compute.device.type == "cuda" else _cpu_settings(compute)
     return [setting._replace(batch=2, resolution=32) for setting in chosen[:2]] if quick else chosen
 
 
-def _cpu_settings(place: Placement) -> list[Setting]:
-    formats = ["fp32", "bf16"] if place.precision == "bf16" else ["fp32"]
-    rows = [Setting(precision, layout, batch=32) for precision in formats for layout in ("NHWC", "NCHW")]
+def _cpu_settings(compute: Compute) -> list[Setting]:
+    formats = ["fp32", "bf16"] if compute.precision == "bf16" else ["fp32"]
+    rows = [
+        Setting(precision, layout, batch=32) for precision in formats for layout in ("NHWC", "NCHW")
+    ]
     rows += [Setting(formats[-1], batch=32, resolution=side) for side in (48, 40)]
     return [*rows, Setting(formats[-1], compiled="yes", batch=32)]
 
@@ -73,7 +76,10 @@ def _gpu_settings(full: bool) -> list[Setting]:
     eager, best = Setting(), Setting("bf16", compiled="yes")
     chosen = [eager, best, best._replace(precision="fp16"), eager._replace(layout="NCHW")]
     chosen += [eager._replace(precision=precision) for precision in ("bf16", "tf32")]
-    chosen += [Setting("fp32", "NCHW", batch=256), best._replace(batch=1024)]  # the former is the published way
+    chosen += [
+        Setting("fp32", "NCHW", batch=256),
+        best._replace(batch=1024),
+    ]  # the former is the published way
     chosen += [best._replace(batch=256), best._replace(compiled="reduce-overhead")]
     chosen += [best._replace(resolution=side) for side in (48, 40)]
     chosen += [eager._replace(batch=batch) for batch in (256, 1024)]
@@ -81,36 +87,53 @@ def _gpu_settings(full: bool) -> list[Setting]:
     chosen += [Setting(precision, "NCHW") for precision in ("bf16", "tf32")]
     chosen.append(best._replace(batch=256, compiled="reduce-overhead"))
     if full:
-        grid = (("fp16", "bf16", "tf32", "fp32"), ("NHWC", "NCHW"), ("no", "yes", "reduce-overhead"), (512, 256, 1024))
+        grid = (
+            ("fp16", "bf16", "tf32", "fp32"),
+            ("NHWC", "NCHW"),
+            ("no", "yes", "reduce-overhead"),
+            (512, 256, 1024),
+        )
         every = [Setting(*values) for values in itertools.product(*grid, (SIZE, 48, 40))]
-        chosen += [setting for setting in every if setting.layout == "NHWC" or setting.compiled == "no"]
+        chosen += [
+            setting for setting in every if setting.layout == "NHWC" or setting.compiled == "no"
+        ]
     return list(dict.fromkeys(chosen))
 
 
 # --- One row ----------------------------------------------------------------------------------------------------------
 
 
-def measure(setting: Setting, device: str, width: int = 64, seconds: float = 2.0, rounds: int = 3) -> float:
+def measure(
+    setting: Setting, device: str, width: int = 64, seconds: float = 2.0, rounds: int = 3
+) -> float:
     """Images/s: the median of `rounds` measurements of about `seconds` each, after warming up."""
     format_ = "fp32" if setting.precision == "tf32" else setting.precision
-    place = choose(device, format_, compiled=setting.compiled != "no")
-    with fastest_convolutions(place), _tf32(setting.precision == "tf32"):
-        step = _step(setting, place, width)
+    compute = choose(device, format_, compiled=setting.compiled != "no")
+    with fastest_convolutions(compute), _tf32(setting.precision == "tf32"):
+        step = _step(setting, compute, width)
         for _ in range(5):  # compiles, and lets cuDNN choose
             step()
-        once = setting.batch / images_per_second(step, place, setting.batch, 1)
+        once = setting.batch / images_per_second(step, compute, setting.batch, 1)
         steps = max(1, round(seconds / once))
-        return statistics.median(images_per_second(step, place, setting.batch, steps) for _ in range(rounds))
+        return statistics.median(
+            images_per_second(step, compute, setting.batch, steps) for _ in range(rounds)
+        )
 
 
-def _step(setting: Setting, place: Placement, width: int) -> Callable[[], None]:
-    recipe = replace(accurate(), batch_size=setting.batch, resolution=setting.resolution, width=width)
+def _step(setting: Setting, compute: Compute, width: int) -> Callable[[], None]:
+    recipe = replace(
+        accurate(), batch_size=setting.batch, resolution=setting.resolution, width=width
+    )
     torch.compiler.reset()
-    state = new_state(recipe, CLASSES, 0, STEPS, place)
+    state = new_state(recipe, CLASSES, 0, STEPS, compute)
     if setting.layout == "NCHW":
         _channels_first(state)
     # Options in place of mode="reduce-overhead", which falls back without a word where it cannot make CUDA graphs.
-    graphs = {"triton.cudagraphs": True, "triton.cudagraph_or_error": True} if place.device.type == "cuda" else None
+    graphs = (
+        {"triton.cudagraphs": True, "triton.cudagraph_or_error": True}
+        if compute.device.type == "cuda"
+        else None
+    )
     if setting.compiled != "no":
         options = graphs if setting.compiled == "reduce-overhead" else None
         state.network = torch.compile(state.model, dynamic=False, options=options)
@@ -118,8 +141,8 @@ def _step(setting: Setting, place: Placement, width: int) -> Callable[[], None]:
     rng = np.random.default_rng(0)
     images = torch.from_numpy(rng.integers(0, 256, (setting.batch, SIZE, SIZE, 3), dtype=np.uint8))
     labels = torch.from_numpy(rng.integers(0, CLASSES, setting.batch))
-    batch = Batch(images.to(place.device), labels.to(place.device))
-    return lambda: train_step(state, recipe, place, batch)
+    batch = Batch(images.to(compute.device), labels.to(compute.device))
+    return lambda: train_step(state, recipe, compute, batch)
 
 
 def _channels_first(state: TrainState) -> None:
@@ -127,7 +150,10 @@ def _channels_first(state: TrainState) -> None:
     for network in (state.model, state.average.module):
         network.memory_format = torch.contiguous_format
         network.to(memory_format=torch.contiguous_format)
-    for parameter, kept in state.optimizer.state.items():  # a fused optimiser wants one layout for both
+    for (
+        parameter,
+        kept,
+    ) in state.optimizer.state.items():  # a fused optimiser wants one layout for both
         kept["momentum_buffer"] = torch.zeros_like(parameter)
 
 
@@ -144,9 +170,9 @@ def _tf32(allowed: bool) -> Iterator[None]:
 
 def peak(precision: str, device: str, quick: bool) -> float:
     """Operations per second of large matrix products in that format."""
-    place = choose(device, "fp32" if precision == "tf32" else precision)
+    compute = choose(device, "fp32" if precision == "tf32" else precision)
     with _tf32(precision == "tf32"):
-        return matmul_peak(place, quick)
+        return matmul_peak(compute, quick)
 
 
 def row_of(setting: Setting, device: str, peaks: dict[str, float], quick: bool = False) -> dict:
@@ -163,7 +189,9 @@ def row_of(setting: Setting, device: str, peaks: dict[str, float], quick: bool =
         if "CUDA error" in str(error):
             raise  # the device is lost to this process, and so would all other rows be
         said = (str(error).strip() or type(error).__name__).splitlines()[0][:100]
-        return row | {"status": "out of memory" if out_of_memory(error) else f"{type(error).__name__}: {said}"}
+        return row | {
+            "status": "out of memory" if out_of_memory(error) else f"{type(error).__name__}: {said}"
+        }
     finally:
         torch.compiler.reset()  # its graphs hold memory
         gc.collect()
@@ -200,11 +228,18 @@ def missing(path: Path, wanted: Iterable[Setting], device: str) -> list[Setting]
     return [setting for setting in wanted if tuple(map(str, setting)) not in there]
 
 
-def fill(path: Path, wanted: Iterable[Setting], device: str, until: float, quick: bool = False) -> bool:
+def fill(
+    path: Path, wanted: Iterable[Setting], device: str, until: float, quick: bool = False
+) -> bool:
     """Measures what is missing in the table at `path` for this device, beginning no row after the clock
     `time.monotonic` says `until`; prints each row; whether nothing is missing now."""
     rows, peaks, about = read_rows(path), {}, describe_environment(choose(device))
-    where = {"gpu": about["device"], "torch": about["torch"], "commit": about["commit"], "date": about["date"]}
+    where = {
+        "gpu": about["device"],
+        "torch": about["torch"],
+        "commit": about["commit"],
+        "date": about["date"],
+    }
     for setting in missing(path, wanted, device):
         if time.monotonic() > until:
             return False
@@ -218,27 +253,37 @@ def fill(path: Path, wanted: Iterable[Setting], device: str, until: float, quick
 
 def line_of(row: dict) -> str:
     """The row for people."""
-    rate = f"{float(row['images_per_second']):>10,.1f} images/s" if row.get("images_per_second") else ""
+    rate = (
+        f"{float(row['images_per_second']):>10,.1f} images/s"
+        if row.get("images_per_second")
+        else ""
+    )
     share = f"{float(row['share_of_peak']):>8.1%} of peak" if row.get("share_of_peak") else ""
-    said = [f"{row['precision']:<5}{row['layout']:<5}compiled: {row['compiled']:<16}batch {row['batch']:>5}"]
+    said = [
+        f"{row['precision']:<5}{row['layout']:<5}compiled: {row['compiled']:<16}batch {row['batch']:>5}"
+    ]
     return "  ".join([*said, f"{row['resolution']:>3} px", rate or row["status"], share]).rstrip()
 
 
 def main() -> None:
     parser = make_parser(__doc__)
-    parser.add_argument("--csv", type=Path, help="keep the rows in this file, and measure no row twice")
+    parser.add_argument(
+        "--csv", type=Path, help="keep the rows in this file, and measure no row twice"
+    )
     parser.add_argument("--full", action="store_true", help="every combination")
-    parser.add_argument("--seconds", type=float, default=3600.0, help="begin no row after so many seconds")
+    parser.add_argument(
+        "--seconds", type=float, default=3600.0, help="begin no row after so many seconds"
+    )
     arguments = parser.parse_args()
     until = time.monotonic() + arguments.seconds
     with contextlib.ExitStack() as stack:
         try:
-            place = choose(arguments.device)
+            compute = choose(arguments.device)
             scratch = tempfile.TemporaryDirectory(prefix="bench-throughput-")
             path = arguments.csv or Path(stack.enter_context(scratch)) / "throughput.csv"
-            found = conditions(place, "one resident batch")
+            found = conditions(compute, "one resident batch")
             print_conditions(found)
-            wanted = settings(place, arguments.full, arguments.quick)
+            wanted = settings(compute, arguments.full, arguments.quick)
             done = fill(path, wanted, arguments.device, until, arguments.quick)
             rows = read_rows(path)
         except UserError as error:

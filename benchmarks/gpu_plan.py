@@ -11,7 +11,7 @@ import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from tinylab.recipe import UserError
+from tinylab.exceptions import UserError
 from tinylab.results import GOAL
 
 
@@ -58,7 +58,10 @@ def gain(points: float) -> Rule:
             return base.label, "no other run came to its end: nothing changes"
         best = max(others, key=lambda outcome: outcome.mean)
         if base.mean == float("-inf"):
-            return best.label, f"the recipe as it stands failed; {best.label} is the best of the others"
+            return (
+                best.label,
+                f"the recipe as it stands failed; {best.label} is the best of the others",
+            )
         above = best.mean - base.mean
         said = f"{best.label} is the best of the others, {above:+.2f} points from the recipe as it stands"
         if round(above, 6) < points:
@@ -79,9 +82,15 @@ def fastest_reaching(top1: float) -> Rule:
         if reaching:
             best = min(reaching, key=lambda outcome: statistics.mean(outcome.seconds))
             seconds = statistics.mean(best.seconds)
-            return best.label, f"{best.label} is the fastest that reaches {top1:.2f} %: {seconds:.1f} s of training"
+            return (
+                best.label,
+                f"{best.label} is the fastest that reaches {top1:.2f} %: {seconds:.1f} s of training",
+            )
         best = max(alive, key=lambda outcome: outcome.mean)
-        return best.label, f"none reaches {top1:.2f} %; {best.label} comes nearest: {best.mean:.2f} %"
+        return (
+            best.label,
+            f"none reaches {top1:.2f} %; {best.label} comes nearest: {best.mean:.2f} %",
+        )
 
     return decide
 
@@ -93,7 +102,9 @@ def fastest_of_same_loss(share: float) -> Rule:
     def decide(outcomes: list[Outcome]) -> tuple[str, str]:
         alive = [outcome for outcome in outcomes if outcome.train_loss and not outcome.failed]
         if outcomes[0] not in alive:
-            raise UserError(f"{outcomes[0].label}, which the others are judged by, failed: {outcomes[0].failed}")
+            raise UserError(
+                f"{outcomes[0].label}, which the others are judged by, failed: {outcomes[0].failed}"
+            )
         reference = statistics.mean(outcomes[0].train_loss)
         same = [o for o in alive if statistics.mean(o.train_loss) <= reference * (1 + share)]
         best = min(same, key=lambda outcome: statistics.mean(outcome.seconds))
@@ -206,7 +217,11 @@ def _rate_and_decay(name: str, pairs: list[tuple[float, float]], **more: object)
         for rate, decay in pairs
     ]
     return _stage(
-        name, "accurate", "which peak learning rate and weight decay? (Base: 1.0, 5e-4.)", *candidates, **more
+        name,
+        "accurate",
+        "which peak learning rate and weight decay? (Base: 1.0, 5e-4.)",
+        *candidates,
+        **more,
     )
 
 
@@ -237,7 +252,12 @@ def one_sitting() -> list[Step]:
 def full() -> list[Step]:
     """All questions, several hours; each call goes on where the last one ended."""
     published, best = Final("published", "merged", 0), Final("accurate", "merged", 0)
-    grid = [(rate, decay) for rate in (0.5, 1.0, 2.0) for decay in (2.5e-4, 5e-4, 1e-3) if (rate, decay) != (1.0, 5e-4)]
+    grid = [
+        (rate, decay)
+        for rate in (0.5, 1.0, 2.0)
+        for decay in (2.5e-4, 5e-4, 1e-3)
+        if (rate, decay) != (1.0, 5e-4)
+    ]
     return [
         Throughput(),
         published,
@@ -259,7 +279,12 @@ def full() -> list[Step]:
 
 def _loss_schedule_average() -> list[Step]:
     return [
-        _stage("label-smoothing", "accurate", "how much label smoothing?", *_one("label_smoothing", 0.0, 0.1, 0.2)),
+        _stage(
+            "label-smoothing",
+            "accurate",
+            "how much label smoothing?",
+            *_one("label_smoothing", 0.0, 0.1, 0.2),
+        ),
         _stage(
             "schedule",
             "accurate",

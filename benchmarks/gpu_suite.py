@@ -48,21 +48,30 @@ import torch
 from bench_throughput import Setting, fill, missing, settings
 from gpu_plan import PLANS, Candidate, Figures, Final, Notebook, Outcome, Stage, Step, Throughput
 
-from tinylab.checkpoint import write_atomically
-from tinylab.dataset import Dataset, open_dataset, prepare
-from tinylab.device import Placement, choose, device_name
-from tinylab.recipe import Recipe, RecipeFailed, UserError, named, smoke
-from tinylab.record import Run, as_tuple, describe_environment
+from tinylab.data.dataset import Dataset, open_dataset, prepare
+from tinylab.data.split import make_split
+from tinylab.data.synthetic import write_sample
+from tinylab.exceptions import RecipeFailed, Stopped, UserError
+from tinylab.files import write_atomically
+from tinylab.recipe import Recipe
+from tinylab.recipes import named, smoke
 from tinylab.results import publish_run, rewrite_tables
-from tinylab.sample import write_sample
-from tinylab.split import make_split
-from tinylab.stop import Stopped
-from tinylab.train import train
+from tinylab.run.environment import Compute, choose, device_name
+from tinylab.run.folder import Run, as_tuple, describe_environment
+from tinylab.training.train import train
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 NOTEBOOK = Path("notebooks") / "tiny_imagenet_resnet18.ipynb"
 DATA = Path("data") / "tiny-imagenet"
-NEEDED = ("albumentations", "torchsummary", "pytorch_grad_cam", "jupytext", "nbclient", "ipykernel", "tyro")
+NEEDED = (
+    "albumentations",
+    "torchsummary",
+    "pytorch_grad_cam",
+    "jupytext",
+    "nbclient",
+    "ipykernel",
+    "tyro",
+)
 """Modules that a later step imports: better missed before the first one."""
 MORE_TO_DO = 75
 """Exit status when the budget ended first (EX_TEMPFAIL: try again)."""
@@ -84,7 +93,7 @@ class Suite:
     root: Path
     """The repository, or the trial's folder in its place: results/, runs/, images-A/, README.md and LOG.md lie here."""
     dataset: Dataset
-    place: Placement
+    compute: Compute
     classes: int | None
     until: float
     """Of `time.monotonic`."""
@@ -125,7 +134,13 @@ class Suite:
             return recipe
         if recipe.name == "published":
             return replace(smoke(), epochs=1)  # under this name the notebook shows it
-        small = {"epochs": 2, "width": 16, "batch_size": 16, "max_learning_rate": 0.02, "ema_bn_batches": 2}
+        small = {
+            "epochs": 2,
+            "width": 16,
+            "batch_size": 16,
+            "max_learning_rate": 0.02,
+            "ema_bn_batches": 2,
+        }
         return replace(recipe, **small)
 
     def options(self) -> dict:
@@ -150,13 +165,17 @@ class Suite:
         """Adds a line to one of the two files."""
         lines = [*_lines(self.results / name), line]
         self.results.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.results / name, "".join(json.dumps(each) + "\n" for each in lines).encode())
+        write_atomically(
+            self.results / name, "".join(json.dumps(each) + "\n" for each in lines).encode()
+        )
 
 
 # --- Runs -------------------------------------------------------------------------------------------------------------
 
 
-def run_within(suite: Suite, recipe: Recipe, protocol: str, seed: int, folder: Path, options: dict) -> Run:
+def run_within(
+    suite: Suite, recipe: Recipe, protocol: str, seed: int, folder: Path, options: dict
+) -> Run:
     """Trains, or goes on, until the run is finished. Raises `OutOfTime` when the budget ends first: a run that is being
     trained is saved then, one that is being set up is not."""
     if not Run(folder).finished:
@@ -173,7 +192,9 @@ def run_within(suite: Suite, recipe: Recipe, protocol: str, seed: int, folder: P
 
     before = signal.signal(signal.SIGALRM, expire)
     if suite.left < math.inf:
-        signal.setitimer(signal.ITIMER_REAL, max(0.1, suite.left), 2.0)  # again, where a library swallowed the first
+        signal.setitimer(
+            signal.ITIMER_REAL, max(0.1, suite.left), 2.0
+        )  # again, where a library swallowed the first
     try:
         return _train(suite, recipe, protocol, seed, folder, options)
     except BaseException as error:
@@ -184,21 +205,35 @@ def run_within(suite: Suite, recipe: Recipe, protocol: str, seed: int, folder: P
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
         gc.collect()
-        if suite.place.device.type == "cuda":
+        if suite.compute.device.type == "cuda":
             torch.cuda.empty_cache()
 
 
-def _train(suite: Suite, recipe: Recipe, protocol: str, seed: int, folder: Path, options: dict) -> Run:
+def _train(
+    suite: Suite, recipe: Recipe, protocol: str, seed: int, folder: Path, options: dict
+) -> Run:
     where = {"split": protocol, "folder": folder, "seed": seed, "limit_classes": suite.classes}
-    return train(recipe, suite.dataset, **where, device=suite.place.device.type, **options, quiet=suite.trial)
+    return train(
+        recipe,
+        suite.dataset,
+        **where,
+        device=suite.compute.device.type,
+        **options,
+        quiet=suite.trial,
+    )
 
 
-def run_cold(suite: Suite, recipe: Recipe, protocol: str, seed: int, folder: Path, options: dict) -> Run:
+def run_cold(
+    suite: Suite, recipe: Recipe, protocol: str, seed: int, folder: Path, options: dict
+) -> Run:
     """Trains in a new process that finds no compiled code of an earlier one. Raises `OutOfTime` as `run_within`."""
     if not Run(folder).finished:
         suite.need("cold run")
         with tempfile.TemporaryDirectory(prefix="cold-") as cache:
-            caches = {"TORCHINDUCTOR_CACHE_DIR": f"{cache}/inductor", "TRITON_CACHE_DIR": f"{cache}/triton"}
+            caches = {
+                "TORCHINDUCTOR_CACHE_DIR": f"{cache}/inductor",
+                "TRITON_CACHE_DIR": f"{cache}/triton",
+            }
             kept = {name: os.environ.get(name) for name in caches}
             os.environ.update(caches)
             try:
@@ -210,7 +245,7 @@ def run_cold(suite: Suite, recipe: Recipe, protocol: str, seed: int, folder: Pat
 
 
 def _in_new_process(suite: Suite, job: tuple) -> None:
-    where = (suite.dataset.folder, suite.place.device.type, suite.classes)
+    where = (suite.dataset.folder, suite.compute.device.type, suite.classes)
     child = multiprocessing.get_context("spawn").Process(target=_cold_main, args=(*where, *job))
     child.start()
     try:
@@ -229,7 +264,14 @@ def _in_new_process(suite: Suite, job: tuple) -> None:
 
 
 def _cold_main(
-    data: Path, device: str, classes: int | None, recipe: Recipe, protocol: str, seed: int, folder: Path, options: dict
+    data: Path,
+    device: str,
+    classes: int | None,
+    recipe: Recipe,
+    protocol: str,
+    seed: int,
+    folder: Path,
+    options: dict,
 ) -> None:
     where = {"split": protocol, "folder": folder, "seed": seed, "limit_classes": classes}
     train(recipe, open_dataset(data), **where, device=device, **options, quiet=True)
@@ -264,14 +306,18 @@ def do_stage(suite: Suite, stage: Stage) -> None:
         "date": now.strftime("%Y-%m-%d"),
         "fingerprint": _stage_fingerprint(suite, stage),
     }
-    write_log(suite.root / "LOG.md", decision, rows[0])  # first: a decision without its log would stay without
+    write_log(
+        suite.root / "LOG.md", decision, rows[0]
+    )  # first: a decision without its log would stay without
     suite.add("decisions.jsonl", decision)
     print(f"{stage.name}: {reason}", flush=True)
 
 
 def _stage_fingerprint(suite: Suite, stage: Stage) -> str:
     """Says which question a decision answered: another plan may have one of the same name."""
-    candidates = [[candidate.label, candidate.changes, candidate.options] for candidate in stage.candidates]
+    candidates = [
+        [candidate.label, candidate.changes, candidate.options] for candidate in stage.candidates
+    ]
     settings = [stage.recipe, stage.changes, stage.seeds, stage.rule_in_words, suite.classes]
     return _fingerprint([candidates, *settings, suite.dataset.content_sha256])
 
@@ -279,14 +325,16 @@ def _stage_fingerprint(suite: Suite, stage: Stage) -> str:
 def _possible(suite: Suite, stage: Stage) -> Iterator[Candidate]:
     """The candidates that this device can compute: number formats and compilation are a GPU's choice."""
     for number, candidate in enumerate(stage.candidates):
-        if number == 0 or not candidate.options or suite.place.device.type == "cuda":
+        if number == 0 or not candidate.options or suite.compute.device.type == "cuda":
             yield candidate
 
 
 def _selection_run(suite: Suite, stage: Stage, candidate: Candidate, seed: int) -> dict:
     """The line of selection.jsonl for one run, made if no earlier stage made it."""
     try:
-        recipe = replace(suite.recipe(stage.recipe), **suite.allowed(stage.changes | candidate.changes))
+        recipe = replace(
+            suite.recipe(stage.recipe), **suite.allowed(stage.changes | candidate.changes)
+        )
     except UserError as error:
         return {"status": str(error)}
     options = candidate.options or suite.options()
@@ -296,7 +344,7 @@ def _selection_run(suite: Suite, stage: Stage, candidate: Candidate, seed: int) 
         "seed": seed,
         "classes": suite.classes or len(suite.dataset.wnids),
         "content_sha256": suite.dataset.content_sha256,
-        "device": device_name(suite.place.device),  # some rules compare seconds
+        "device": device_name(suite.compute.device),  # some rules compare seconds
         "torch": str(torch.__version__),
     }
     for row in suite.selected():
@@ -306,8 +354,10 @@ def _selection_run(suite: Suite, stage: Stage, candidate: Candidate, seed: int) 
     folder = suite.root / "runs" / f"select-{_fingerprint(key)}"
     try:
         row = _row(run_within(suite, recipe, "select", seed, folder, options)) | key
-    except RecipeFailed as error:  # a result, too; any other error is this machine's, and fails the step
-        row = {"status": str(error), "environment": describe_environment(suite.place)} | key
+    except (
+        RecipeFailed
+    ) as error:  # a result, too; any other error is this machine's, and fails the step
+        row = {"status": str(error), "environment": describe_environment(suite.compute)} | key
     suite.add("selection.jsonl", {"stage": stage.name, "candidate": candidate.label} | row)
     shutil.rmtree(folder, ignore_errors=True)
     return row
@@ -337,7 +387,9 @@ def write_log(path: Path, decision: dict, row: dict) -> None:
     ]
     for outcome in decision["outcomes"]:
         numbers = (("top1", ".2f"), ("train_loss", ".4f"), ("seconds", ".1f"))
-        cells = [", ".join(format(value, form) for value in outcome[name]) for name, form in numbers]
+        cells = [
+            ", ".join(format(value, form) for value in outcome[name]) for name, form in numbers
+        ]
         cells = [f"failed: {outcome['failed']}", "", ""] if outcome["failed"] else cells
         lines.append(f"| {' | '.join([outcome['label'], *cells])} |")
     lines += ["", f"Stop rule: {decision['rule']}. Outcome: {decision['reason']}.", ""]
@@ -356,10 +408,14 @@ def do_final(suite: Suite, step: Final) -> None:
     for there in (Run(suite.results / step.name), Run(folder)):
         if there.finished and not _is_wanted(suite, step, there):
             where = f"{there.folder.parent.name}/{there.folder.name}"
-            raise UserError(f"{where} is a run of another recipe or of other images than this step's: move it away")
+            raise UserError(
+                f"{where} is a run of another recipe or of other images than this step's: move it away"
+            )
     job = (recipe, step.protocol, step.seed, folder, options)
     if (step.cold or step.recipe == "speedrun") and not Run(folder).finished:
-        shutil.rmtree(folder, ignore_errors=True)  # a time that is to count is that of one go: begin anew
+        shutil.rmtree(
+            folder, ignore_errors=True
+        )  # a time that is to count is that of one go: begin anew
     run = run_cold(suite, *job) if step.cold else run_within(suite, *job)
     publish_run(run, suite.results, suite.root / "README.md")
     summary = run.summary
@@ -382,11 +438,20 @@ def do_notebook(suite: Suite, step: Notebook) -> None:
     """Executes the committed notebook in place; in a trial a copy, on the trial's run."""
     if not suite.trial:
         if suite.dataset.folder.resolve() != (REPOSITORY / DATA).resolve():
-            raise UserError(f"the notebook as it is committed looks for the images in {DATA}: use --data {DATA}")
+            raise UserError(
+                f"the notebook as it is committed looks for the images in {DATA}: use --data {DATA}"
+            )
         _call(suite, [str(REPOSITORY / "notebooks" / "run.py"), str(suite.root / NOTEBOOK)])
         return
     folder, data = (suite.root / "runs" / step.of.name).resolve(), suite.dataset.folder.resolve()
-    values = ["RECIPE=smoke", "EPOCHS=1", f"CLASSES={suite.classes}", "SOURCE=sample", f"DATA={data}", f"RUN={folder}"]
+    values = [
+        "RECIPE=smoke",
+        "EPOCHS=1",
+        f"CLASSES={suite.classes}",
+        "SOURCE=sample",
+        f"DATA={data}",
+        f"RUN={folder}",
+    ]
     _call(suite, [str(REPOSITORY / "notebooks" / "run.py"), str(suite.root / NOTEBOOK), *values])
 
 
@@ -406,20 +471,28 @@ def _call(suite: Suite, arguments: list[str]) -> None:
     except subprocess.TimeoutExpired as error:
         raise OutOfTime from error
     if done.returncode != 0:
-        raise UserError(f"{' '.join(arguments)} ended with status {done.returncode}: {done.stderr.strip()[-500:]}")
+        raise UserError(
+            f"{' '.join(arguments)} ended with status {done.returncode}: {done.stderr.strip()[-500:]}"
+        )
 
 
 def do_throughput(suite: Suite, step: Throughput) -> None:
     """Measures the rows that are missing; begins none in the last minute, as compiling may take that long."""
     until = suite.until - (0 if suite.trial else 60)
-    done = fill(suite.results / "throughput.csv", _rows(suite, step), suite.place.device.type, until, suite.trial)
+    done = fill(
+        suite.results / "throughput.csv",
+        _rows(suite, step),
+        suite.compute.device.type,
+        until,
+        suite.trial,
+    )
     rewrite_tables(suite.results, suite.root / "README.md")
     if not done:
         raise OutOfTime
 
 
 def _rows(suite: Suite, step: Throughput) -> list[Setting]:
-    return settings(suite.place, quick=suite.trial)[: step.rows]
+    return settings(suite.compute, quick=suite.trial)[: step.rows]
 
 
 # --- The chain --------------------------------------------------------------------------------------------------------
@@ -429,7 +502,9 @@ def is_done(suite: Suite, step: Step) -> bool:
     """Whether the step's record is there."""
     if isinstance(step, Stage):
         asked = _stage_fingerprint(suite, step)
-        return any((each["stage"], each["fingerprint"]) == (step.name, asked) for each in suite.decisions())
+        return any(
+            (each["stage"], each["fingerprint"]) == (step.name, asked) for each in suite.decisions()
+        )
     if isinstance(step, Final):
         published = Run(suite.results / step.name)
         return published.finished and _is_wanted(suite, step, published)
@@ -438,9 +513,17 @@ def is_done(suite: Suite, step: Step) -> bool:
         return shown.exists() and json.loads(shown.read_text())["run"] == step.of.name
     if isinstance(step, Notebook):
         notebook = suite.root / NOTEBOOK
-        shown = (f"runs/{step.of.name} is finished", f" {step.of.name}/summary.json", f"/{step.of.name}/summary.json")
-        return notebook.exists() and any(words in notebook.read_text(encoding="utf-8") for words in shown)
-    return not missing(suite.results / "throughput.csv", _rows(suite, step), suite.place.device.type)
+        shown = (
+            f"runs/{step.of.name} is finished",
+            f" {step.of.name}/summary.json",
+            f"/{step.of.name}/summary.json",
+        )
+        return notebook.exists() and any(
+            words in notebook.read_text(encoding="utf-8") for words in shown
+        )
+    return not missing(
+        suite.results / "throughput.csv", _rows(suite, step), suite.compute.device.type
+    )
 
 
 def _is_wanted(suite: Suite, step: Final, run: Run) -> bool:
@@ -453,12 +536,20 @@ def _is_wanted(suite: Suite, step: Final, run: Run) -> bool:
 
 def possible(suite: Suite, step: Step) -> bool:
     """Whether what the step shows is on this disk: weights do not travel with the records."""
-    return not isinstance(step, Figures | Notebook) or Run(suite.root / "runs" / step.of.name).finished
+    return (
+        not isinstance(step, Figures | Notebook) or Run(suite.root / "runs" / step.of.name).finished
+    )
 
 
 def do(suite: Suite, step: Step) -> None:
     """The step, from where it stands to its end. Raises `OutOfTime` when the budget ends first."""
-    kinds = {Stage: do_stage, Final: do_final, Figures: do_figures, Notebook: do_notebook, Throughput: do_throughput}
+    kinds = {
+        Stage: do_stage,
+        Final: do_final,
+        Figures: do_figures,
+        Notebook: do_notebook,
+        Throughput: do_throughput,
+    }
     kinds[type(step)](suite, step)
 
 
@@ -466,25 +557,40 @@ def images_of(suite: Suite, step: Step) -> float:
     """Images of 64 x 64 pixels that the step's runs train on, for an estimate of its time."""
     if isinstance(step, Stage):
         base, candidates = suite.recipe(step.recipe), _possible(suite, step)
-        recipes = [replace(base, **suite.allowed(step.changes | candidate.changes)) for candidate in candidates]
+        recipes = [
+            replace(base, **suite.allowed(step.changes | candidate.changes))
+            for candidate in candidates
+        ]
         return len(step.seeds) * sum(_cost(suite, recipe, "select") for recipe in recipes)
-    return _cost(suite, suite.recipe(step.recipe), step.protocol) if isinstance(step, Final) else 0.0
+    return (
+        _cost(suite, suite.recipe(step.recipe), step.protocol) if isinstance(step, Final) else 0.0
+    )
 
 
 def _cost(suite: Suite, recipe: Recipe, protocol: str) -> float:
     train_images, test_images = suite.counts(protocol)
     areas = sum((recipe.resolution_at(epoch) / 64) ** 2 for epoch in range(1, recipe.epochs + 1))
-    return areas * train_images + recipe.epochs * (recipe.test_resolution / 64) ** 2 / 3 * test_images
+    return (
+        areas * train_images + recipe.epochs * (recipe.test_resolution / 64) ** 2 / 3 * test_images
+    )
 
 
 def table(suite: Suite, steps: list[Step]) -> str:
     """A line per step: done or not, and a guess at what it takes on an H100, without set-up."""
     lines = []
     for step in steps:
-        state = "done" if is_done(suite, step) else "to do" if possible(suite, step) else "waits for its run"
+        state = (
+            "done"
+            if is_done(suite, step)
+            else "to do"
+            if possible(suite, step)
+            else "waits for its run"
+        )
         images = images_of(suite, step)
         about = (
-            f"{math.ceil(images / RATE / 60)} min, a guess" if images and state != "done" and not suite.trial else ""
+            f"{math.ceil(images / RATE / 60)} min, a guess"
+            if images and state != "done" and not suite.trial
+            else ""
         )
         lines.append(f"{step.name:<28}{state:<20}{about}".rstrip())
     return "\n".join(lines)
@@ -505,7 +611,7 @@ def go(suite: Suite, steps: list[Step]) -> int:
             except Exception:
                 failed = True
                 print(f"{step.name}:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
-                suite.place.synchronise()  # a GPU that is lost to this process says so here, and ends the chain
+                suite.compute.synchronise()  # a GPU that is lost to this process says so here, and ends the chain
             if suite.packed:
                 pack(suite, suite.packed)
     except OutOfTime:
@@ -517,7 +623,14 @@ def go(suite: Suite, steps: list[Step]) -> int:
 
 def pack(suite: Suite, path: Path) -> None:
     """Puts everything that belongs into the repository into one archive, to be unpacked there."""
-    names = ["results", "LOG.md", "README.md", "images-A", str(NOTEBOOK), str(NOTEBOOK.with_suffix(".failed.ipynb"))]
+    names = [
+        "results",
+        "LOG.md",
+        "README.md",
+        "images-A",
+        str(NOTEBOOK),
+        str(NOTEBOOK.with_suffix(".failed.ipynb")),
+    ]
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.tmp")
     with tarfile.open(temporary, "w:gz", compresslevel=1) as archive:
@@ -530,24 +643,28 @@ def pack(suite: Suite, path: Path) -> None:
 def make_suite(arguments: argparse.Namespace) -> Suite:
     """Opens or prepares the data, and in a trial makes the folder that stands for the repository."""
     until = time.monotonic() + arguments.budget
-    place = choose(arguments.device)
+    compute = choose(arguments.device)
     if not arguments.trial:
-        if place.device.type != "cuda" and not arguments.list:
-            raise UserError("no CUDA GPU here, without which this takes weeks; --trial shows it on a CPU")
+        if compute.device.type != "cuda" and not arguments.list:
+            raise UserError(
+                "no CUDA GPU here, without which this takes weeks; --trial shows it on a CPU"
+            )
         if lacking := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
             raise UserError(f"not installed: {', '.join(lacking)}; see requirements.txt")
         dataset = prepare(arguments.source, arguments.data)
-        return Suite(REPOSITORY, dataset, place, None, until, packed=arguments.pack)
+        return Suite(REPOSITORY, dataset, compute, None, until, packed=arguments.pack)
     root = arguments.root.resolve()
     if not (root / "README.md").exists():
         root.mkdir(parents=True, exist_ok=True)
-        shutil.copytree(REPOSITORY / "results" / "reference", root / "results" / "reference", dirs_exist_ok=True)
+        shutil.copytree(
+            REPOSITORY / "results" / "reference", root / "results" / "reference", dirs_exist_ok=True
+        )
         shutil.copy(REPOSITORY / "README.md", root / "README.md")
     data = root / "data" / "sample"
     if not (data / "meta.json").exists():
         data.parent.mkdir(exist_ok=True)
         prepare(write_sample(root / "data" / "sample.zip"), data, workers=1, progress=False)
-    return Suite(root, open_dataset(data), place, 4, until, trial=True, packed=arguments.pack)
+    return Suite(root, open_dataset(data), compute, 4, until, trial=True, packed=arguments.pack)
 
 
 def _lines(path: Path) -> list[dict]:
@@ -567,14 +684,27 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--plan", choices=PLANS, default="one-sitting")
-    parser.add_argument("--budget", type=float, default=math.inf, help="seconds after which to stop (default: never)")
-    parser.add_argument("--only", nargs="+", metavar="STEP", help="only these steps, in the plan's order")
+    parser.add_argument(
+        "--budget",
+        type=float,
+        default=math.inf,
+        help="seconds after which to stop (default: never)",
+    )
+    parser.add_argument(
+        "--only", nargs="+", metavar="STEP", help="only these steps, in the plan's order"
+    )
     parser.add_argument("--list", action="store_true", help="show the steps and do nothing")
     parser.add_argument("--data", type=Path, default=DATA, help="the prepared data set")
-    parser.add_argument("--source", default="auto", help="where it is prepared from, if it is not there")
+    parser.add_argument(
+        "--source", default="auto", help="where it is prepared from, if it is not there"
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    parser.add_argument("--pack", type=Path, metavar="FILE", help="at the end put all records into this .tar.gz")
-    parser.add_argument("--trial", action="store_true", help="in miniature, on made-up images, below --root")
+    parser.add_argument(
+        "--pack", type=Path, metavar="FILE", help="at the end put all records into this .tar.gz"
+    )
+    parser.add_argument(
+        "--trial", action="store_true", help="in miniature, on made-up images, below --root"
+    )
     parser.add_argument("--root", type=Path, default=Path("runs/trial"), help="the trial's folder")
     found = parser.parse_args(arguments)
     known = [step.name for step in PLANS[found.plan]()]
@@ -588,8 +718,12 @@ def main() -> int:
     arguments = parse()
     try:
         suite = make_suite(arguments)
-        steps = [step for step in PLANS[arguments.plan]() if not arguments.only or step.name in arguments.only]
-        print(f"{suite.place}; torch {torch.__version__}", flush=True)
+        steps = [
+            step
+            for step in PLANS[arguments.plan]()
+            if not arguments.only or step.name in arguments.only
+        ]
+        print(f"{suite.compute}; torch {torch.__version__}", flush=True)
         try:
             status = 0 if arguments.list else go(suite, steps)
         finally:

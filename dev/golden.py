@@ -31,7 +31,15 @@ RUNS = {
     "accurate": ("accurate", *TWO),
     "speedrun": ("speedrun", "--epochs", "3", "--batch-size", "60"),
     "cpu": ("cpu", "--epochs", "4", "--batch-size", "60", "--micro-batch", "20"),
-    "cpu, killed after an epoch": ("cpu", "--epochs", "4", "--batch-size", "60", "--micro-batch", "20"),
+    "cpu, killed after an epoch": (
+        "cpu",
+        "--epochs",
+        "4",
+        "--batch-size",
+        "60",
+        "--micro-batch",
+        "20",
+    ),
 }
 
 
@@ -43,7 +51,9 @@ def main() -> int:
         folder, different = Path(temporary), 0
         checkout = folder / "old"
         checkout.mkdir()
-        archive = subprocess.run(["git", "-C", REPOSITORY, "archive", old], capture_output=True, check=True)
+        archive = subprocess.run(
+            ["git", "-C", REPOSITORY, "archive", old], capture_output=True, check=True
+        )
         subprocess.run(["tar", "x", "-C", checkout], input=archive.stdout, check=True)
         sources = {"old": checkout / "src", "new": REPOSITORY / "src"}
         tinylab(sources["old"], folder, "sample", "sample.zip")
@@ -59,9 +69,14 @@ def main() -> int:
                     kill_after_an_epoch(source, folder, run, command)
                 tinylab(source, folder, *command)
                 digests[which] = digest(run)
-            differing = [part for part, value in digests["old"].items() if digests["new"][part] != value]
+            differing = [
+                part for part, value in digests["old"].items() if digests["new"][part] != value
+            ]
             different += bool(differing)
-            print(f"{name:28}{'differ: ' + ', '.join(differing) if differing else 'equal'}", flush=True)
+            print(
+                f"{name:28}{'differ: ' + ', '.join(differing) if differing else 'equal'}",
+                flush=True,
+            )
     return int(different > 0)
 
 
@@ -70,7 +85,11 @@ def tinylab(source: Path, folder: Path, *arguments: str, wait: bool = True) -> s
     environment = os.environ | {"PYTHONPATH": str(source), "OMP_NUM_THREADS": "1"}
     with open(folder / "log", "a") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "tinylab", *arguments], cwd=folder, env=environment, stdout=log, stderr=log
+            [sys.executable, "-m", "tinylab", *arguments],
+            cwd=folder,
+            env=environment,
+            stdout=log,
+            stderr=log,
         )
     if wait and process.wait() != 0:
         raise SystemExit((folder / "log").read_text()[-2000:])
@@ -99,7 +118,10 @@ def digest(run: Path) -> dict[str, str]:
     for part, arrays in parts.items():
         content = hashlib.sha256()
         for name in sorted(arrays):
-            content.update(f"{name} {arrays[name].dtype} {arrays[name].shape}".encode() + arrays[name].tobytes())
+            content.update(
+                f"{name} {arrays[name].dtype} {arrays[name].shape}".encode()
+                + arrays[name].tobytes()
+            )
         found[part] = content.hexdigest()
     return found
 

@@ -28,15 +28,21 @@ from PIL import Image
 HERE = Path(__file__).resolve().parent
 SOURCE = HERE / "tiny_imagenet_resnet18.py"
 LARGEST_PNG = 200_000  # bytes
-PLACEHOLDER = "github.com/OWNER/tinylab"  # in the source, for the address that stands in pyproject.toml
+PLACEHOLDER = (
+    "github.com/OWNER/tinylab"  # in the source, for the address that stands in pyproject.toml
+)
 
 
 def build(source: Path = SOURCE) -> nbformat.NotebookNode:
     """The notebook that the .py file describes: the repository's address filled in, no outputs, numbered cell ids."""
     project = tomllib.loads((HERE.parent / "pyproject.toml").read_text())["project"]
-    text = source.read_text(encoding="utf-8").replace(PLACEHOLDER, project["urls"]["repository"].split("//")[1])
+    text = source.read_text(encoding="utf-8").replace(
+        PLACEHOLDER, project["urls"]["repository"].split("//")[1]
+    )
     notebook = jupytext.reads(text, fmt="py:percent")
-    notebook.metadata = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
+    notebook.metadata = {
+        "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}
+    }
     notebook.nbformat, notebook.nbformat_minor = 4, 5
     for number, cell in enumerate(notebook.cells):
         cell["id"] = f"cell-{number:02d}"  # random ids would change the file each time it is built
@@ -45,12 +51,18 @@ def build(source: Path = SOURCE) -> nbformat.NotebookNode:
 
 def inject(notebook: nbformat.NotebookNode, values: dict[str, object]) -> None:
     """Puts a cell that sets `values` behind the one tagged "parameters". Raises `KeyError` for an unknown parameter."""
-    index = next(i for i, cell in enumerate(notebook.cells) if "parameters" in cell.metadata.get("tags", []))
+    index = next(
+        i for i, cell in enumerate(notebook.cells) if "parameters" in cell.metadata.get("tags", [])
+    )
     known = {line.split(" = ")[0] for line in notebook.cells[index].source.splitlines()}
     if unknown := values.keys() - known:
-        raise KeyError(f"the notebook has no parameter {', '.join(sorted(unknown))}; it has {', '.join(sorted(known))}")
+        raise KeyError(
+            f"the notebook has no parameter {', '.join(sorted(unknown))}; it has {', '.join(sorted(known))}"
+        )
     text = "\n".join(f"{name} = {value!r}" for name, value in values.items())
-    cell = nbformat.v4.new_code_cell(f"# Parameters of this execution\n{text}", id="injected-parameters")
+    cell = nbformat.v4.new_code_cell(
+        f"# Parameters of this execution\n{text}", id="injected-parameters"
+    )
     cell.metadata["tags"] = ["injected-parameters"]
     notebook.cells.insert(index + 1, cell)
 
@@ -154,7 +166,10 @@ def main() -> int:
         if error.signal:
             print(f"{parser.prog}: {error.evalue or 'stopped'}", file=sys.stderr)
             return 128 + error.signal
-        print(f"{parser.prog}: a cell failed: {error.ename}: {error.evalue}; see {failed}", file=sys.stderr)
+        print(
+            f"{parser.prog}: a cell failed: {error.ename}: {error.evalue}; see {failed}",
+            file=sys.stderr,
+        )
         return 1
     write(options.out, nbformat.writes(notebook))
     print(options.out)

@@ -53,7 +53,7 @@ import sys
 from pathlib import Path
 
 places = [Path.cwd(), *Path.cwd().parents, Path.cwd() / "tinylab"]
-home = next((place for place in places if (place / "src" / "tinylab").is_dir()), None)
+home = next((compute for compute in places if (compute / "src" / "tinylab").is_dir()), None)
 if home is None:
     if "/OWNER/" in REPOSITORY:
         raise SystemExit("The code is not here: set REPOSITORY to the address of its repository.")
@@ -70,7 +70,11 @@ packages = {
     "safetensors": "safetensors",
     "torchsummary": "torchsummary",
 }
-missing = [requirement for module, requirement in packages.items() if importlib.util.find_spec(module) is None]
+missing = [
+    requirement
+    for module, requirement in packages.items()
+    if importlib.util.find_spec(module) is None
+]
 if missing:
     subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", *missing], check=True)
 print("installed:", ", ".join(missing) or "nothing, everything is here")
@@ -80,18 +84,24 @@ from dataclasses import replace
 
 from IPython.display import Image
 
-from tinylab import card, device, loader, model, plots, record
-from tinylab.analysis import analyse_run, explain_answers
-from tinylab.dataset import prepare
-from tinylab.predict import export_onnx, load, predict, read_image
-from tinylab.recipe import UserError, named
-from tinylab.sample import write_sample
-from tinylab.split import make_split
-from tinylab.train import schedule, train
+from tinylab import model
+from tinylab.data import loader
+from tinylab.data.dataset import prepare
+from tinylab.data.split import make_split
+from tinylab.data.synthetic import write_sample
+from tinylab.exceptions import UserError
+from tinylab.explain.analysis import analyse_run, explain_answers
+from tinylab.figures import plots
+from tinylab.recipes import named
+from tinylab.run import environment as device
+from tinylab.run import folder as record
+from tinylab.share import card
+from tinylab.share.predict import export_onnx, load, predict, read_image
+from tinylab.training.train import schedule, train
 
-place = device.choose()
-on_cpu = place.device.type == "cpu"
-print(place, "| for a GPU in Colab: Runtime > Change runtime type > T4 GPU" if on_cpu else "")
+compute = device.choose()
+on_cpu = compute.device.type == "cpu"
+print(compute, "| for a GPU in Colab: Runtime > Change runtime type > T4 GPU" if on_cpu else "")
 
 # %% [markdown]
 # With `DRIVE`, every checkpoint is copied there, too, and read again to be sure; a new machine continues from the newest
@@ -125,13 +135,17 @@ dataset = prepare(str(source), Path(DATA or ("data/sample" if made_up else "data
 
 # All 200 classes take a CPU hours; a run that is finished can be shown anywhere.
 recipe, classes, epochs = named(RECIPE or ("cpu" if on_cpu else "published")), CLASSES, EPOCHS
-whole = come_back(record.Run(Path(RUN or runs / record.default_folder(recipe, "merged", SEED).name)))
+whole = come_back(
+    record.Run(Path(RUN or runs / record.default_folder(recipe, "merged", SEED).name))
+)
 if on_cpu and not made_up and not whole.finished:
     classes, epochs = (10 if CLASSES is None else CLASSES), (6 if EPOCHS is None else EPOCHS)
 recipe = recipe if epochs is None else replace(recipe, epochs=epochs)
 split = make_split(dataset, "merged", classes)
 names = dataset.names[: split.classes]
-print(f"{len(split.train):,} training and {len(split.test):,} test images of {split.classes} classes")
+print(
+    f"{len(split.train):,} training and {len(split.test):,} test images of {split.classes} classes"
+)
 print(f"split {split.sha256[:16]}")
 
 # %% [markdown]
@@ -141,7 +155,9 @@ print(f"split {split.sha256[:16]}")
 
 # %%
 suffix = (f"-c{classes}" if classes else "") + (f"-e{epochs}" if epochs else "")
-run = come_back(record.Run(Path(RUN or runs / f"{record.default_folder(recipe, 'merged', SEED).name}{suffix}")))
+run = come_back(
+    record.Run(Path(RUN or runs / f"{record.default_folder(recipe, 'merged', SEED).name}{suffix}"))
+)
 batches = loader.TrainingBatches(dataset, split.train, recipe, SEED)
 rows = batches.rows_at(epoch=1, step=0)[:16]
 titles = [names[label] for label in dataset.labels[rows]]
@@ -180,7 +196,10 @@ for name, value in vars(recipe).items():
 
 # %%
 _, learning_rates, momenta = zip(*schedule(recipe, len(split.train)))
-show("learning_rate", plots.learning_rate_curve(learning_rates, momenta, recipe.steps_per_epoch(len(split.train))))
+show(
+    "learning_rate",
+    plots.learning_rate_curve(learning_rates, momenta, recipe.steps_per_epoch(len(split.train))),
+)
 
 # %% [markdown]
 # ## Training
@@ -194,7 +213,15 @@ show("learning_rate", plots.learning_rate_curve(learning_rates, momenta, recipe.
 on_drive = Path(DRIVE) / run.folder.name if DRIVE else None
 mirror = on_drive / "checkpoints" if on_drive else None
 test_every = 4 if recipe.name == "cpu" else 1
-run = train(recipe, dataset, folder=run.folder, seed=SEED, limit_classes=classes, mirror=mirror, test_every=test_every)
+run = train(
+    recipe,
+    dataset,
+    folder=run.folder,
+    seed=SEED,
+    limit_classes=classes,
+    mirror=mirror,
+    test_every=test_every,
+)
 
 # %% [markdown]
 # ## Curves
@@ -206,8 +233,12 @@ show("curves", plots.accuracy_and_loss(run.history, record.published_history(), 
 
 # %%
 result = run.summary
-print(f"top-1 {result['test_top1']:.2f} %, top-5 {result['test_top5']:.2f} % of {result['test_images']:,} test images")
-print(f"{result['train_seconds'] / 60:.1f} minutes of training, {result['images_per_second']:.0f} images/s, {place}")
+print(
+    f"top-1 {result['test_top1']:.2f} %, top-5 {result['test_top5']:.2f} % of {result['test_images']:,} test images"
+)
+print(
+    f"{result['train_seconds'] / 60:.1f} minutes of training, {result['images_per_second']:.0f} images/s, {compute}"
+)
 
 # %% [markdown]
 # ## What it gets wrong
@@ -217,7 +248,7 @@ print(f"{result['train_seconds'] / 60:.1f} minutes of training, {result['images_
 
 # %%
 network, about = load(run.folder)
-found = analyse_run(run, dataset, split, network.to(place.device), progress=True)
+found = analyse_run(run, dataset, split, network.to(compute.device), progress=True)
 print(f"{found.explanation.wrong:,} of {found.explanation.tested:,} test images are wrong")
 show("classes", found.figures["classes"])
 
@@ -304,7 +335,9 @@ if UPLOAD and "google.colab" in sys.modules:
 mine = read_image(Path(IMAGE)) if IMAGE else dataset.images[split.test[0]]
 (top,) = predict(network, about, mine[None])
 heat = explain_answers(network, about, mine[None], [top])[0]
-title = Path(IMAGE).name if IMAGE else f"a test image: {dataset.names[dataset.labels[split.test[0]]]}"
+title = (
+    Path(IMAGE).name if IMAGE else f"a test image: {dataset.names[dataset.labels[split.test[0]]]}"
+)
 plots.prediction(mine, top, heat, title=title)
 
 # %% [markdown]

@@ -10,20 +10,25 @@ import pytest
 import torch
 
 import tinylab
-from tinylab.dataset import Dataset, open_dataset, prepare
+from tinylab.data.dataset import Dataset, open_dataset, prepare
+from tinylab.data.synthetic import write_sample
 from tinylab.model import ResNet18
-from tinylab.recipe import Recipe, accurate, smoke
-from tinylab.record import Run
-from tinylab.sample import write_sample
-from tinylab.train import train
+from tinylab.recipe import Recipe
+from tinylab.recipes import accurate, smoke
+from tinylab.run.folder import Run
+from tinylab.training.train import train
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--soak", action="store_true", help="the full amount of every test of reliability")
+    parser.addoption(
+        "--soak", action="store_true", help="the full amount of every test of reliability"
+    )
     parser.addoption("--table", metavar="FILE", help="write the table of the tests of reliability")
-    parser.addoption("--readme", metavar="FILE", help="the page whose part on reliability is rewritten, too")
+    parser.addoption(
+        "--readme", metavar="FILE", help="the page whose part on reliability is rewritten, too"
+    )
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -62,7 +67,12 @@ def sample_dataset(sample_zip: Path) -> Dataset:
 def small_dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     """Two made-up classes of 20 images in a folder, for other processes: `merged` makes 28 training, 12 test images."""
     folder = tmp_path_factory.mktemp("small")
-    return prepare(write_sample(folder / "a.zip", classes=2, per_class=20), folder / "data", workers=1, progress=False)
+    return prepare(
+        write_sample(folder / "a.zip", classes=2, per_class=20),
+        folder / "data",
+        workers=1,
+        progress=False,
+    )
 
 
 @pytest.fixture(scope="session")
@@ -75,7 +85,9 @@ def real_dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     elif Path(source).exists():
         dataset = prepare(source, tmp_path_factory.mktemp("real") / "tiny-imagenet", progress=False)
     else:
-        pytest.skip("no Tiny ImageNet here: set TINY_IMAGENET or put data/tiny-imagenet-200.zip in place")
+        pytest.skip(
+            "no Tiny ImageNet here: set TINY_IMAGENET or put data/tiny-imagenet-200.zip in place"
+        )
     assert dataset.is_tiny_imagenet, f"{dataset.folder} is not the published data"
     return dataset
 
@@ -130,8 +142,15 @@ def finished_run(train_tiny: Callable[..., Run], tmp_path_factory: pytest.TempPa
 def rich(narrow: Recipe) -> Recipe:
     """The `accurate` recipe's ingredients and a ramp, on a narrow network: 2 epochs of 3 steps of 4 images."""
     shape = {"name": "rich", "epochs": 2, "batch_size": 4, "width": 16, "ramp": ((32, 0.5),)}
-    mixing = {"cutmix_probability": 0.3, "mixup_probability": 0.2, "resizemix_probability": 0.2, "unmixed_share": 0.0}
-    return replace(accurate(), **shape, **mixing, max_learning_rate=0.05, ema_decay=0.6, ema_bn_batches=2)
+    mixing = {
+        "cutmix_probability": 0.3,
+        "mixup_probability": 0.2,
+        "resizemix_probability": 0.2,
+        "unmixed_share": 0.0,
+    }
+    return replace(
+        accurate(), **shape, **mixing, max_learning_rate=0.05, ema_decay=0.6, ema_bn_batches=2
+    )
 
 
 @pytest.fixture(scope="session", params=["sgd", "muon"])
@@ -142,7 +161,9 @@ def rich_reference(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Run:
     """An undisturbed rich run with either optimiser."""
-    return train_tiny(tmp_path_factory.mktemp("rich") / "run", replace(rich, optimizer=request.param))
+    return train_tiny(
+        tmp_path_factory.mktemp("rich") / "run", replace(rich, optimizer=request.param)
+    )
 
 
 class Exact(ResNet18):
@@ -159,12 +180,14 @@ class Exact(ResNet18):
 def without_seconds(record: dict) -> dict:
     """What of an epoch's or a run's record is the same in two equal runs: all but the clocks and what holds them."""
     clocks = ("seconds", "images_per_second", "model_sha256", "stops")
-    return {name: value for name, value in record.items() if not any(word in name for word in clocks)}
+    return {
+        name: value for name, value in record.items() if not any(word in name for word in clocks)
+    }
 
 
 def assert_equal_runs(run: Run, reference: Run) -> None:
     """Weights, batch-norm statistics, predictions and metrics are equal in every bit."""
-    from tinylab.model import load_weights
+    from tinylab.run.weights import load_weights
 
     ours, theirs = (load_weights(each.weights)[0].state_dict() for each in (run, reference))
     assert ours.keys() == theirs.keys()
@@ -172,7 +195,9 @@ def assert_equal_runs(run: Run, reference: Run) -> None:
     assert not different, f"weights differ: {different[:5]}"
     for name, values in reference.predictions.items():
         np.testing.assert_array_equal(run.predictions[name], values)
-    assert [without_seconds(row) for row in run.history] == [without_seconds(row) for row in reference.history]
+    assert [without_seconds(row) for row in run.history] == [
+        without_seconds(row) for row in reference.history
+    ]
     assert without_seconds(run.summary) == without_seconds(reference.summary)
 
 

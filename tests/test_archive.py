@@ -12,8 +12,8 @@ import pytest
 from reliability.archives import ROOT, made_up, real_archive, refused, write_folder, write_zip
 from reliability.server import Server, serving
 
-from tinylab import archive
-from tinylab.archive import LabelledFile, download, find, open_archive, verify_archive
+from tinylab.data import archive
+from tinylab.data.archive import LabelledFile, download, find, open_archive, verify_archive
 
 # --- What a sound archive gives ---------------------------------------------------------------------------------------
 
@@ -24,9 +24,22 @@ def test_files_come_in_canonical_order_whatever_the_order_in_the_zip(tmp_path):
     with open_archive(write_zip(tmp_path / "a.zip", dict(files))) as opened:
         assert opened.wnids == ("n01", "n02", "n03")
         assert opened.train_count == 12
-        train = [f"train/{w}/images/{w}_{i}.JPEG" for w in ("n01", "n02", "n03") for i in ("0", "1", "10", "2")]
-        assert [file.path for file in opened.files] == train + [f"val/images/val_{i}.JPEG" for i in range(5, -1, -1)]
-        assert [file.label for file in opened.files] == [0] * 4 + [1] * 4 + [2] * 4 + [1, 0, 2, 2, 1, 0]
+        train = [
+            f"train/{w}/images/{w}_{i}.JPEG"
+            for w in ("n01", "n02", "n03")
+            for i in ("0", "1", "10", "2")
+        ]
+        assert [file.path for file in opened.files] == train + [
+            f"val/images/val_{i}.JPEG" for i in range(5, -1, -1)
+        ]
+        assert [file.label for file in opened.files] == [0] * 4 + [1] * 4 + [2] * 4 + [
+            1,
+            0,
+            2,
+            2,
+            1,
+            0,
+        ]
 
 
 def test_boxes_and_bytes_belong_to_their_files(tmp_path):
@@ -49,11 +62,19 @@ def test_names_are_first_synonyms_without_control_characters_or_the_wnid(tmp_pat
 def test_folder_and_zip_with_and_without_root_give_the_same(tmp_path, root, method):
     files = made_up()
     zipped = open_archive(write_zip(tmp_path / "a.zip", files, root, method))
-    folder = open_archive(write_folder(tmp_path / "out" / root, files) if not root else _parent(tmp_path, files))
+    folder = open_archive(
+        write_folder(tmp_path / "out" / root, files) if not root else _parent(tmp_path, files)
+    )
     with zipped, folder:
         assert folder.files == zipped.files
-        assert (folder.wnids, folder.names, folder.train_count) == (zipped.wnids, zipped.names, zipped.train_count)
-        assert [folder.read(file) for file in folder.files] == [zipped.read(file) for file in zipped.files]
+        assert (folder.wnids, folder.names, folder.train_count) == (
+            zipped.wnids,
+            zipped.names,
+            zipped.train_count,
+        )
+        assert [folder.read(file) for file in folder.files] == [
+            zipped.read(file) for file in zipped.files
+        ]
 
 
 def _parent(tmp_path: Path, files: dict[str, bytes]) -> Path:
@@ -64,18 +85,31 @@ def _parent(tmp_path: Path, files: dict[str, bytes]) -> Path:
 def test_test_images_may_be_missing_and_desktop_litter_is_ignored(tmp_path):
     files = made_up()
     plain = {name: content for name, content in files.items() if not name.startswith("test/")}
-    litter = ("__MACOSX/._x", "train/.DS_Store", "train/n01/images/._n01_0.JPEG", "val/images/Thumbs.db", "readme")
+    litter = (
+        "__MACOSX/._x",
+        "train/.DS_Store",
+        "train/n01/images/._n01_0.JPEG",
+        "val/images/Thumbs.db",
+        "readme",
+    )
     with (
         open_archive(write_zip(tmp_path / "plain.zip", plain)) as first,
-        open_archive(write_zip(tmp_path / "litter.zip", files | dict.fromkeys(litter, b"?"))) as second,
-        open_archive(write_folder(tmp_path / "folder", files | dict.fromkeys(litter, b"?"))) as third,
+        open_archive(
+            write_zip(tmp_path / "litter.zip", files | dict.fromkeys(litter, b"?"))
+        ) as second,
+        open_archive(
+            write_folder(tmp_path / "folder", files | dict.fromkeys(litter, b"?"))
+        ) as third,
     ):
         assert first.files == second.files == third.files
 
 
 def test_windows_line_ends_are_read(tmp_path):
     files = made_up()
-    crlf = {name: text.replace(b"\n", b"\r\n") if name.endswith(".txt") else text for name, text in files.items()}
+    crlf = {
+        name: text.replace(b"\n", b"\r\n") if name.endswith(".txt") else text
+        for name, text in files.items()
+    }
     with (
         open_archive(write_zip(tmp_path / "a.zip", files)) as lf,
         open_archive(write_zip(tmp_path / "b.zip", crlf)) as cr,
@@ -85,10 +119,16 @@ def test_windows_line_ends_are_read(tmp_path):
 
 
 def test_content_sha256_is_the_documented_one():
-    files = [LabelledFile("train/b/images/x.JPEG", 1, (0, 0, 1, 1)), LabelledFile("val/images/y.JPEG", 0, (0, 0, 1, 1))]
+    files = [
+        LabelledFile("train/b/images/x.JPEG", 1, (0, 0, 1, 1)),
+        LabelledFile("val/images/y.JPEG", 0, (0, 0, 1, 1)),
+    ]
     digests = [hashlib.sha256(content).hexdigest() for content in (b"x", b"y")]
     lines = f"train/b/images/x.JPEG b {digests[0]}\nval/images/y.JPEG a {digests[1]}\n"
-    assert archive.content_sha256(files, ("a", "b"), digests) == hashlib.sha256(lines.encode()).hexdigest()
+    assert (
+        archive.content_sha256(files, ("a", "b"), digests)
+        == hashlib.sha256(lines.encode()).hexdigest()
+    )
     with pytest.raises(ValueError, match="shorter"):
         archive.content_sha256(files, ("a", "b"), digests[:1])
 
@@ -136,21 +176,45 @@ BROKEN_LAYOUTS = {
     "no words": (_without("words.txt"), "words.txt is missing"),
     "no boxes": (_without("n01_boxes"), "train/n01/n01_boxes.txt is missing"),
     "box missing": (_replaced(BOXES, b"n01_2.JPEG\t2\t1\t42\t63\n", b""), "no box for n01_2.JPEG"),
-    "box of no image": (_replaced(BOXES, b"n01_2.JPEG", b"n01_3.JPEG"), "n01_3.JPEG, which is missing"),
+    "box of no image": (
+        _replaced(BOXES, b"n01_2.JPEG", b"n01_3.JPEG"),
+        "n01_3.JPEG, which is missing",
+    ),
     "box too large": (_replaced(BOXES, b"\t63\n", b"\t64\n"), "outside the image"),
     "box negative": (_replaced(ANNOTATIONS, b"\t0\t3\t", b"\t-1\t3\t"), "outside the image"),
     "box of three": (_replaced(BOXES, b"\t63\n", b"\n"), "line without a box"),
     "box of words": (_replaced(ANNOTATIONS, b"\t44\t", b"\tbig\t"), "line without a box"),
     "no annotations": (_without("val_annotations"), "val/val_annotations.txt is missing"),
     "unannotated": (_with("val/images/val_9.JPEG"), "val/images/val_9.JPEG is not listed"),
-    "annotated, not there": (_without("val_3.JPEG"), "lists val_3.JPEG, which is not in val/images/"),
-    "annotated twice": (_replaced(ANNOTATIONS, b"val_3", b"val_4"), "lists val_4.JPEG more than once"),
-    "annotated elsewhere": (_replaced(ANNOTATIONS, b"val_3", b"../../test/images/test_0"), "not in val/images/"),
-    "unknown class": (_replaced(ANNOTATIONS, b"val_4.JPEG\tn01", b"val_4.JPEG\tn07"), "unknown class 'n07'"),
+    "annotated, not there": (
+        _without("val_3.JPEG"),
+        "lists val_3.JPEG, which is not in val/images/",
+    ),
+    "annotated twice": (
+        _replaced(ANNOTATIONS, b"val_3", b"val_4"),
+        "lists val_4.JPEG more than once",
+    ),
+    "annotated elsewhere": (
+        _replaced(ANNOTATIONS, b"val_3", b"../../test/images/test_0"),
+        "not in val/images/",
+    ),
+    "unknown class": (
+        _replaced(ANNOTATIONS, b"val_4.JPEG\tn01", b"val_4.JPEG\tn07"),
+        "unknown class 'n07'",
+    ),
     "line of one word": (_with(ANNOTATIONS, b"val_0.JPEG\n"), "unknown class ''"),
-    "uneven validation": (_replaced(ANNOTATIONS, b"val_4.JPEG\tn01", b"val_4.JPEG\tn02"), "val/ has"),
-    "huge image": (_with("val/images/val_0.JPEG", bytes(range(256)) * 300), "more than 65,536 bytes"),
-    "huge text": (_with("words.txt", random.Random(0).randbytes(9_000_000)), "more than 8,388,608 bytes"),
+    "uneven validation": (
+        _replaced(ANNOTATIONS, b"val_4.JPEG\tn01", b"val_4.JPEG\tn02"),
+        "val/ has",
+    ),
+    "huge image": (
+        _with("val/images/val_0.JPEG", bytes(range(256)) * 300),
+        "more than 65,536 bytes",
+    ),
+    "huge text": (
+        _with("words.txt", random.Random(0).randbytes(9_000_000)),
+        "more than 8,388,608 bytes",
+    ),
 }
 
 
@@ -160,7 +224,11 @@ def test_broken_layout_is_refused_naming_the_culprit(tmp_path, case, packed):
     change, expected = BROKEN_LAYOUTS[case]
     files = made_up()
     change(files)
-    path = write_zip(tmp_path / "a.zip", files) if packed == "zip" else write_folder(tmp_path / "a", files)
+    path = (
+        write_zip(tmp_path / "a.zip", files)
+        if packed == "zip"
+        else write_folder(tmp_path / "a", files)
+    )
 
     def use() -> None:
         with open_archive(path) as opened:
@@ -199,7 +267,9 @@ def test_damaged_image_is_named(tmp_path):
         assert "val/images/val_2.JPEG is damaged" in refused(opened.read, file)
 
 
-@pytest.mark.parametrize("linked", ["train/n01/images/n01_0.JPEG", "train/n01/images", "val", "wnids.txt"])
+@pytest.mark.parametrize(
+    "linked", ["train/n01/images/n01_0.JPEG", "train/n01/images", "val", "wnids.txt"]
+)
 def test_links_that_leave_the_folder_are_refused(tmp_path, linked):
     folder = write_folder(tmp_path / "a", made_up())
     (tmp_path / "elsewhere").mkdir()
@@ -252,8 +322,12 @@ def test_the_published_archive_is_known_by_its_bytes_or_by_its_content(published
 
 def test_what_is_no_published_archive_is_told_apart(published, tmp_path, monkeypatch):
     whole = published.read_bytes()
-    published.write_bytes(whole.replace(b"never read", b"never seen"))  # its CRC is wrong now, but nobody reads it
-    assert "is damaged: the file has the wrong md5, though the labelled files" in refused(verify_archive, published)
+    published.write_bytes(
+        whole.replace(b"never read", b"never seen")
+    )  # its CRC is wrong now, but nobody reads it
+    assert "is damaged: the file has the wrong md5, though the labelled files" in refused(
+        verify_archive, published
+    )
     boxes = write_folder(tmp_path / "boxes", made_up())
     path = boxes / "train/n01/n01_boxes.txt"
     path.write_bytes(path.read_bytes().replace(b"\t63\n", b"\t62\n"))
@@ -280,7 +354,9 @@ def test_the_lock_lies_beside_the_path(tmp_path):
 
 
 @pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP])
-def test_where_files_cannot_be_locked_the_temporary_folder_holds_the_lock(tmp_path, monkeypatch, code):
+def test_where_files_cannot_be_locked_the_temporary_folder_holds_the_lock(
+    tmp_path, monkeypatch, code
+):
     (tmp_path / "drive").mkdir()
     flock = archive.fcntl.flock
 
@@ -291,13 +367,13 @@ def test_where_files_cannot_be_locked_the_temporary_folder_holds_the_lock(tmp_pa
 
     monkeypatch.setattr(archive.fcntl, "flock", flock_but_not_on_the_drive)
     monkeypatch.setattr(archive.tempfile, "gettempdir", lambda: str(tmp_path))
-    place = archive._lock_file(tmp_path / "drive" / "x")
-    assert place.parent == tmp_path
-    assert place != archive._lock_file(tmp_path / "drive" / "y")
+    compute = archive._lock_file(tmp_path / "drive" / "x")
+    assert compute.parent == tmp_path
+    assert compute != archive._lock_file(tmp_path / "drive" / "y")
     with archive.locked(tmp_path / "drive" / "x"):
-        assert place.exists()
+        assert compute.exists()
         with pytest.raises(archive.Timeout):
-            archive.FileLock(place).acquire(timeout=0)
+            archive.FileLock(compute).acquire(timeout=0)
 
 
 def test_other_faults_of_a_lock_are_not_passed_over(tmp_path, monkeypatch):
@@ -307,7 +383,9 @@ def test_other_faults_of_a_lock_are_not_passed_over(tmp_path, monkeypatch):
     monkeypatch.setattr(archive.fcntl, "flock", broken)
     with pytest.raises(OSError, match="Input/output error"):
         archive._lock_file(tmp_path / "x.zip")
-    assert "Input/output error" in refused(download, ["http://127.0.0.1:9/x.zip"], tmp_path / "x.zip", tries=1)
+    assert "Input/output error" in refused(
+        download, ["http://127.0.0.1:9/x.zip"], tmp_path / "x.zip", tries=1
+    )
 
 
 # --- Finding ----------------------------------------------------------------------------------------------------------
@@ -359,7 +437,9 @@ def test_named_sources_must_exist(desk, monkeypatch):
 
 
 def test_a_url_is_saved_under_a_safe_name(desk, server):
-    content = server.files["/a/..%2f..%2fevil%20name.zip"] = write_zip(desk / "a.zip", made_up()).read_bytes()
+    content = server.files["/a/..%2f..%2fevil%20name.zip"] = write_zip(
+        desk / "a.zip", made_up()
+    ).read_bytes()
     path = find(server.url("/a/..%2f..%2fevil%20name.zip?download=1"), desk / "root")
     assert path == desk / "root" / "evil_name.zip"
     assert path.read_bytes() == content
@@ -379,7 +459,9 @@ def test_built_in_addresses_must_give_the_published_bytes(desk, server):
 
 
 @pytest.mark.archive
-@pytest.mark.skipif(real_archive() is None, reason="no TINY_IMAGENET and no data/tiny-imagenet-200.zip")
+@pytest.mark.skipif(
+    real_archive() is None, reason="no TINY_IMAGENET and no data/tiny-imagenet-200.zip"
+)
 def test_published_archive():
     with open_archive(real_archive()) as opened:
         assert len(opened.files) == 110_000
@@ -387,7 +469,9 @@ def test_published_archive():
         assert archive.has_published_classes(opened.wnids)
         assert opened.wnids[0] == "n01443537"
         assert opened.names[0] == "goldfish"
-        assert opened.files[0] == LabelledFile("train/n01443537/images/n01443537_0.JPEG", 0, (0, 10, 63, 58))
+        assert opened.files[0] == LabelledFile(
+            "train/n01443537/images/n01443537_0.JPEG", 0, (0, 10, 63, 58)
+        )
         first = opened.files[100_000]
         assert (first.path, opened.wnids[first.label]) == ("val/images/val_0.JPEG", "n03444034")
         assert first.box == (0, 32, 44, 62)

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from tinylab.augment import Stream, augment, build_transform, generator, normalise
-from tinylab.recipe import published
+from tinylab.data.augment import Stream, augment, build_transform, generator, normalise
+from tinylab.recipes import published
 
 DRAWS = 3000
 FILL = 113  # round(0.442 * 255)
@@ -46,7 +46,9 @@ def recognise(image: np.ndarray) -> Draw:
     corner = None
     if len(rows):
         corner = (int(rows[0]), int(columns[0]))
-        assert (len(rows), len(columns), hole.sum()) == (32, 32, 32 * 32), "the hole is no 32 x 32 square"
+        assert (len(rows), len(columns), hole.sum()) == (32, 32, 32 * 32), (
+            "the hole is no 32 x 32 square"
+        )
         assert (image[hole] == FILL).all(), "the hole is not filled with the mean"
     for flip in (False, True):
         for down in range(7):
@@ -64,13 +66,18 @@ def recognise(image: np.ndarray) -> Draw:
 @pytest.fixture(scope="module")
 def draws() -> list[Draw]:
     transform, image = build_transform(published()), chart()
-    return [recognise(augment(transform, image, generator(7, Stream.AUGMENT, 1, i))) for i in range(DRAWS)]
+    return [
+        recognise(augment(transform, image, generator(7, Stream.AUGMENT, 1, i)))
+        for i in range(DRAWS)
+    ]
 
 
 def assert_share(hits: int, count: int, probability: float) -> None:
     """`hits` of `count` are as many as the probability says, within four and a half standard deviations."""
     spread = (probability * (1 - probability) / count) ** 0.5
-    assert abs(hits / count - probability) < 4.5 * spread, f"{hits} of {count}, expected {probability:.4f}"
+    assert abs(hits / count - probability) < 4.5 * spread, (
+        f"{hits} of {count}, expected {probability:.4f}"
+    )
 
 
 def assert_unrelated(first: list, second: list) -> None:
@@ -94,8 +101,8 @@ def test_crops_are_uniform_over_seven_offsets(draws: list[Draw], axis: str) -> N
 def test_holes_are_uniform_over_every_place_inside(draws: list[Draw], axis: int) -> None:
     places = [draw.hole[axis] for draw in draws if draw.hole]
     assert (min(places), max(places)) == (0, 32)
-    for place in range(33):
-        assert_share(places.count(place), len(places), 1 / 33)
+    for compute in range(33):
+        assert_share(places.count(compute), len(places), 1 / 33)
 
 
 def test_the_draws_of_one_image_are_independent(draws: list[Draw]) -> None:
@@ -122,7 +129,9 @@ def test_the_draws_of_one_image_are_independent(draws: list[Draw]) -> None:
 
 def test_neighbouring_positions_and_epochs_are_independent(draws: list[Draw]) -> None:
     transform, image = build_transform(published()), chart()
-    next_epoch = [recognise(augment(transform, image, generator(7, Stream.AUGMENT, 2, i))) for i in range(500)]
+    next_epoch = [
+        recognise(augment(transform, image, generator(7, Stream.AUGMENT, 2, i))) for i in range(500)
+    ]
     flips = [draw.flip for draw in draws]
     assert_unrelated(flips[:-1], flips[1:])
     assert_unrelated(flips[:500], [draw.flip for draw in next_epoch])
@@ -151,8 +160,17 @@ def test_the_input_image_stays_as_it_is() -> None:
 
 
 def test_every_part_of_the_key_leads_to_another_stream() -> None:
-    keys = [(0, Stream.ORDER, 1, 0), (0, Stream.AUGMENT, 1, 0), (1, Stream.AUGMENT, 1, 0), (0, Stream.AUGMENT, 2, 0)]
-    keys += [(0, Stream.AUGMENT, 1, 1), (0, Stream.AUGMENT, 0, 1), (0, Stream.AUGMENT, 1, 2**28 - 1)]
+    keys = [
+        (0, Stream.ORDER, 1, 0),
+        (0, Stream.AUGMENT, 1, 0),
+        (1, Stream.AUGMENT, 1, 0),
+        (0, Stream.AUGMENT, 2, 0),
+    ]
+    keys += [
+        (0, Stream.AUGMENT, 1, 1),
+        (0, Stream.AUGMENT, 0, 1),
+        (0, Stream.AUGMENT, 1, 2**28 - 1),
+    ]
     keys += [(2**63 - 1, Stream.AUGMENT, 2**28 - 1, 2**28 - 1)]
     draws = {tuple(generator(*key).integers(2**62, size=4)) for key in keys}
     assert len(draws) == len(keys)
@@ -162,14 +180,20 @@ def test_switched_off_parts_do_nothing() -> None:
     recipe = replace(published(), flip_probability=0.0, pad_to=64, hole_size=0)
     transform = build_transform(recipe)
     for i in range(20):
-        assert np.array_equal(augment(transform, chart(), generator(0, Stream.AUGMENT, 1, i)), chart())
+        assert np.array_equal(
+            augment(transform, chart(), generator(0, Stream.AUGMENT, 1, i)), chart()
+        )
 
 
 @pytest.mark.parametrize("name", ["HorizontalFlip", "PadIfNeeded", "RandomCrop", "CoarseDropout"])
-def test_an_argument_the_library_does_not_know_is_an_error(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_argument_the_library_does_not_know_is_an_error(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The library itself only warns, and goes on without it."""
     real = getattr(albumentations, name)
-    monkeypatch.setattr(albumentations, name, lambda *args, **options: real(*args, **options, renamed=1))
+    monkeypatch.setattr(
+        albumentations, name, lambda *args, **options: real(*args, **options, renamed=1)
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with pytest.raises(UserWarning, match="'renamed' are not valid for transform"):
@@ -189,19 +213,27 @@ def test_building_the_transform_asks_no_network(subprocess_environment: dict[str
 import socket, sys
 asked = []
 socket.getaddrinfo = socket.create_connection = lambda *where, **_: asked.append(where) or sys.exit("network")
-from tinylab.augment import build_transform
+from tinylab.data.augment import build_transform
 from tinylab.recipe import published
 build_transform(published())
 sys.exit(str(asked) if asked else 0)
 """
-    environment = {name: value for name, value in subprocess_environment.items() if name != "NO_ALBUMENTATIONS_UPDATE"}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    environment = {
+        name: value
+        for name, value in subprocess_environment.items()
+        if name != "NO_ALBUMENTATIONS_UPDATE"
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr
 
 
 def test_normalisation_against_a_plain_loop() -> None:
     recipe = replace(published(), mean=(0.1, 0.4, 0.8), std=(0.2, 0.3, 0.5))
-    images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), dtype=np.uint8))
+    images = torch.from_numpy(
+        np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), dtype=np.uint8)
+    )
     result = normalise(images, recipe)
     assert (result.shape, result.dtype) == ((2, 3, 64, 64), torch.float32)
     for image in range(2):
@@ -209,7 +241,9 @@ def test_normalisation_against_a_plain_loop() -> None:
             for row, column in ((0, 0), (0, 63), (17, 4), (63, 63)):
                 pixel = float(images[image, row, column, channel])
                 expected = (pixel / 255 - recipe.mean[channel]) / recipe.std[channel]
-                assert float(result[image, channel, row, column]) == pytest.approx(expected, abs=2e-6)
+                assert float(result[image, channel, row, column]) == pytest.approx(
+                    expected, abs=2e-6
+                )
 
 
 def test_normalised_images_are_channels_last() -> None:
@@ -219,7 +253,10 @@ def test_normalised_images_are_channels_last() -> None:
 
 def test_evaluating_first_does_not_spoil_training() -> None:
     """Whatever normalisation keeps from inference mode must serve where gradients are computed."""
-    recipe, images = replace(published(), mean=(0.11, 0.22, 0.33)), torch.zeros(1, 64, 64, 3, dtype=torch.uint8)
+    recipe, images = (
+        replace(published(), mean=(0.11, 0.22, 0.33)),
+        torch.zeros(1, 64, 64, 3, dtype=torch.uint8),
+    )
     with torch.inference_mode():
         normalise(images, recipe)
     layer = torch.nn.Conv2d(3, 1, 3)

@@ -14,7 +14,7 @@ import torchvision.transforms.v2.functional as tv
 from test_augment import Draw, assert_share, assert_unrelated, chart, recognise
 from torchvision.transforms import v2
 
-from tinylab.augment import (
+from tinylab.data.augment import (
     Draws,
     Stream,
     alternating_flip,
@@ -34,7 +34,8 @@ from tinylab.augment import (
     resize,
     resizemix,
 )
-from tinylab.recipe import Recipe, published
+from tinylab.recipe import Recipe
+from tinylab.recipes import published
 
 FILL = (113, 20, 250)
 MIRRORED_FIRST = (True, False, False, True, True, False, True, False)
@@ -43,7 +44,9 @@ BATCH = len(MIRRORED_FIRST)
 
 def noise(count: int = BATCH, height: int = 64, width: int = 64, seed: int = 0) -> torch.Tensor:
     """Random pixels, uint8 (count, height, width, 3)."""
-    return torch.from_numpy(np.random.default_rng(seed).integers(0, 256, (count, height, width, 3), dtype=np.uint8))
+    return torch.from_numpy(
+        np.random.default_rng(seed).integers(0, 256, (count, height, width, 3), dtype=np.uint8)
+    )
 
 
 def smooth(count: int = BATCH) -> torch.Tensor:
@@ -92,7 +95,9 @@ def everything() -> Recipe:
 
 def batched(**changes) -> Recipe:
     """The published recipe, augmented in batches."""
-    return replace(published(), **({"name": "batched", "augmentation": "batched", "epochs": 10} | changes))
+    return replace(
+        published(), **({"name": "batched", "augmentation": "batched", "epochs": 10} | changes)
+    )
 
 
 MIXED = {"cutmix_probability": 0.35, "mixup_probability": 0.2, "resizemix_probability": 0.25}
@@ -115,7 +120,13 @@ def test_a_part_of_a_batch_is_augmented_like_the_whole(name: str) -> None:
     """Wherever it begins and even if it wraps around, as the neighbours of the first image do."""
     operation, images = OPERATIONS[name], noise()
     whole = operation(images, new_draws())
-    for positions in (np.arange(3), np.arange(3, 8), np.array([7, 0, 1]), np.array([2, 2]), np.array([5])):
+    for positions in (
+        np.arange(3),
+        np.arange(3, 8),
+        np.array([7, 0, 1]),
+        np.array([2, 2]),
+        np.array([5]),
+    ):
         part = operation(images[torch.from_numpy(positions)], new_draws(positions=positions))
         assert torch.equal(part, whole[torch.from_numpy(positions)])
 
@@ -182,7 +193,12 @@ def test_epochs_batches_streams_and_calls_are_unrelated() -> None:
         return Draws(generator(1, stream, epoch, batch), 2000).uniform()
 
     first = numbers(Stream.AUGMENT, 1, 0)
-    for other in ((Stream.AUGMENT, 1, 1), (Stream.AUGMENT, 2, 0), (Stream.MIX, 1, 0), (Stream.FLIP, 1, 0)):
+    for other in (
+        (Stream.AUGMENT, 1, 1),
+        (Stream.AUGMENT, 2, 0),
+        (Stream.MIX, 1, 0),
+        (Stream.FLIP, 1, 0),
+    ):
         assert_unrelated(first, numbers(*other))
     assert_unrelated(numbers(Stream.STATISTICS, 1, 0), numbers(Stream.FLIP, 1, 0))
     draws = new_draws(2000)
@@ -191,7 +207,13 @@ def test_epochs_batches_streams_and_calls_are_unrelated() -> None:
 
 def test_streams_keep_their_numbers() -> None:
     """Another number would change every result of a seed."""
-    assert dict(Stream.__members__) == {"ORDER": 0, "AUGMENT": 1, "MIX": 2, "FLIP": 3, "STATISTICS": 4}
+    assert dict(Stream.__members__) == {
+        "ORDER": 0,
+        "AUGMENT": 1,
+        "MIX": 2,
+        "FLIP": 3,
+        "STATISTICS": 4,
+    }
 
 
 def test_draws_for_another_number_of_images_are_refused() -> None:
@@ -205,7 +227,9 @@ def test_draws_for_another_number_of_images_are_refused() -> None:
 def test_random_flips_against_a_plain_loop() -> None:
     images, chosen = noise(), new_draws().uniform() < 0.5
     assert 0 < chosen.sum() < BATCH
-    expected = [image.flip(1) if flip else image for image, flip in zip(images, chosen, strict=True)]
+    expected = [
+        image.flip(1) if flip else image for image, flip in zip(images, chosen, strict=True)
+    ]
     assert torch.equal(random_flip(images, 0.5, new_draws()), torch.stack(expected))
 
 
@@ -311,7 +335,10 @@ def test_jitter_against_torchvision() -> None:
 def test_jitter_of_one_kind_against_torchvision_on_bytes(part: str) -> None:
     images, factors = smooth(), new_draws().uniform(0.6, 1.4)
     adjust = tv.adjust_brightness if part == "brightness" else tv.adjust_contrast
-    expected = [adjust(image, float(factor)) for image, factor in zip(pictures(images), factors, strict=True)]
+    expected = [
+        adjust(image, float(factor))
+        for image, factor in zip(pictures(images), factors, strict=True)
+    ]
     strength = {"brightness": 0.0, "contrast": 0.0} | {part: 0.4}
     result = jitter(images, **strength, draws=new_draws())
     assert largest_difference(result, expected) <= 1
@@ -325,7 +352,9 @@ def test_resizing_against_torchvision(resolution: int) -> None:
         result = resize(images, resolution)
         assert (result.shape, result.dtype) == ((4, resolution, resolution, 3), torch.uint8)
         assert result.is_contiguous()
-        expected = [tv.resize(image, [resolution, resolution], antialias=True) for image in pictures(images)]
+        expected = [
+            tv.resize(image, [resolution, resolution], antialias=True) for image in pictures(images)
+        ]
         assert largest_difference(result, expected) <= 1
 
 
@@ -353,7 +382,10 @@ def draws() -> list[Draw]:
 def one_by_one() -> list[Draw]:
     """What albumentations did, image by image."""
     transform, image = build_transform(published()), chart()
-    return [recognise(augment(transform, image, generator(7, Stream.AUGMENT, 1, i))) for i in range(3000)]
+    return [
+        recognise(augment(transform, image, generator(7, Stream.AUGMENT, 1, i)))
+        for i in range(3000)
+    ]
 
 
 def assert_alike(first: list, second: list, outcomes: int) -> None:
@@ -374,10 +406,12 @@ def test_the_published_augmentation_has_the_statistics_of_albumentations(
     assert_alike([draw.across for draw in draws], [draw.across for draw in one_by_one], 7)
     joint = [[(draw.down, draw.across) for draw in sample] for sample in (draws, one_by_one)]
     assert_alike(*joint, 49)
-    assert_alike([draw.hole is None for draw in draws], [draw.hole is None for draw in one_by_one], 2)
+    assert_alike(
+        [draw.hole is None for draw in draws], [draw.hole is None for draw in one_by_one], 2
+    )
     holes = [[draw.hole for draw in sample if draw.hole][:2000] for sample in (draws, one_by_one)]
     for axis in (0, 1):
-        assert_alike(*([place[axis] for place in sample] for sample in holes), 33)
+        assert_alike(*([compute[axis] for compute in sample] for sample in holes), 33)
 
 
 def test_the_published_augmentation_has_the_published_rates(draws: list[Draw]) -> None:
@@ -388,13 +422,15 @@ def test_the_published_augmentation_has_the_published_rates(draws: list[Draw]) -
     for offset in range(7):
         assert_share(sum(draw.down == offset for draw in draws), len(draws), 1 / 7)
         assert_share(sum(draw.across == offset for draw in draws), len(draws), 1 / 7)
-    for place in range(33):
-        assert_share(sum(top == place for top, _ in holes), len(holes), 1 / 33)
-        assert_share(sum(left == place for _, left in holes), len(holes), 1 / 33)
+    for compute in range(33):
+        assert_share(sum(top == compute for top, _ in holes), len(holes), 1 / 33)
+        assert_share(sum(left == compute for _, left in holes), len(holes), 1 / 33)
 
 
 def test_the_draws_of_one_image_are_independent(draws: list[Draw]) -> None:
-    columns = [[float(getattr(draw, part)) for draw in draws] for part in ("flip", "down", "across")]
+    columns = [
+        [float(getattr(draw, part)) for draw in draws] for part in ("flip", "down", "across")
+    ]
     columns.append([draw.hole is not None for draw in draws])
     for i, first in enumerate(columns):
         for second in columns[:i]:
@@ -445,9 +481,9 @@ def test_resized_crops_lie_anywhere(boxes: np.ndarray) -> None:
         assert first.min() == 0
         assert (first + length).max() == 64
         room = 65 - length
-        place = ((first + 0.5) / room)[room >= 10]  # the middles of equal parts of 0..1
-        assert place.mean() == pytest.approx(0.5, abs=0.03)
-        assert place.var() == pytest.approx(1 / 12, abs=0.006)
+        compute = ((first + 0.5) / room)[room >= 10]  # the middles of equal parts of 0..1
+        assert compute.mean() == pytest.approx(0.5, abs=0.03)
+        assert compute.var() == pytest.approx(1 / 12, abs=0.006)
     assert_unrelated((top + height / 2).tolist(), (left + width / 2).tolist())
 
 
@@ -491,7 +527,9 @@ def test_alternating_flips_take_the_place_of_random_ones(pad_to: int, epoch: int
 
 def test_an_image_is_cropped_one_way_or_the_other() -> None:
     recipe = batched(crop_probability=0.3, pad_to=80, flip_probability=0.0, hole_size=0)
-    result = augment_batch(charts(2000), recipe, new_draws(2000), None, 1)[..., :2].numpy().astype(int)
+    result = (
+        augment_batch(charts(2000), recipe, new_draws(2000), None, 1)[..., :2].numpy().astype(int)
+    )
     steps = np.diff(result[:, 32, :, 0], axis=1), np.diff(result[:, :, 32, 1], axis=1)
     padded = np.array([all((np.abs(step[i]) == 1).all() for step in steps) for i in range(2000)])
     enlarged = np.array([all((step[i] >= 0).all() for step in steps) for i in range(2000)])
@@ -516,18 +554,28 @@ def test_what_is_not_asked_for_is_not_done_and_draws_nothing() -> None:
     assert str(rng.bit_generator.state) == before
     unpadded = batched(crop_probability=1.0, pad_to=64)
     expected = augment_batch(noise(), unpadded, new_draws(), None, 1)
-    assert torch.equal(augment_batch(noise(), replace(unpadded, pad_to=80), new_draws(), None, 1), expected)
+    assert torch.equal(
+        augment_batch(noise(), replace(unpadded, pad_to=80), new_draws(), None, 1), expected
+    )
 
 
 # --- Mixing -----------------------------------------------------------------------------------------------------------
 
 
-def as_torchvision_draws(monkeypatch: pytest.MonkeyPatch, transform: v2.Transform, alpha: float, key: int) -> None:
+def as_torchvision_draws(
+    monkeypatch: pytest.MonkeyPatch, transform: v2.Transform, alpha: float, key: int
+) -> None:
     """Gives torchvision's CutMix or MixUp the numbers that `new_draws(key=key)` gives ours."""
     draws = new_draws(key=key)
     weight = draws.beta(alpha)
-    monkeypatch.setattr(transform, "_dist", SimpleNamespace(sample=lambda _: torch.tensor(weight, dtype=torch.float64)))
-    monkeypatch.setattr(torch, "randint", lambda count, size: torch.tensor([draws.once_integers(count)]))
+    monkeypatch.setattr(
+        transform,
+        "_dist",
+        SimpleNamespace(sample=lambda _: torch.tensor(weight, dtype=torch.float64)),
+    )
+    monkeypatch.setattr(
+        torch, "randint", lambda count, size: torch.tensor([draws.once_integers(count)])
+    )
 
 
 @pytest.mark.parametrize("key", range(20))
@@ -541,8 +589,12 @@ def test_mixing_against_torchvision(kind: str, key: int, monkeypatch: pytest.Mon
     expected, targets = transform(images.permute(0, 3, 1, 2).float(), labels)
     mixed, share = operation(images, partners, 1.0, new_draws(key=key))
     assert largest_difference(mixed, list(expected)) < 0.51
-    assert torch.allclose(targets[labels, labels], torch.tensor(share, dtype=targets.dtype), atol=1e-6)
-    assert torch.allclose(targets[labels, partner_labels], torch.tensor(1 - share, dtype=targets.dtype), atol=1e-6)
+    assert torch.allclose(
+        targets[labels, labels], torch.tensor(share, dtype=targets.dtype), atol=1e-6
+    )
+    assert torch.allclose(
+        targets[labels, partner_labels], torch.tensor(1 - share, dtype=targets.dtype), atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("shape", [(64, 64), (24, 40), (9, 7)])
@@ -553,7 +605,11 @@ def test_the_share_is_that_of_the_pixels(kind: str, shape: tuple[int, int]) -> N
     for key in range(200):
         draws = new_draws(2, key)
         partners = torch.full_like(images, 255)
-        mixed, share = cutmix(images, partners, 1.0, draws) if kind == "cutmix" else resizemix(images, partners, draws)
+        mixed, share = (
+            cutmix(images, partners, 1.0, draws)
+            if kind == "cutmix"
+            else resizemix(images, partners, draws)
+        )
         assert isinstance(share, float)
         assert share == pytest.approx(float((mixed == 0).float().mean()), abs=1e-6)
         assert set(mixed.unique().tolist()) <= {0, 255}
@@ -577,12 +633,16 @@ def test_resizemix_pastes_the_whole_shrunk_partner() -> None:
     sides, tops, lefts = [], [], []
     for key in range(300):
         mixed, _ = resizemix(images, partners, new_draws(key=key))
-        rows, columns = (torch.nonzero((mixed != 0).any(3).any(axis).any(0)).flatten() for axis in (2, 1))
+        rows, columns = (
+            torch.nonzero((mixed != 0).any(3).any(axis).any(0)).flatten() for axis in (2, 1)
+        )
         top, left, high, wide = int(rows[0]), int(columns[0]), len(rows), len(columns)
         assert high == wide
         pasted = mixed[:, top : top + high, left : left + wide]
         if key < 20:
-            expected = [tv.resize(image, [high, wide], antialias=True) for image in pictures(partners)]
+            expected = [
+                tv.resize(image, [high, wide], antialias=True) for image in pictures(partners)
+            ]
             assert largest_difference(pasted, expected) <= 1
         sides.append(high)
         tops.append(top / (64 - high))
@@ -603,7 +663,9 @@ def test_batches_are_mixed_as_often_as_the_recipe_says() -> None:
         assert_share(ways.count(way), 3000, probability)
 
 
-@pytest.mark.parametrize(("way", "operation"), [("cutmix", cutmix), ("mixup", mixup), ("resizemix", resizemix)])
+@pytest.mark.parametrize(
+    ("way", "operation"), [("cutmix", cutmix), ("mixup", mixup), ("resizemix", resizemix)]
+)
 def test_a_batch_is_mixed_the_way_that_was_announced(way: str, operation: Callable) -> None:
     recipe = batched(**{f"{way}_probability": 1.0}, cutmix_alpha=0.7, mixup_alpha=0.4)
     images, labels = noise(), torch.arange(BATCH)
@@ -613,7 +675,9 @@ def test_a_batch_is_mixed_the_way_that_was_announced(way: str, operation: Callab
     draws.once()  # the choice
     alpha = {"cutmix": [0.7], "mixup": [0.4], "resizemix": []}[way]
     expected, share = operation(images, partners, *alpha, draws)
-    mixed, mixed_in, weight = mix_batch(images, partners, labels, partner_labels, recipe, new_draws(), 1)
+    mixed, mixed_in, weight = mix_batch(
+        images, partners, labels, partner_labels, recipe, new_draws(), 1
+    )
     assert torch.equal(mixed, expected)
     assert mixed_in is partner_labels
     assert weight == share
@@ -642,7 +706,9 @@ def test_the_last_epochs_are_not_mixed() -> None:
     ways = [mixing_of(recipe, new_draws(), epoch) for epoch in range(1, 11)]
     assert ways == ["cutmix"] * 7 + [None] * 3
     images, labels = noise(), torch.arange(BATCH)
-    mixed, partners, share = mix_batch(images, images.roll(1, 0), labels, labels.roll(1), recipe, new_draws(), 8)
+    mixed, partners, share = mix_batch(
+        images, images.roll(1, 0), labels, labels.roll(1), recipe, new_draws(), 8
+    )
     assert torch.equal(mixed, images)
     assert (partners, share) == (None, 1.0)
 
@@ -663,6 +729,8 @@ def test_a_gpu_makes_the_same_images_without_being_waited_for(name: str) -> None
             result = operation(images, new_draws(device="cuda"))
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    assert int((result.cpu().int() - expected.int()).abs().max()) <= 1  # float32 rounds in another order there
+    assert (
+        int((result.cpu().int() - expected.int()).abs().max()) <= 1
+    )  # float32 rounds in another order there
     if name in ("random_flip", "pad_crop", "hole", "cutmix"):
         assert torch.equal(result.cpu(), expected)

@@ -10,9 +10,11 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tinylab.average import make_average, reestimate_batch_norm
+from tinylab.exceptions import UserError
 from tinylab.model import ResNet18, build_model
-from tinylab.recipe import Recipe, UserError, accurate, published
+from tinylab.recipe import Recipe
+from tinylab.recipes import accurate, published
+from tinylab.training.average import make_average, reestimate_batch_norm
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -24,7 +26,9 @@ def averaged(decay: float | None) -> Recipe:
 @pytest.fixture
 def model() -> ResNet18:
     """A narrow network, in channels-last memory, with scales and shifts as training leaves them."""
-    network = build_model(replace(accurate(), width=16, zero_init_residual=False), classes=3, seed=0)
+    network = build_model(
+        replace(accurate(), width=16, zero_init_residual=False), classes=3, seed=0
+    )
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for module in network.modules():
@@ -66,7 +70,11 @@ class _Operations(TorchDispatchMode):
         self.read_from: set[str] = set()
 
     def __torch_dispatch__(
-        self, func: torch._ops.OpOverload, types: tuple, args: tuple = (), kwargs: dict | None = None
+        self,
+        func: torch._ops.OpOverload,
+        types: tuple,
+        args: tuple = (),
+        kwargs: dict | None = None,
     ):
         self.names.add(func.name().split(".")[0])
         if func.name() == "aten::_local_scalar_dense":
@@ -90,7 +98,9 @@ def test_the_average_is_the_loop_written_by_hand(decay: float) -> None:
             expected = weights
         else:
             pairs = zip(expected, weights, strict=True)
-            kept = min(decay, (1 + step) / (10 + step))  # 2/11, 3/12, ..: 0.5 from the ninth update on
+            kept = min(
+                decay, (1 + step) / (10 + step)
+            )  # 2/11, 3/12, ..: 0.5 from the ninth update on
             expected = [kept * mean + (1 - kept) * weight for mean, weight in pairs]
         for mean, parameter in zip(expected, average.module.parameters(), strict=True):
             assert torch.allclose(parameter, mean, rtol=1e-12, atol=1e-14)
@@ -145,13 +155,17 @@ def test_averaging_leaves_the_network_as_it_is(model: ResNet18) -> None:
     assert all(parameter.grad is None for parameter in average.parameters())
 
 
-def test_the_average_shares_no_memory_with_the_network_and_keeps_its_format(model: ResNet18) -> None:
+def test_the_average_shares_no_memory_with_the_network_and_keeps_its_format(
+    model: ResNet18,
+) -> None:
     average = make_average(model, averaged(0.5))
     for ours, theirs in zip(average.module.parameters(), model.parameters(), strict=True):
         assert ours.data_ptr() != theirs.data_ptr()
         assert ours.stride() == theirs.stride()
     assert average.module.layer2[0].conv1.weight.is_contiguous(memory_format=torch.channels_last)
-    assert [type(each) for each in average.module.modules()] == [type(each) for each in model.modules()]
+    assert [type(each) for each in average.module.modules()] == [
+        type(each) for each in model.modules()
+    ]
 
 
 def test_a_recipe_without_decay_has_no_average(model: ResNet18) -> None:
@@ -176,7 +190,9 @@ def test_a_saved_average_continues_bit_for_bit(model: ResNet18) -> None:
             file.seek(0)
             saved = torch.load(file, weights_only=True)
             assert all(isinstance(value, torch.Tensor) for value in saved.values())
-            average = make_average(build_model(replace(recipe, width=16), classes=3, seed=9), recipe)
+            average = make_average(
+                build_model(replace(recipe, width=16), classes=3, seed=9), recipe
+            )
             average.load_state_dict(saved)
         move(model, seed=step)
         average.update_parameters(model)
@@ -186,7 +202,9 @@ def test_a_saved_average_continues_bit_for_bit(model: ResNet18) -> None:
 def test_an_update_reads_nothing_from_the_device_and_sends_nothing_there(model: ResNet18) -> None:
     """Either would wait for it. "meta" stands for a GPU; PyTorch's own average sends its counter."""
     elsewhere = copy.deepcopy(model).to("meta")
-    own = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.9))
+    own = torch.optim.swa_utils.AveragedModel(
+        model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.9)
+    )
     sent = {}
     for name, average in (("ours", make_average(model, averaged(0.9))), ("own", own)):
         average.module = average.module.to("meta")
@@ -204,7 +222,9 @@ def test_an_update_reads_nothing_from_the_device_and_sends_nothing_there(model: 
 
 @pytest.mark.numerical
 @pytest.mark.parametrize("sizes", [(4, 4, 4), (6, 2, 3), (5,)])
-def test_statistics_are_plain_means_over_the_batches(model: ResNet18, sizes: tuple[int, ...]) -> None:
+def test_statistics_are_plain_means_over_the_batches(
+    model: ResNet18, sizes: tuple[int, ...]
+) -> None:
     """In every layer, whatever the statistics were before."""
     batches, seen, hooks = some_batches(*sizes), {}, []
     for name, module in model.named_modules():
@@ -212,11 +232,18 @@ def test_statistics_are_plain_means_over_the_batches(model: ResNet18, sizes: tup
             module.running_mean.fill_(torch.nan)
             module.running_var.fill_(torch.inf)
             keep = seen.setdefault(name, []).append
-            hooks.append(module.register_forward_pre_hook(lambda _, inputs, keep=keep: keep(inputs[0].clone())))
+            hooks.append(
+                module.register_forward_pre_hook(
+                    lambda _, inputs, keep=keep: keep(inputs[0].clone())
+                )
+            )
     reestimate_batch_norm(model, batches)
     assert len(seen) == 20
     for name, inputs in seen.items():
-        layer, flat = model.get_submodule(name), [each.transpose(0, 1).flatten(1).double() for each in inputs]
+        layer, flat = (
+            model.get_submodule(name),
+            [each.transpose(0, 1).flatten(1).double() for each in inputs],
+        )
         mean = torch.stack([values.mean(1) for values in flat]).mean(0)
         variance = torch.stack([values.var(1, unbiased=True) for values in flat]).mean(0)
         assert torch.allclose(layer.running_mean.double(), mean, rtol=1e-4, atol=1e-5), name
@@ -242,7 +269,9 @@ def test_pytorchs_own_statistics_are_the_same(model: ResNet18) -> None:
     torch.optim.swa_utils.update_bn(batches, theirs)
     reestimate_batch_norm(model, batches)
     for name, tensor in theirs.state_dict().items():
-        assert torch.allclose(model.state_dict()[name].float(), tensor.float(), rtol=1e-5, atol=1e-6), name
+        assert torch.allclose(
+            model.state_dict()[name].float(), tensor.float(), rtol=1e-5, atol=1e-6
+        ), name
 
 
 def test_statistics_are_estimated_without_reading_a_number(model: ResNet18) -> None:
@@ -264,11 +293,17 @@ def test_nothing_but_the_statistics_changes(model: ResNet18, training: bool) -> 
     momenta = [each.momentum for each in model.modules() if isinstance(each, nn.BatchNorm2d)]
     before, random_state = everything(model), torch.get_rng_state()
     reestimate_batch_norm(model, some_batches(3, 3))
-    assert changed(before, model.state_dict()) == set(before) - {name for name, _ in model.named_parameters()}
+    assert changed(before, model.state_dict()) == set(before) - {
+        name for name, _ in model.named_parameters()
+    }
     assert {name: module.training for name, module in model.named_modules()} == modes
-    assert [each.momentum for each in model.modules() if isinstance(each, nn.BatchNorm2d)] == momenta
+    assert [
+        each.momentum for each in model.modules() if isinstance(each, nn.BatchNorm2d)
+    ] == momenta
     assert torch.equal(torch.get_rng_state(), random_state)
-    assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
+    assert all(
+        parameter.grad is None and parameter.requires_grad for parameter in model.parameters()
+    )
 
 
 def test_only_batch_norm_is_in_training_mode_meanwhile() -> None:
@@ -302,7 +337,9 @@ def test_no_batches_are_an_error_and_change_nothing(model: ResNet18) -> None:
 
 def test_no_gradients_are_recorded(model: ResNet18) -> None:
     enabled = []
-    model.fc.register_forward_hook(lambda _module, _inputs, output: enabled.append(output.requires_grad))
+    model.fc.register_forward_hook(
+        lambda _module, _inputs, output: enabled.append(output.requires_grad)
+    )
     reestimate_batch_norm(model, some_batches(3, 3))
     assert enabled == [False, False]
     assert torch.is_grad_enabled()
@@ -310,7 +347,9 @@ def test_no_gradients_are_recorded(model: ResNet18) -> None:
 
 def test_the_callers_autocast_holds(model: ResNet18) -> None:
     seen = set()
-    model.layer1[0].conv2.register_forward_hook(lambda _module, _inputs, output: seen.add(output.dtype))
+    model.layer1[0].conv2.register_forward_hook(
+        lambda _module, _inputs, output: seen.add(output.dtype)
+    )
     with torch.autocast("cpu", torch.bfloat16):
         reestimate_batch_norm(model, some_batches(3, 3))
     assert seen == {torch.bfloat16}
@@ -327,7 +366,9 @@ class _OtherBatchNorm(nn.modules.batchnorm._BatchNorm):
 def test_other_kinds_of_batch_norm_are_found_and_those_without_statistics_passed_over() -> None:
     batches = some_batches(4, 4)
     other, reference = _OtherBatchNorm(3), nn.BatchNorm2d(3)
-    reestimate_batch_norm(nn.Sequential(nn.BatchNorm2d(3, track_running_stats=False), other), batches)
+    reestimate_batch_norm(
+        nn.Sequential(nn.BatchNorm2d(3, track_running_stats=False), other), batches
+    )
     reestimate_batch_norm(nn.Sequential(nn.BatchNorm2d(3, affine=False), reference), batches)
     assert torch.allclose(other.running_var, reference.running_var)
     assert torch.allclose(other.running_mean, reference.running_mean, atol=1e-6)
@@ -341,16 +382,23 @@ def test_an_averaged_network_works_with_its_own_statistics_only(model: ResNet18)
     for step in range(2):
         with torch.no_grad():
             for parameter in model.parameters():
-                parameter.add_(0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(step)))
+                parameter.add_(
+                    0.3
+                    * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(step))
+                )
         average.update_parameters(model)
     (images,) = some_batches(8, side=32)
     network = average.module
     with torch.no_grad():
         expected = network.train()(images)
-        network.load_state_dict(network.state_dict() | {k: v for k, v in model.state_dict().items() if "running" in k})
+        network.load_state_dict(
+            network.state_dict() | {k: v for k, v in model.state_dict().items() if "running" in k}
+        )
         assert not torch.allclose(network.eval()(images), expected, rtol=0.1)
         reestimate_batch_norm(network, [images])
-        assert torch.allclose(network(images), expected, rtol=0.02, atol=0.02 * expected.abs().max().item())
+        assert torch.allclose(
+            network(images), expected, rtol=0.02, atol=0.02 * expected.abs().max().item()
+        )
 
 
 # --- On a GPU ---------------------------------------------------------------------------------------------------------
@@ -381,4 +429,6 @@ def test_averages_and_statistics_on_a_gpu_are_the_same_and_not_waited_for(model:
         finally:
             torch.cuda.set_sync_debug_mode("default")
     for name, tensor in there.state_dict().items():
-        assert torch.allclose(tensor.cpu().float(), average.state_dict()[name].float(), rtol=1e-2, atol=1e-3), name
+        assert torch.allclose(
+            tensor.cpu().float(), average.state_dict()[name].float(), rtol=1e-2, atol=1e-3
+        ), name

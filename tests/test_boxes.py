@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from tinylab.boxes import box_area, centre_hits, energy, hits, usable
-from tinylab.dataset import Dataset
+from tinylab.data.dataset import Dataset
+from tinylab.explain.boxes import box_area, centre_hits, energy, hits, usable
 
 BOXES = np.array(
     [
@@ -50,14 +50,18 @@ def test_a_shifted_mask_scores_its_overlap() -> None:
         moved = masks(box + np.array([dx, dy, dx, dy]))
         overlap = max(24 - abs(dx), 0) * max(40 - abs(dy), 0) / (24 * 40)
         assert energy(moved, box)[0] == pytest.approx(overlap), (dx, dy)
-        assert hits(moved, box)[0] == pytest.approx(overlap), "every pixel of the mask is a highest one"
+        assert hits(moved, box)[0] == pytest.approx(overlap), (
+            "every pixel of the mask is a highest one"
+        )
 
 
 @pytest.mark.parametrize(("x", "y", "inside"), [
     (8, 16, True), (31, 55, True), (31, 16, True), (8, 55, True), (7, 16, False), (32, 55, False), (8, 15, False),
     (31, 56, False), (16, 8, False), (55, 31, False),
 ])  # fmt: skip
-def test_both_ends_of_a_box_belong_to_it_and_x_goes_to_the_right(x: int, y: int, inside: bool) -> None:
+def test_both_ends_of_a_box_belong_to_it_and_x_goes_to_the_right(
+    x: int, y: int, inside: bool
+) -> None:
     one_point = np.zeros((1, 64, 64), np.float32)
     one_point[0, y, x] = 1
     assert hits(one_point, BOXES[:1])[0] == inside
@@ -92,8 +96,10 @@ def by_hand(small: np.ndarray, box: list[int]) -> tuple[float, float]:
     pixels = {(y, x): value(y, x) for y in range(64) for x in range(64)}
     inside = {(y, x) for y, x in pixels if box[0] <= x <= box[2] and box[1] <= y <= box[3]}
     highest = max(pixels.values())
-    peaks = {place for place, each in pixels.items() if each >= highest * (1 - 1e-6)}
-    return len(peaks & inside) / len(peaks), sum(pixels[place] for place in inside) / sum(pixels.values())
+    peaks = {compute for compute, each in pixels.items() if each >= highest * (1 - 1e-6)}
+    return len(peaks & inside) / len(peaks), sum(pixels[compute] for compute in inside) / sum(
+        pixels.values()
+    )
 
 
 def test_coarse_maps_equal_a_slow_loop() -> None:
@@ -101,7 +107,10 @@ def test_coarse_maps_equal_a_slow_loop() -> None:
     for side in (2, 8, 16):
         maps = rng.random((3, side, side)).astype(np.float32)
         maps[1, 0, 0] = 5  # highest in a corner, where the enlarged map has a plateau
-        expected = [by_hand(small.astype(float), box) for small, box in zip(maps, BOXES[:3].tolist(), strict=True)]
+        expected = [
+            by_hand(small.astype(float), box)
+            for small, box in zip(maps, BOXES[:3].tolist(), strict=True)
+        ]
         assert np.allclose(hits(maps, BOXES[:3]), [hit for hit, _ in expected])
         assert np.allclose(energy(maps, BOXES[:3]), [share for _, share in expected])
 
@@ -123,7 +132,10 @@ def test_values_that_differ_by_rounding_only_are_equal() -> None:
 
 
 def test_boxes_without_an_inside_are_known() -> None:
-    boxes = np.array([[3, 3, 3, 9], [3, 9, 8, 9], [9, 3, 3, 9], [3, 3, 4, 4], [0, 0, 63, 63], [63, 63, 0, 0]], np.uint8)
+    boxes = np.array(
+        [[3, 3, 3, 9], [3, 9, 8, 9], [9, 3, 3, 9], [3, 3, 4, 4], [0, 0, 63, 63], [63, 63, 0, 0]],
+        np.uint8,
+    )
     assert usable(boxes).tolist() == [False, False, False, True, True, False]
     assert np.allclose(box_area(boxes), np.array([7, 6, 0, 4, 4096, 0]) / 4096)
 
@@ -142,7 +154,9 @@ def test_the_centre_scores_what_a_map_with_its_peak_there_scores(box: tuple, hit
 def test_sample_data_have_boxes_around_their_shapes(sample_dataset: Dataset) -> None:
     """The made-up images: what differs from the background most lies in the box, whose maker knows where it drew."""
     images, boxes = sample_dataset.images[:200].astype(np.float64), sample_dataset.boxes[:200]
-    border = np.concatenate([images[:, 0], images[:, -1], images[:, :, 0], images[:, :, -1]], axis=1)
+    border = np.concatenate(
+        [images[:, 0], images[:, -1], images[:, :, 0], images[:, :, -1]], axis=1
+    )
     contrast = np.abs(images - np.median(border, axis=1)[:, None, None]).sum(axis=3)
     contrast = np.maximum(contrast - np.quantile(contrast, 0.8, axis=(1, 2), keepdims=True), 0)
     good = usable(boxes)
@@ -159,5 +173,7 @@ def test_the_published_boxes_have_their_known_figures(real_dataset: Dataset) -> 
     assert ((~usable(train)).sum(), (~usable(validation)).sum()) == (434, 41)
     good = validation[usable(validation)]
     assert centre_hits(good).mean() == pytest.approx(0.791, abs=0.001)
-    assert (centre_hits(good) == 1).mean() == pytest.approx(0.784, abs=0.001), "all four pixels, the stricter count"
+    assert (centre_hits(good) == 1).mean() == pytest.approx(0.784, abs=0.001), (
+        "all four pixels, the stricter count"
+    )
     assert box_area(good).mean() == pytest.approx(0.52, abs=0.01)

@@ -14,14 +14,20 @@ import pytest
 import torch
 import yaml
 
-from tinylab.archive import CONTENT_SHA256
-from tinylab.card import FILES, MARK, model_card, write_hand_over
-from tinylab.model import ResNet18, weights_file
-from tinylab.predict import load, normalised, predict
-from tinylab.recipe import Recipe, UserError, published
-from tinylab.record import Run
+from tinylab.data.archive import CONTENT_SHA256
+from tinylab.exceptions import UserError
+from tinylab.model import ResNet18
+from tinylab.recipe import Recipe
+from tinylab.recipes import published
+from tinylab.run.folder import Run
+from tinylab.run.weights import weights_file
+from tinylab.share.card import FILES, MARK, model_card, write_hand_over
+from tinylab.share.predict import load, normalised, predict
 
-NASTY = '<script>alert(1)</script> | [x](http://evil.example) `code` "quoted" \n# heading \u202e\x1b[31m' + "y" * 300
+NASTY = (
+    '<script>alert(1)</script> | [x](http://evil.example) `code` "quoted" \n# heading \u202e\x1b[31m'
+    + "y" * 300
+)
 
 
 @pytest.fixture
@@ -41,7 +47,14 @@ def explained(**changes: object) -> dict:
     """What explain.json may hold."""
     share = {"mean": 0.781, "low": 0.762, "high": 0.8}
     sides = {"one": {"name": "red"}, "other": {"name": "blue"}}
-    group = {"boxes": "all", "answers": "wrong", "class": "actual", "images": 1234, "hit": share, "centre_hit": share}
+    group = {
+        "boxes": "all",
+        "answers": "wrong",
+        "class": "actual",
+        "images": 1234,
+        "hit": share,
+        "centre_hit": share,
+    }
     return {
         "errors": {
             "best": [{"name": "green", "top1": 91.25}],
@@ -84,7 +97,10 @@ def test_the_numbers_are_the_run_s(real: Run) -> None:
     assert f"| test images | {summary['test_images']:,} |" in card
     assert f"{summary['train_images']:,} images of 3 classes, {real.recipe.epochs} epochs" in card
     share = summary["test_top1"] / 100
-    assert f"sampling error of {100 * math.sqrt(share * (1 - share) / summary['test_images']):.2f} points" in card
+    assert (
+        f"sampling error of {100 * math.sqrt(share * (1 - share) / summary['test_images']):.2f} points"
+        in card
+    )
     for sha256 in (real.identity["split_sha256"], CONTENT_SHA256):
         assert sha256 in card
     for words in ("After the last epoch, never the best one", "one network, seed 0", "no test-time augmentation",
@@ -123,7 +139,9 @@ def test_other_data_does_not_pass_for_tiny_imagenet(run: Run) -> None:
     assert "another task than all 200" not in card
 
 
-@pytest.mark.parametrize(("protocol", "words"), [("official", "the data set's own"), ("select", "not a final number")])
+@pytest.mark.parametrize(
+    ("protocol", "words"), [("official", "the data set's own"), ("select", "not a final number")]
+)
 def test_the_protocol_is_explained(real: Run, protocol: str, words: str) -> None:
     real.write("summary.json", real.summary | {"protocol": protocol})
     card = model_card(real)
@@ -132,9 +150,15 @@ def test_the_protocol_is_explained(real: Run, protocol: str, words: str) -> None
 
 
 def test_what_was_not_measured_is_said_not_to_be(run: Run) -> None:
-    run.write("summary.json", {key: value for key, value in run.summary.items() if key != "flip_tta_top1"})
+    run.write(
+        "summary.json", {key: value for key, value in run.summary.items() if key != "flip_tta_top1"}
+    )
     card = model_card(run)
-    for what in ("the accuracy of each class", "calibration", "the agreement of its class activation maps"):
+    for what in (
+        "the accuracy of each class",
+        "calibration",
+        "the agreement of its class activation maps",
+    ):
         assert f"Not measured: {what}" in card
     assert "(apart) | not measured |" in card
     assert "other seeds, other splits, other data | not measured" in card
@@ -165,7 +189,11 @@ def test_foreign_text_stays_text(run: Run) -> None:
     run.write("run.json", run.identity | {"split_sha256": NASTY})
     run.write("summary.json", run.summary | {"protocol": NASTY})
     extra = explained()
-    for part in (extra["errors"]["best"][0], extra["errors"]["worst"][0], extra["errors"]["pairs"][0]["one"]):
+    for part in (
+        extra["errors"]["best"][0],
+        extra["errors"]["worst"][0],
+        extra["errors"]["pairs"][0]["one"],
+    ):
         part["name"] = NASTY
     extra["localisation"] |= {"method": NASTY, "stage": NASTY}
     extra["localisation"]["groups"][0] |= {"boxes": NASTY, "answers": NASTY, "class": NASTY}
@@ -202,7 +230,9 @@ def test_runs_that_are_not_finished_have_no_card(run: Run) -> None:
 # --- Its code works ---------------------------------------------------------------------------------------------------
 
 
-def test_the_lines_for_tinylab_work(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_lines_for_tinylab_work(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from PIL import Image
 
     model, about = load(run.folder)
@@ -210,7 +240,9 @@ def test_the_lines_for_tinylab_work(run: Run, tmp_path: Path, monkeypatch: pytes
     monkeypatch.chdir(tmp_path / "new")
     pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     Image.fromarray(pixels).save("picture.jpg", quality=100, subsampling=0)
-    (block,) = python_blocks(Path("README.md").read_text())  # of a narrow network, which torchvision does not have
+    (block,) = python_blocks(
+        Path("README.md").read_text()
+    )  # of a narrow network, which torchvision does not have
     found: dict = {}
     exec(block, found)
     assert found["answers"] == predict(model, about, np.asarray(Image.open("picture.jpg"))[None])
@@ -218,7 +250,9 @@ def test_the_lines_for_tinylab_work(run: Run, tmp_path: Path, monkeypatch: pytes
 
 
 @pytest.mark.slow
-def test_the_lines_for_torchvision_work(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_lines_for_torchvision_work(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     wide = replace(published(), epochs=run.recipe.epochs)
     torch.manual_seed(0)
     put_wide(run, wide)
@@ -236,7 +270,9 @@ def test_the_lines_for_torchvision_work(run: Run, tmp_path: Path, monkeypatch: p
 def put_wide(run: Run, recipe: Recipe) -> None:
     """Makes the run one of a network of full width, with made-up weights."""
     about = load(run.folder)[1]
-    content = weights_file(ResNet18(3), recipe, tuple(about["wnids"]), tuple(about["names"]), {}, "0" * 64)
+    content = weights_file(
+        ResNet18(3), recipe, tuple(about["wnids"]), tuple(about["names"]), {}, "0" * 64
+    )
     run.weights.write_bytes(content)
     run.write("recipe.json", asdict(recipe))
     run.write("summary.json", run.summary | {"model_sha256": hashlib.sha256(content).hexdigest()})
@@ -262,13 +298,23 @@ def test_weights_classes_and_card_are_handed_over(run: Run, tmp_path: Path) -> N
 def test_what_was_explained_since_is_in_the_next_card(run: Run, tmp_path: Path) -> None:
     _, about = load(run.folder)
     write_hand_over(run, about, tmp_path / "new")
-    rest = {"model_sha256": run.summary["model_sha256"], "tested": 6, "wrong": 1, "method": "gradcam"}
+    rest = {
+        "model_sha256": run.summary["model_sha256"],
+        "tested": 6,
+        "wrong": 1,
+        "method": "gradcam",
+    }
     run.write("explain.json", explained() | rest | {"images": [], "figures": []})
     card = write_hand_over(run, about, tmp_path / "new")[2].read_text()
     assert "Not measured" not in card
     assert card == model_card(run, run.explanation, about["names"])
-    run.write("explain.json", explained() | rest | {"images": [], "figures": [], "model_sha256": "of other weights"})
-    assert "Not measured: calibration" in write_hand_over(run, about, tmp_path / "new")[2].read_text()
+    run.write(
+        "explain.json",
+        explained() | rest | {"images": [], "figures": [], "model_sha256": "of other weights"},
+    )
+    assert (
+        "Not measured: calibration" in write_hand_over(run, about, tmp_path / "new")[2].read_text()
+    )
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -277,7 +323,9 @@ def test_nobody_s_files_are_replaced(run: Run, tmp_path: Path, name: str) -> Non
     folder = tmp_path / "project"
     folder.mkdir()
     (folder / name).write_text("somebody's")
-    with pytest.raises(UserError, match=rf"holds another {re.escape(name)}: choose an empty folder"):
+    with pytest.raises(
+        UserError, match=rf"holds another {re.escape(name)}: choose an empty folder"
+    ):
         write_hand_over(run, about, folder)
     assert [path.read_text() for path in folder.iterdir()] == ["somebody's"]
 

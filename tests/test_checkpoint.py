@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from tinylab import checkpoint
-from tinylab.checkpoint import MAGIC, NEWEST, PREVIOUS, clean, load, save, write_atomically
-from tinylab.recipe import UserError
+from tinylab.exceptions import UserError
+from tinylab.files import write_atomically
+from tinylab.run import checkpoint
+from tinylab.run.checkpoint import MAGIC, NEWEST, PREVIOUS, clean, load, save
 
 
 def state(number: int) -> dict:
@@ -37,16 +38,16 @@ def epoch_of(folder: Path) -> int:
 def damaged(data: bytes, rng: random.Random) -> bytes:
     """One of the things that disks, networks and killed processes do to a file."""
     kind = rng.choice(["bit", "cut", "longer", "zeros", "empty"])
-    place = rng.randrange(len(data))
+    compute = rng.randrange(len(data))
     if kind == "bit":
-        return data[:place] + bytes([data[place] ^ 1 << rng.randrange(8)]) + data[place + 1 :]
+        return data[:compute] + bytes([data[compute] ^ 1 << rng.randrange(8)]) + data[compute + 1 :]
     if kind == "cut":
-        return data[:place]
+        return data[:compute]
     if kind == "longer":
         return data + bytes(rng.randrange(1, 100))
     if kind == "zeros":  # from somewhere before the last bytes, which are zeros in a zip file
-        place = rng.randrange(len(data) - 100)
-        return data[:place] + bytes(len(data) - place)
+        compute = rng.randrange(len(data) - 100)
+        return data[:compute] + bytes(len(data) - compute)
     return b""
 
 
@@ -69,13 +70,18 @@ def test_two_generations_are_kept(tmp_path: Path) -> None:
     assert epoch_of(tmp_path) == 3
     (tmp_path / NEWEST).unlink()
     assert epoch_of(tmp_path) == 2
-    assert {path.name for path in tmp_path.iterdir()} == {NEWEST}  # moved up: the next save keeps it
+    assert {path.name for path in tmp_path.iterdir()} == {
+        NEWEST
+    }  # moved up: the next save keeps it
 
 
 def test_every_damage_is_noticed_and_the_previous_one_used(tmp_path: Path) -> None:
     for number in (1, 2):
         save(tmp_path, state(number))
-    whole, rng = {name: (tmp_path / name).read_bytes() for name in (NEWEST, PREVIOUS)}, random.Random(0)
+    whole, rng = (
+        {name: (tmp_path / name).read_bytes() for name in (NEWEST, PREVIOUS)},
+        random.Random(0),
+    )
     for _ in range(60):
         for name, data in whole.items():
             (tmp_path / name).write_bytes(data)
@@ -105,7 +111,9 @@ def test_two_damaged_ones_are_refused(tmp_path: Path) -> None:
         save(tmp_path, state(number))
     for name in (NEWEST, PREVIOUS):
         (tmp_path / name).write_bytes(b"damaged")
-    with pytest.raises(UserError, match=r"every checkpoint is damaged.*last\.ckpt, .*previous\.ckpt.*delete them"):
+    with pytest.raises(
+        UserError, match=r"every checkpoint is damaged.*last\.ckpt, .*previous\.ckpt.*delete them"
+    ):
         load(tmp_path)
 
 
@@ -137,7 +145,9 @@ def fail_with(error: BaseException) -> Callable:
     return failing
 
 
-def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_is_replaced_whole_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "file"
     write_atomically(path, b"first")
 
@@ -148,7 +158,9 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyt
 
     with monkeypatch.context() as patched:
         patched.setattr(checkpoint, "open", lambda name, mode: FullDisk(name, mode), raising=False)
-        with pytest.raises(UserError, match=r"cannot write .*file \(6 bytes\): No space left on device"):
+        with pytest.raises(
+            UserError, match=r"cannot write .*file \(6 bytes\): No space left on device"
+        ):
             write_atomically(path, b"second")
     assert path.read_bytes() == b"first"
     assert [entry.name for entry in tmp_path.iterdir()] == ["file"]

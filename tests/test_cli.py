@@ -21,7 +21,7 @@ from PIL import Image
 
 from tinylab.cli import COMMANDS, main, parse
 from tinylab.recipe import Recipe
-from tinylab.record import Run
+from tinylab.run.folder import Run
 
 TRAIN = "train smoke --epochs 1 --width 16 --limit-classes 2 --split official"
 
@@ -113,7 +113,9 @@ def test_the_published_schedule_prints_the_logged_learning_rates(
     assert [float(line.split(",")[1]) for line in lines[1::301]] == logged
 
 
-def test_the_summary_is_the_table_and_nothing_else(repository: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_summary_is_the_table_and_nothing_else(
+    repository: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     assert main(["summary"]) == 0
     out, err = capfd.readouterr()
     assert out == (repository / "results" / "reference" / "model_summary.txt").read_text()
@@ -135,7 +137,9 @@ def test_a_reader_that_has_seen_enough_is_no_error(
 
 
 @pytest.fixture
-def in_chain(chain: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable:
+def in_chain(
+    chain: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Callable:
     """A function that runs a command line in the folder of `chain` and returns the lines it prints."""
     monkeypatch.chdir(chain)
     monkeypatch.delenv("TINY_IMAGENET", raising=False)
@@ -169,7 +173,9 @@ def test_preparing_again_only_opens(in_chain: Callable) -> None:
     assert lines[0] == "data/tiny-imagenet: 600 images (500 training, 100 validation)"
 
 
-def test_verifying_tells_whether_anything_changed(in_chain: Callable, chain: Path, tmp_path: Path) -> None:
+def test_verifying_tells_whether_anything_changed(
+    in_chain: Callable, chain: Path, tmp_path: Path
+) -> None:
     assert "every file is as it was prepared" in in_chain("verify")[0]
     shutil.copytree(chain / "data" / "tiny-imagenet", tmp_path / "copy")
     images = bytearray((tmp_path / "copy" / "images.npy").read_bytes())
@@ -181,14 +187,22 @@ def test_verifying_tells_whether_anything_changed(in_chain: Callable, chain: Pat
 def test_evaluating_again_gives_the_run_s_numbers(in_chain: Callable, chain: Path) -> None:
     summary = Run(chain / "runs" / "smoke-official-s0").summary
     result = json.loads(in_chain("evaluate runs/smoke-official-s0")[-1])
-    assert (result["tta"], result["protocol"], result["classes"], result["test_total"]) == ("none", "official", 2, 20)
+    assert (result["tta"], result["protocol"], result["classes"], result["test_total"]) == (
+        "none",
+        "official",
+        2,
+        20,
+    )
     for name in ("test_top1", "test_top5", "test_correct"):
         assert result[name] == summary[name]
     assert result["test_loss"] == pytest.approx(summary["test_loss"], rel=1e-6)
 
 
 def test_evaluating_with_mirror_images_says_so(in_chain: Callable) -> None:
-    plain, flip = (json.loads(in_chain(f"evaluate runs/smoke-official-s0 --tta {tta}")[-1]) for tta in ("none", "flip"))
+    plain, flip = (
+        json.loads(in_chain(f"evaluate runs/smoke-official-s0 --tta {tta}")[-1])
+        for tta in ("none", "flip")
+    )
     assert flip["tta"] == "flip"
     assert flip["test_total"] == plain["test_total"]
     assert flip["test_loss"] != plain["test_loss"]
@@ -197,8 +211,23 @@ def test_evaluating_with_mirror_images_says_so(in_chain: Callable) -> None:
 def test_explaining_draws_every_figure(in_chain: Callable, chain: Path) -> None:
     lines = in_chain("explain runs/smoke-official-s0 --count 2")
     run = Run(chain / "runs" / "smoke-official-s0")
-    names = {"samples", "augmentation", "learning_rate", "curves", "classes", "misclassified", "gradcam"}
-    names |= {"class_maps", "confusion", "confused_pairs", "confident_mistakes", "hesitant_hits", "reliability"}
+    names = {
+        "samples",
+        "augmentation",
+        "learning_rate",
+        "curves",
+        "classes",
+        "misclassified",
+        "gradcam",
+    }
+    names |= {
+        "class_maps",
+        "confusion",
+        "confused_pairs",
+        "confident_mistakes",
+        "hesitant_hits",
+        "reliability",
+    }
     names |= {"label_conflicts", "localisation"}
     assert {path.stem for path in run.figures.iterdir()} == names
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in run.figures.glob("*.png"))
@@ -214,17 +243,26 @@ def test_explaining_draws_every_figure(in_chain: Callable, chain: Path) -> None:
         assert len((run.folder / name).read_text().splitlines()) == count
 
 
-def test_explaining_all_images_of_another_stage_and_asking_for_faithfulness(in_chain: Callable, chain: Path) -> None:
-    in_chain("explain runs/smoke-official-s0 --count 1 --all --layer layer3 --method eigencam --faithfulness 3")
+def test_explaining_all_images_of_another_stage_and_asking_for_faithfulness(
+    in_chain: Callable, chain: Path
+) -> None:
+    in_chain(
+        "explain runs/smoke-official-s0 --count 1 --all --layer layer3 --method eigencam --faithfulness 3"
+    )
     run = Run(chain / "runs" / "smoke-official-s0")
     explained = run.explanation
-    assert (explained["localisation"]["stage"], explained["localisation"]["method"]) == ("layer3", "eigencam")
+    assert (explained["localisation"]["stage"], explained["localisation"]["method"]) == (
+        "layer3",
+        "eigencam",
+    )
     assert explained["localisation"]["native_size"] == [16, 16]
     assert explained["faithfulness"]["images"] == 3
     assert (run.figures / "faithfulness.png").exists()
 
 
-def test_a_report_is_one_file_and_explains_what_is_not_yet_explained(in_chain: Callable, chain: Path) -> None:
+def test_a_report_is_one_file_and_explains_what_is_not_yet_explained(
+    in_chain: Callable, chain: Path
+) -> None:
     run = Run(chain / "runs" / "smoke-official-s0")
     (run.folder / "explain.json").unlink(missing_ok=True)
     lines = in_chain("report runs/smoke-official-s0")
@@ -239,7 +277,9 @@ def test_a_report_is_one_file_and_explains_what_is_not_yet_explained(in_chain: C
     assert (run.folder / "explain.json").stat().st_mtime_ns == before
 
 
-def test_what_an_earlier_explanation_made_does_not_stay_beside_a_later_one(in_chain: Callable, chain: Path) -> None:
+def test_what_an_earlier_explanation_made_does_not_stay_beside_a_later_one(
+    in_chain: Callable, chain: Path
+) -> None:
     run = Run(chain / "runs" / "smoke-official-s0")
     in_chain("explain runs/smoke-official-s0 --count 1 --faithfulness 1")
     assert (run.figures / "faithfulness.png").exists()
@@ -260,7 +300,9 @@ def test_a_page_shows_no_picture_from_elsewhere(in_chain: Callable, chain: Path)
     run = Run(chain / "runs" / "smoke-official-s0")
     in_chain("explain runs/smoke-official-s0 --count 0 --sample 0")
     shutil.copy(run.figures / "curves.png", chain / "private.png")
-    record = run.explanation | {"figures": ["../../../private", str(chain / "private"), {}, 3, None, "curves"]}
+    record = run.explanation | {
+        "figures": ["../../../private", str(chain / "private"), {}, 3, None, "curves"]
+    }
     run.write("explain.json", record)
     in_chain("report runs/smoke-official-s0")
     assert (run.folder / "report.html").read_text().count("data:image/png") == 1
@@ -281,7 +323,9 @@ def test_predicting_names_classes_and_draws(in_chain: Callable, chain: Path) -> 
     (chain / "there").mkdir(exist_ok=True)
     for name in ("a.png", "there/a.png", "there/A-2.png"):
         Image.fromarray(rng.integers(0, 256, (90, 120, 3), dtype=np.uint8)).save(chain / name)
-    lines = in_chain("predict runs/smoke-official-s0 a.png there/a.png there/A-2.png --gradcam seen --json")
+    lines = in_chain(
+        "predict runs/smoke-official-s0 a.png there/a.png there/A-2.png --gradcam seen --json"
+    )
     answers = [json.loads(line) for line in lines]
     assert [answer["image"] for answer in answers] == ["a.png", "there/a.png", "there/A-2.png"]
     assert [Path(answer["figure"]).name for answer in answers] == ["a.png", "a-2.png", "A-2-2.png"]
@@ -298,28 +342,42 @@ def test_predicting_names_classes_and_draws(in_chain: Callable, chain: Path) -> 
 def test_exporting_hands_over_what_can_be_loaded(in_chain: Callable, chain: Path) -> None:
     pytest.importorskip("onnxruntime", reason="the extra 'export' is not installed")
     lines = in_chain("export runs/smoke-official-s0 --onnx given/model.onnx --to given")
-    assert {path.name for path in (chain / "given").iterdir()} >= {"model.safetensors", "README.md", "model.onnx"}
+    assert {path.name for path in (chain / "given").iterdir()} >= {
+        "model.safetensors",
+        "README.md",
+        "model.onnx",
+    }
     assert "differ by at most" in lines[-1]
     there = Run(chain / "runs" / "smoke-official-s0").weights
     (chain / "mine").mkdir()
     (chain / "mine" / "README.md").write_text("mine")
-    for line in ("--to mine --onnx mine.onnx", f"--onnx {there.relative_to(chain)}", "--onnx given"):
+    for line in (
+        "--to mine --onnx mine.onnx",
+        f"--onnx {there.relative_to(chain)}",
+        "--onnx given",
+    ):
         assert main(f"export runs/smoke-official-s0 {line}".split()) == 2
     assert not (chain / "mine.onnx").exists()
     assert (chain / "given" / "model.safetensors").read_bytes() == there.read_bytes()
 
 
-def test_finding_a_learning_rate_leaves_a_picture_and_no_run(in_chain: Callable, chain: Path) -> None:
+def test_finding_a_learning_rate_leaves_a_picture_and_no_run(
+    in_chain: Callable, chain: Path
+) -> None:
     before = set((chain / "runs").iterdir())
-    lines = in_chain("find-lr smoke --width 16 --limit-classes 2 --split official --steps 12 --workers 0")
+    lines = in_chain(
+        "find-lr smoke --width 16 --limit-classes 2 --split official --steps 12 --workers 0"
+    )
     assert lines[0] == "runs/find-lr-smoke-official-s0.png"
-    assert set((chain / "runs").iterdir()) - before == {chain / "runs" / "find-lr-smoke-official-s0.png"}
+    assert set((chain / "runs").iterdir()) - before == {
+        chain / "runs" / "find-lr-smoke-official-s0.png"
+    }
     assert "--max-learning-rate" in lines[1] or lines[1].startswith("no suggestion")
 
 
 def test_a_suggested_learning_rate_comes_with_the_options_it_was_found_with() -> None:
     from tinylab.cli import _with_learning_rate
-    from tinylab.recipe import named
+    from tinylab.recipes import named
 
     smoke, fast = named("smoke"), named("speedrun")
     changed = replace(smoke, batch_size=7, nesterov=not smoke.nesterov, mean=(0.1, 0.2, 0.3))
@@ -336,15 +394,20 @@ def test_a_suggested_learning_rate_comes_with_the_options_it_was_found_with() ->
 
 def test_tracking_writes_every_epoch_for_tensorboard(in_chain: Callable, chain: Path) -> None:
     accumulator = pytest.importorskip(
-        "tensorboard.backend.event_processing.event_accumulator", reason="the extra 'track' is not installed"
+        "tensorboard.backend.event_processing.event_accumulator",
+        reason="the extra 'track' is not installed",
     )
     in_chain(f"{TRAIN} --run runs/tracked --track tensorboard")
     events = accumulator.EventAccumulator(str(chain / "runs" / "tracked" / "tensorboard"))
     events.Reload()
-    in_chain(f"{TRAIN} --run runs/tracked --track tensorboard")  # finished: told once more, shown once
+    in_chain(
+        f"{TRAIN} --run runs/tracked --track tensorboard"
+    )  # finished: told once more, shown once
     events.Reload()
     shown = [(event.step, event.value) for event in events.Scalars("top1/test")]
-    assert shown == [(1, pytest.approx(Run(chain / "runs" / "tracked").summary["test_top1"], rel=1e-6))]
+    assert shown == [
+        (1, pytest.approx(Run(chain / "runs" / "tracked").summary["test_top1"], rel=1e-6))
+    ]
 
 
 def test_ctrl_c_in_a_command_without_a_run_is_one_line(
@@ -353,14 +416,30 @@ def test_ctrl_c_in_a_command_without_a_run_is_one_line(
     """Interrupted while decoding: 130, and no half-made data folder."""
     code = (
         "import os, signal, sys\n"
-        "from tinylab import dataset\n"
+        "from tinylab.data import dataset\n"
         "from tinylab.cli import main\n"
         "dataset._decode = lambda *_: os.kill(os.getpid(), signal.SIGINT)\n"
         "sys.exit(main(sys.argv[1:]))\n"
     )
-    command = [sys.executable, "-c", code, "prepare", "--source", str(sample_zip), "--workers", "1", "--data", "data"]
+    command = [
+        sys.executable,
+        "-c",
+        code,
+        "prepare",
+        "--source",
+        str(sample_zip),
+        "--workers",
+        "1",
+        "--data",
+        "data",
+    ]
     done = subprocess.run(
-        command, capture_output=True, text=True, env=subprocess_environment, cwd=tmp_path, timeout=120
+        command,
+        capture_output=True,
+        text=True,
+        env=subprocess_environment,
+        cwd=tmp_path,
+        timeout=120,
     )
     assert done.returncode == 128 + signal.SIGINT, done.stderr
     assert done.stderr.splitlines()[-1] == "tinylab: stopped"
@@ -373,12 +452,15 @@ def test_terminating_preparation_leaves_nothing(
     sample_zip: Path, tmp_path: Path, subprocess_environment: dict[str, str]
 ) -> None:
     slow = (
-        "import sys, time; from tinylab import dataset; from tinylab.cli import main\n"
+        "import sys, time; from tinylab.data import dataset; from tinylab.cli import main\n"
         "def write(*arguments):\n    open('writing', 'w').close(); time.sleep(30)\n"
         "dataset._write_images = write; sys.exit(main(['prepare', '--source', sys.argv[1], '--data', 'data']))"
     )
     process = subprocess.Popen(
-        [sys.executable, "-c", slow, str(sample_zip)], cwd=tmp_path, env=subprocess_environment, stderr=subprocess.PIPE
+        [sys.executable, "-c", slow, str(sample_zip)],
+        cwd=tmp_path,
+        env=subprocess_environment,
+        stderr=subprocess.PIPE,
     )
     deadline = time.monotonic() + 60
     while not (tmp_path / "writing").exists():
@@ -399,11 +481,17 @@ def test_terminating_preparation_leaves_nothing(
         ({"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"}, True),
         ({"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}, True),
         ({"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}, False),
-        ({"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "0"}, True),  # the first on the second machine
+        (
+            {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "0"},
+            True,
+        ),  # the first on the second machine
     ],
 )
 def test_of_torchruns_processes_one_on_each_machine_complains(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], environment: dict, tells: bool
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    environment: dict,
+    tells: bool,
 ) -> None:
     for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)

@@ -24,8 +24,8 @@ from reliability.archives import (
     write_zip,
 )
 
-from tinylab import archive, dataset
-from tinylab.dataset import Dataset, open_dataset, prepare, verify
+from tinylab.data import archive, dataset
+from tinylab.data.dataset import Dataset, open_dataset, prepare, verify
 
 
 @pytest.fixture
@@ -43,7 +43,11 @@ def prepared(tmp_path, zipped) -> Dataset:
 
 def test_arrays_hold_the_decoded_images_in_canonical_order(prepared):
     files = made_up()
-    train = [f"train/{w}/images/{w}_{i}.JPEG" for w in ("n01", "n02", "n03") for i in ("0", "1", "10", "2")]
+    train = [
+        f"train/{w}/images/{w}_{i}.JPEG"
+        for w in ("n01", "n02", "n03")
+        for i in ("0", "1", "10", "2")
+    ]
     names = train + [f"val/images/val_{i}.JPEG" for i in range(5, -1, -1)]
     images = [np.asarray(Image.open(io.BytesIO(files[name])).convert("RGB")) for name in names]
     assert prepared.images.dtype == np.uint8
@@ -63,7 +67,9 @@ def test_grey_images_have_three_equal_channels_and_cmyk_becomes_rgb(prepared):
     grey, cmyk = prepared.images[8], prepared.images[1]  # n03_0 and n01_1
     assert (grey[..., 0] == grey[..., 1]).all()
     assert (grey[..., 1] == grey[..., 2]).all()
-    expected = np.asarray(Image.open(io.BytesIO(jpeg(101))), dtype=int)  # the same picture stored as RGB
+    expected = np.asarray(
+        Image.open(io.BytesIO(jpeg(101))), dtype=int
+    )  # the same picture stored as RGB
     assert np.abs(cmyk - expected).mean() < 3
 
 
@@ -79,7 +85,9 @@ def test_content_sha256_and_meta(prepared, zipped):
 
 
 def test_a_folder_gives_the_same_data_set_as_the_zip(tmp_path, prepared):
-    other = prepare(write_folder(tmp_path / "extracted", made_up()), tmp_path / "ds2", progress=False)
+    other = prepare(
+        write_folder(tmp_path / "extracted", made_up()), tmp_path / "ds2", progress=False
+    )
     assert other.content_sha256 == prepared.content_sha256
     for name in ("images.npy", "labels.npy", "boxes.npy", "meta.json"):
         assert (other.folder / name).read_bytes() == (prepared.folder / name).read_bytes()
@@ -91,7 +99,9 @@ def test_several_processes_write_the_same_as_one(tmp_path, zipped, prepared, mon
     monkeypatch.setattr(multiprocessing, "get_context", lambda wanted: context)
     monkeypatch.setattr(dataset, "_CHUNK_IMAGES", 4)
     other = prepare(zipped, tmp_path / "ds2", workers=2)
-    assert (other.folder / "images.npy").read_bytes() == (prepared.folder / "images.npy").read_bytes()
+    assert (other.folder / "images.npy").read_bytes() == (
+        prepared.folder / "images.npy"
+    ).read_bytes()
     assert other.content_sha256 == prepared.content_sha256
 
 
@@ -125,11 +135,15 @@ def test_verify_finds_a_single_flipped_bit(prepared):
     assert "images.npy has changed" in refused(verify, open_dataset(prepared.folder))
 
 
-def test_altered_tiny_imagenet_is_refused_for_auto_and_noted_when_named(tmp_path, zipped, monkeypatch, capsys):
+def test_altered_tiny_imagenet_is_refused_for_auto_and_noted_when_named(
+    tmp_path, zipped, monkeypatch, capsys
+):
     monkeypatch.setenv("TINY_IMAGENET", str(zipped))
     prepare("auto", tmp_path / "other", progress=False)
     assert "is not Tiny ImageNet, it has 3 other classes" in capsys.readouterr().err
-    monkeypatch.setattr(archive, "WNIDS_SHA256", archive.hashlib.sha256(b"n01\nn02\nn03\n").hexdigest())
+    monkeypatch.setattr(
+        archive, "WNIDS_SHA256", archive.hashlib.sha256(b"n01\nn02\nn03\n").hexdigest()
+    )
     assert "not its published files" in refused(prepare, "auto", tmp_path / "ds", progress=False)
     assert leftovers(tmp_path) == {"other", "other.lock"}
     prepare(zipped, tmp_path / "ds", progress=False)
@@ -147,22 +161,43 @@ DAMAGES = {
     "not JSON": (lambda d: (d / "meta.json").write_text("{"), "meta.json is not JSON"),
     "not text": (lambda d: (d / "meta.json").write_bytes(b"\xff"), "meta.json is not JSON"),
     "no classes": (lambda d: change_meta(d, wnids=None), "meta.json is incomplete"),
-    "counts": (lambda d: change_meta(d, val_count=7), "images.npy is no uint8(19, 64, 64, 3) array, it has the header"),
-    "negative": (lambda d: change_meta(d, train_count=-1, val_count=19), "labels that stand for no class"),
+    "counts": (
+        lambda d: change_meta(d, val_count=7),
+        "images.npy is no uint8(19, 64, 64, 3) array, it has the header",
+    ),
+    "negative": (
+        lambda d: change_meta(d, train_count=-1, val_count=19),
+        "labels that stand for no class",
+    ),
     "unsorted": (lambda d: change_meta(d, wnids=["n02", "n01", "n03"]), "not sorted"),
     "repeated": (lambda d: change_meta(d, wnids=["n01", "n01", "n03"]), "not sorted"),
     "names": (lambda d: change_meta(d, names=["a"]), "names do not match"),
     "no images": (lambda d: (d / "images.npy").unlink(), "images.npy is missing"),
-    "cut images": (lambda d: os.truncate(d / "images.npy", 100_000), "images.npy has the wrong size"),
+    "cut images": (
+        lambda d: os.truncate(d / "images.npy", 100_000),
+        "images.npy has the wrong size",
+    ),
     "empty labels": (lambda d: os.truncate(d / "labels.npy", 0), "labels.npy is cut short"),
-    "more images": (lambda d: os.truncate(d / "images.npy", 10**6), "images.npy has the wrong size"),
+    "more images": (
+        lambda d: os.truncate(d / "images.npy", 10**6),
+        "images.npy has the wrong size",
+    ),
     "pickle": (
         lambda d: np.save(d / "labels.npy", np.array([{}]), allow_pickle=True),
         "labels.npy is no int16(18,) array",
     ),
-    "dtype": (lambda d: np.save(d / "labels.npy", np.zeros(18, np.int64)), "labels.npy is no int16(18,) array, it has"),
-    "shape": (lambda d: np.save(d / "boxes.npy", np.zeros((18, 3), np.uint8)), "boxes.npy is no uint8(18, 4) array"),
-    "label": (lambda d: np.save(d / "labels.npy", np.full(18, 3, np.int16)), "labels that stand for no class"),
+    "dtype": (
+        lambda d: np.save(d / "labels.npy", np.zeros(18, np.int64)),
+        "labels.npy is no int16(18,) array, it has",
+    ),
+    "shape": (
+        lambda d: np.save(d / "boxes.npy", np.zeros((18, 3), np.uint8)),
+        "boxes.npy is no uint8(18, 4) array",
+    ),
+    "label": (
+        lambda d: np.save(d / "labels.npy", np.full(18, 3, np.int16)),
+        "labels that stand for no class",
+    ),
     "negative label": (
         lambda d: np.save(d / "labels.npy", np.full(18, -1, np.int16)),
         "labels that stand for no class",
@@ -186,7 +221,9 @@ def test_damage_is_one_line_that_says_what_to_do(prepared, case):
 def test_a_bad_image_is_named_and_nothing_is_left(tmp_path, monkeypatch, workers):
     monkeypatch.setattr(dataset, "_CHUNK_IMAGES", 5)
     files = made_up() | {"train/n02/images/n02_1.JPEG": jpeg(0)[:-200]}
-    message = refused(prepare, write_zip(tmp_path / "made.zip", files), tmp_path / "ds", workers, progress=False)
+    message = refused(
+        prepare, write_zip(tmp_path / "made.zip", files), tmp_path / "ds", workers, progress=False
+    )
     assert "train/n02/images/n02_1.JPEG is not a sound JPEG" in message
     assert leftovers(tmp_path) == set()
 
@@ -196,7 +233,9 @@ def test_a_broken_archive_leaves_nothing(tmp_path, zipped):
     zipped.write_bytes(whole[:-100])
     assert "cut short" in refused(prepare, zipped, tmp_path / "ds")
     zipped.write_bytes(whole.replace(made_up()["val/images/val_0.JPEG"][-50:], bytes(50)))
-    assert "val/images/val_0.JPEG is damaged" in refused(prepare, zipped, tmp_path / "ds", progress=False)
+    assert "val/images/val_0.JPEG is damaged" in refused(
+        prepare, zipped, tmp_path / "ds", progress=False
+    )
     assert leftovers(tmp_path) == set()
 
 
@@ -247,7 +286,10 @@ def published(tmp_path_factory) -> Iterator[Dataset]:
 @pytest.mark.archive
 def test_published_content(published):
     assert published.is_tiny_imagenet
-    assert published.content_sha256 == "64bbbec8d50fdc7e7606fa6d82e82a07b000c2b97e23d9d6121434e711dc6b8f"
+    assert (
+        published.content_sha256
+        == "64bbbec8d50fdc7e7606fa6d82e82a07b000c2b97e23d9d6121434e711dc6b8f"
+    )
     assert json.loads((published.folder / "meta.json").read_text())["is_tiny_imagenet"] is True
 
 
@@ -264,7 +306,9 @@ def test_published_counts(published):
 @pytest.mark.archive
 def test_published_pixels(published):
     sample = published.images[:100_000:10]
-    np.testing.assert_allclose(sample.mean(axis=(0, 1, 2)) / 255, (0.4802, 0.4481, 0.3975), atol=0.004)
+    np.testing.assert_allclose(
+        sample.mean(axis=(0, 1, 2)) / 255, (0.4802, 0.4481, 0.3975), atol=0.004
+    )
     with archive.open_archive(real_archive()) as opened:
         for row in (0, 501, 99_999, 100_000, 109_999):
             file = opened.files[row]

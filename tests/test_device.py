@@ -7,16 +7,18 @@ import sys
 import pytest
 import torch
 
-from tinylab import device
-from tinylab.device import choose, device_name
-from tinylab.recipe import UserError
+from tinylab.exceptions import UserError
+from tinylab.run import environment as device
+from tinylab.run.environment import choose, device_name
 
 
 @pytest.fixture
 def pretend(monkeypatch: pytest.MonkeyPatch):
     """A function that makes this machine look like one with that GPU and processor."""
 
-    def call(capability: tuple[int, int] | None = None, mps: bool = False, cpu_bf16: bool = False) -> None:
+    def call(
+        capability: tuple[int, int] | None = None, mps: bool = False, cpu_bf16: bool = False
+    ) -> None:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "Pretended GPU")
@@ -42,20 +44,26 @@ def pretend(monkeypatch: pytest.MonkeyPatch):
         ((10, 0), True, "bf16"),
     ],
 )
-def test_precision_on_cuda(pretend, capability: tuple[int, int], compiled: bool, precision: str) -> None:
+def test_precision_on_cuda(
+    pretend, capability: tuple[int, int], compiled: bool, precision: str
+) -> None:
     pretend(capability)
-    place = choose(compiled=compiled)
-    assert (place.device.type, place.precision) == ("cuda", precision)
-    assert place.grad_scaler().is_enabled() == (precision == "fp16")
+    compute = choose(compiled=compiled)
+    assert (compute.device.type, compute.precision) == ("cuda", precision)
+    assert compute.grad_scaler().is_enabled() == (precision == "fp16")
 
 
 @pytest.mark.parametrize("name", ["cpu", "cuda"])
-def test_compiling_without_a_compiler_is_refused(pretend, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiling_without_a_compiler_is_refused(
+    pretend, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pretend((9, 0))
     monkeypatch.setattr(device.importlib.util, "find_spec", lambda _name: object())
     for variable in ("CC", "CXX"):
         monkeypatch.delenv(variable, raising=False)
-    monkeypatch.setattr(device.shutil, "which", lambda command: f"bin/{command}" if "clang" in command else None)
+    monkeypatch.setattr(
+        device.shutil, "which", lambda command: f"bin/{command}" if "clang" in command else None
+    )
     assert choose(name, compiled=True).device.type == name
     monkeypatch.setattr(device.shutil, "which", lambda _command: None)
     with pytest.raises(UserError, match="--compile needs a compiler"):
@@ -64,7 +72,9 @@ def test_compiling_without_a_compiler_is_refused(pretend, name: str, monkeypatch
     monkeypatch.setattr(device.shutil, "which", lambda command: command)
     monkeypatch.setenv("CC" if name == "cuda" else "CXX", "nowhere/cc -O2")
     assert choose(name, compiled=True).device.type == name
-    monkeypatch.setattr(device.shutil, "which", lambda command: None if "nowhere" in command else command)
+    monkeypatch.setattr(
+        device.shutil, "which", lambda command: None if "nowhere" in command else command
+    )
     with pytest.raises(UserError, match=r"no nowhere/cc"):
         choose(name, compiled=True)
 
@@ -91,15 +101,15 @@ def test_convolutions_are_measured_only_while_training_on_a_gpu(pretend) -> None
 @pytest.mark.parametrize(("native", "precision"), [(True, "bf16"), (False, "fp32")])
 def test_precision_on_a_processor(pretend, native: bool, precision: str) -> None:
     pretend(cpu_bf16=native)
-    place = choose()
-    assert (place.device.type, place.precision) == ("cpu", precision)
-    assert not place.grad_scaler().is_enabled()
+    compute = choose()
+    assert (compute.device.type, compute.precision) == ("cpu", precision)
+    assert not compute.grad_scaler().is_enabled()
 
 
 def test_apple_gpus_compute_in_fp32(pretend) -> None:
     pretend(mps=True, cpu_bf16=True)
-    place = choose()
-    assert (place.device.type, place.precision) == ("mps", "fp32")
+    compute = choose()
+    assert (compute.device.type, compute.precision) == ("mps", "fp32")
 
 
 def test_what_is_asked_for_is_what_is_taken(pretend) -> None:
@@ -157,7 +167,9 @@ def test_a_placement_explains_itself_in_one_line(pretend) -> None:
         ("", False),
     ],
 )
-def test_a_processors_bf16_is_read_from_its_flags(monkeypatch: pytest.MonkeyPatch, flags: str, native: bool) -> None:
+def test_a_processors_bf16_is_read_from_its_flags(
+    monkeypatch: pytest.MonkeyPatch, flags: str, native: bool
+) -> None:
     """And oneDNN may use it: by itself it says yes where bf16 is emulated, too."""
     monkeypatch.setattr(device.Path, "read_text", lambda _path: f"model name : Some CPU\n{flags}\n")
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
@@ -169,7 +181,11 @@ def test_a_processors_bf16_is_read_from_its_flags(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="no such instructions")
 def test_a_processor_held_to_avx2_computes_in_fp32(subprocess_environment: dict[str, str]) -> None:
-    command = [sys.executable, "-c", "import tinylab.device as d; print(d.choose('cpu').precision)"]
+    command = [
+        sys.executable,
+        "-c",
+        "import tinylab.run.environment as d; print(d.choose('cpu').precision)",
+    ]
     environment = subprocess_environment | {"ONEDNN_MAX_CPU_ISA": "AVX2"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.stdout == "fp32\n", done.stderr

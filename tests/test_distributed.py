@@ -23,10 +23,16 @@ from conftest import without_seconds
 from reliability.harness import OVERRIDES, launch, undisturbed_run_of_two, wait_until
 from torch import nn
 
-from tinylab import distributed
-from tinylab.dataset import Dataset
-from tinylab.device import choose
-from tinylab.distributed import (
+from tinylab.data.dataset import Dataset
+from tinylab.data.loader import Batch
+from tinylab.exceptions import UserError
+from tinylab.model import build_model
+from tinylab.recipe import Recipe
+from tinylab.recipes import accurate, smoke
+from tinylab.run.environment import choose
+from tinylab.run.folder import Run
+from tinylab.training import distributed
+from tinylab.training.distributed import (
     ALONE,
     World,
     agree,
@@ -39,12 +45,8 @@ from tinylab.distributed import (
     synchronise_batch_norm,
     wrap,
 )
-from tinylab.loader import Batch
-from tinylab.model import build_model
-from tinylab.recipe import Recipe, UserError, accurate, smoke
-from tinylab.record import Run
-from tinylab.step import new_state, train_step
-from tinylab.train import train
+from tinylab.training.step import new_state, train_step
+from tinylab.training.train import train
 
 CPU = torch.device("cpu")
 
@@ -59,7 +61,8 @@ class Processes:
         spawn = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
         self.pipes, theirs = zip(*(spawn.Pipe() for _ in range(size)), strict=True)
         self.processes = [
-            spawn.Process(target=serve, args=(rank, size, port, pipe), daemon=True) for rank, pipe in enumerate(theirs)
+            spawn.Process(target=serve, args=(rank, size, port, pipe), daemon=True)
+            for rank, pipe in enumerate(theirs)
         ]
         for process in self.processes:
             process.start()
@@ -67,7 +70,9 @@ class Processes:
     def __call__(self, function: Callable, *arguments: object) -> list:
         """function(world, *arguments) of each process, in the order of their ranks."""
         for pipe in self.pipes:
-            pipe.send_bytes(pickle.dumps((function, arguments)))  # `send` would have them share each tensor's memory
+            pipe.send_bytes(
+                pickle.dumps((function, arguments))
+            )  # `send` would have them share each tensor's memory
         answers = []
         for pipe in self.pipes:
             assert pipe.poll(60), "a process hangs"
@@ -88,7 +93,12 @@ class Processes:
 def serve(rank: int, size: int, port: int, pipe: Connection) -> None:
     """What each process does: answers calls until there are no more."""
     torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(size)}
+    os.environ |= {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(size),
+        "LOCAL_RANK": str(rank),
+        "LOCAL_WORLD_SIZE": str(size),
+    }
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     with join(CPU) as world:
         while True:
@@ -143,9 +153,13 @@ def test_shares_follow_each_other_and_differ_by_one_at_most() -> None:
 
 
 def test_without_torchrun_a_process_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *_, **__: pytest.fail("connected"))
+    monkeypatch.setattr(
+        torch.distributed, "init_process_group", lambda *_, **__: pytest.fail("connected")
+    )
     for size in (None, "1"):
-        monkeypatch.delenv("WORLD_SIZE", raising=False) if size is None else monkeypatch.setenv("WORLD_SIZE", size)
+        monkeypatch.delenv("WORLD_SIZE", raising=False) if size is None else monkeypatch.setenv(
+            "WORLD_SIZE", size
+        )
         with join(CPU) as world:
             assert world is ALONE
     assert (ALONE.writes, ALONE.several, ALONE.device(CPU)) == (True, False, CPU)
@@ -183,7 +197,9 @@ GOOD = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "
 def test_an_impossible_start_is_refused_in_one_line(
     changed: dict, device: str, said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name, value in (GOOD | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29400"} | changed).items():
+    for name, value in (
+        GOOD | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29400"} | changed
+    ).items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "set_device", lambda _: pytest.fail("took a GPU"))
@@ -207,7 +223,9 @@ def test_each_process_of_a_machine_has_a_gpu_of_its_own() -> None:
 def collect(world: World) -> dict:
     rank = world.rank
     rows = torch.arange(6.0).view(3, 2)[:rank] + 10 * rank  # none in the first process
-    orders = torch.tensor(list(permutations([2.0**24, 1, -(2.0**24)])) * 3)  # whichever way Gloo cuts it and goes round
+    orders = torch.tensor(
+        list(permutations([2.0**24, 1, -(2.0**24)])) * 3
+    )  # whichever way Gloo cuts it and goes round
     return {
         "world": (world.rank, world.size, world.local_rank),
         "float": sum_over_ranks(world, orders[:, rank]),
@@ -222,7 +240,9 @@ def collect(world: World) -> dict:
 
 
 @pytest.mark.parametrize("size", [2, 3])
-def test_every_process_gets_the_sums_and_rows_of_all(size: int, request: pytest.FixtureRequest) -> None:
+def test_every_process_gets_the_sums_and_rows_of_all(
+    size: int, request: pytest.FixtureRequest
+) -> None:
     answers = request.getfixturevalue({2: "two", 3: "three"}[size])(collect)
     rows = torch.cat([torch.arange(6.0).view(3, 2)[:rank] + 10 * rank for rank in range(size)])
     for rank, answer in enumerate(answers):
@@ -263,7 +283,10 @@ def test_an_error_of_one_process_is_raised_in_all(three: Processes) -> None:
         if rank == 0:
             assert other == ("OSError", "the folder is taken")
         else:
-            assert other == ("UserError", "the first process failed: OSError('the folder is taken')")
+            assert other == (
+                "UserError",
+                "the first process failed: OSError('the folder is taken')",
+            )
         assert none == ("nothing", "")
         assert agreed == ("UserError", "process 1 has diverged")
         assert last == 2
@@ -272,7 +295,9 @@ def test_an_error_of_one_process_is_raised_in_all(three: Processes) -> None:
 # --- Batch norm -------------------------------------------------------------------------------------------------------
 
 
-def normalise_share(world: World, layer: nn.Module, batches: list, sizes: list[int], scale: float) -> dict:
+def normalise_share(
+    world: World, layer: nn.Module, batches: list, sizes: list[int], scale: float
+) -> dict:
     """Two passes of this process's share through the layer: output, gradients, running statistics."""
     layer = synchronise_batch_norm(nn.Sequential(layer), world)[0]
     first = sum(sizes[: world.rank])
@@ -285,26 +310,40 @@ def normalise(layer: nn.BatchNorm2d, batches: list[torch.Tensor], scale: float =
         x = batch.clone().requires_grad_()
         with torch.autocast("cpu", torch.bfloat16, enabled=batch.dtype == torch.bfloat16):
             out = layer(x)
-        weights = torch.linspace(-1, 2, 12).view(1, 3, 2, 2) + x.detach().float()  # a different gradient everywhere
+        weights = (
+            torch.linspace(-1, 2, 12).view(1, 3, 2, 2) + x.detach().float()
+        )  # a different gradient everywhere
         (scale * weights * out.float().square()).sum().backward()
         found["output"].append(out.detach())
         found["of_x"].append(x.grad)
     names = ("running_mean", "running_var", "num_batches_tracked")
-    return found | {name: getattr(layer, name) for name in names} | {"grads": [layer.weight.grad, layer.bias.grad]}
+    return (
+        found
+        | {name: getattr(layer, name) for name in names}
+        | {"grads": [layer.weight.grad, layer.bias.grad]}
+    )
 
 
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("sizes", [(4, 1), (5, 0), (0, 5), (2, 1, 2), (0, 4, 1)])
 @pytest.mark.parametrize("momentum", [0.1, None])
 def test_batch_norm_sees_the_whole_batch_however_it_is_shared(
-    kind: torch.dtype, sizes: tuple[int, ...], momentum: float | None, request: pytest.FixtureRequest
+    kind: torch.dtype,
+    sizes: tuple[int, ...],
+    momentum: float | None,
+    request: pytest.FixtureRequest,
 ) -> None:
     torch.manual_seed(0)
     layer = nn.BatchNorm2d(3, momentum=momentum)
     nn.init.uniform_(layer.weight, 0.5, 2)
     nn.init.uniform_(layer.bias, -1, 1)
-    offset = torch.tensor([0.0, 5.0, -20.0])[:, None, None]  # a mean far from 0 must not cost digits
-    batches = [(torch.randn(5, 3, 2, 2) * torch.arange(1, 6).view(5, 1, 1, 1) + offset).to(kind) for _ in range(2)]
+    offset = torch.tensor([0.0, 5.0, -20.0])[
+        :, None, None
+    ]  # a mean far from 0 must not cost digits
+    batches = [
+        (torch.randn(5, 3, 2, 2) * torch.arange(1, 6).view(5, 1, 1, 1) + offset).to(kind)
+        for _ in range(2)
+    ]
     processes = request.getfixturevalue({2: "two", 3: "three"}[len(sizes)])
     answers = processes(normalise_share, layer, batches, list(sizes), 1.0)
     reference = normalise(copy.deepcopy(layer), batches)
@@ -314,10 +353,14 @@ def test_batch_norm_sees_the_whole_batch_however_it_is_shared(
         for name in ("output", "of_x"):
             parts = [answer[name][i] for answer in answers]
             assert difference(torch.cat(parts), reference[name][i]) < close, name
-        assert difference(sum(answer["grads"][i] for answer in answers), reference["grads"][i]) < close
+        assert (
+            difference(sum(answer["grads"][i] for answer in answers), reference["grads"][i]) < close
+        )
     for answer in answers:
         for name in ("running_mean", "running_var"):
-            assert difference(answer[name], reference[name]) < (1e-5 if kind == torch.float32 else 1e-3), name
+            assert difference(answer[name], reference[name]) < (
+                1e-5 if kind == torch.float32 else 1e-3
+            ), name
             assert torch.equal(answer[name], answers[0][name])  # in every bit
         assert answer["num_batches_tracked"] == 2
     if 0 not in sizes:  # one process's statistics are others
@@ -333,15 +376,21 @@ def describe_layer(world: World) -> dict:
     plain.load_state_dict(model.state_dict())
     return {
         "names": list(model.state_dict()) == list(plain.state_dict()) == list(again.state_dict()),
-        "parameters": all(a is b for a, b in zip(model.parameters(), again.parameters(), strict=True)),
-        "kinds": {type(each).__name__ for each in model.modules() if isinstance(each, nn.BatchNorm2d)},
+        "parameters": all(
+            a is b for a, b in zip(model.parameters(), again.parameters(), strict=True)
+        ),
+        "kinds": {
+            type(each).__name__ for each in model.modules() if isinstance(each, nn.BatchNorm2d)
+        },
         "tested": torch.equal(model.eval()(x), plain.eval()(x)),
         # One value per channel, in the first process.
         "single": raised_by(model.train().layer1[0].bn1, torch.ones(1 - world.rank, 8, 1, 1)),
     }
 
 
-def test_a_synchronised_network_holds_the_same_as_a_plain_one_and_tests_alone(two: Processes) -> None:
+def test_a_synchronised_network_holds_the_same_as_a_plain_one_and_tests_alone(
+    two: Processes,
+) -> None:
     for answer in two(describe_layer):
         assert answer["names"]
         assert answer["parameters"]
@@ -353,16 +402,24 @@ def test_a_synchronised_network_holds_the_same_as_a_plain_one_and_tests_alone(tw
 # --- A step -----------------------------------------------------------------------------------------------------------
 
 
-def one_step(world: World, recipe: Recipe, images: torch.Tensor, labels: torch.Tensor, leave_out: str = "") -> dict:
+def one_step(
+    world: World, recipe: Recipe, images: torch.Tensor, labels: torch.Tensor, leave_out: str = ""
+) -> dict:
     """Gradients and weights after one plain SGD step on this process's share, in float64: in float32 the network's own
     rounding flips a ReLU here and there, with one process as with several, and gradients differ by some per cent."""
-    model = build_model(recipe, 3, seed=world.rank).double()  # the others start from the first one's weights
+    model = build_model(
+        recipe, 3, seed=world.rank
+    ).double()  # the others start from the first one's weights
     if leave_out != "batch norm":
         model = synchronise_batch_norm(model, world)
     network = wrap(model, world)
     mine = share(len(labels), world)
     mine = slice(mine.start, mine.stop)
-    loss = F.cross_entropy(network(images[mine]), labels[mine], reduction="sum") * world.size / len(labels)
+    loss = (
+        F.cross_entropy(network(images[mine]), labels[mine], reduction="sum")
+        * world.size
+        / len(labels)
+    )
     if leave_out == "scaling":
         loss = F.cross_entropy(network(images[mine]), labels[mine])
     loss.backward()
@@ -376,10 +433,16 @@ def one_step(world: World, recipe: Recipe, images: torch.Tensor, labels: torch.T
 
 def largest_difference(ours: dict, reference: dict) -> float:
     assert ours.keys() == reference.keys()
-    return max(difference(ours[name], reference[name]) for name in reference if reference[name].is_floating_point())
+    return max(
+        difference(ours[name], reference[name])
+        for name in reference
+        if reference[name].is_floating_point()
+    )
 
 
-def test_a_step_of_several_processes_is_the_step_of_one(two: Processes, three: Processes, narrow: Recipe) -> None:
+def test_a_step_of_several_processes_is_the_step_of_one(
+    two: Processes, three: Processes, narrow: Recipe
+) -> None:
     generator = torch.Generator().manual_seed(1)
     images = torch.randn(5, 3, 32, 32, generator=generator, dtype=torch.float64)
     labels = torch.tensor([0, 2, 1, 1, 0])
@@ -398,21 +461,25 @@ def test_a_step_of_several_processes_is_the_step_of_one(two: Processes, three: P
         assert largest_difference(answer["grads"], alone["grads"]) > 0.01
 
 
-def pieces_of_a_step(world: World, recipe: Recipe, images: torch.Tensor, labels: torch.Tensor, micro: int) -> dict:
+def pieces_of_a_step(
+    world: World, recipe: Recipe, images: torch.Tensor, labels: torch.Tensor, micro: int
+) -> dict:
     """Weights after two optimiser steps, each on this process's share in pieces of at most `micro` images."""
-    place = choose("cpu", "fp32")
-    state = new_state(recipe, 3, 0, 4, place, world)
+    compute = choose("cpu", "fp32")
+    state = new_state(recipe, 3, 0, 4, compute, world)
     recipe = replace(recipe, micro_batch=micro)
     state.model.train()
     mine = share(len(labels), world)
     batch = Batch(images[mine.start : mine.stop], labels[mine.start : mine.stop], total=len(labels))
     for _ in range(2):
-        train_step(state, recipe, place, batch)
+        train_step(state, recipe, compute, batch)
     return state.model.state_dict() | {"totals": state.totals}
 
 
 def test_pieces_of_uneven_shares_keep_the_processes_in_step(two: Processes, narrow: Recipe) -> None:
-    images = torch.randint(0, 256, (3, 64, 64, 3), generator=torch.Generator().manual_seed(0)).byte()
+    images = torch.randint(
+        0, 256, (3, 64, 64, 3), generator=torch.Generator().manual_seed(0)
+    ).byte()
     # 2 + 1 images one by one: the second piece of the second process is empty.
     first, second = two(pieces_of_a_step, narrow, images, torch.tensor([0, 1, 2]), 1)
     assert (first["totals"][3], second["totals"][3]) == (4, 2)
@@ -428,7 +495,7 @@ import os, sys, time
 from pathlib import Path
 import torch
 from tinylab.cli import _complain
-from tinylab.distributed import highest, join
+from tinylab.training.distributed import highest, join
 from tinylab.recipe import UserError
 
 folder = Path(sys.argv[1])
@@ -446,17 +513,25 @@ except UserError as error:
 """
 
 
-def test_a_process_that_fails_ends_the_others_at_once(tmp_path: Path, subprocess_environment: dict[str, str]) -> None:
+def test_a_process_that_fails_ends_the_others_at_once(
+    tmp_path: Path, subprocess_environment: dict[str, str]
+) -> None:
     (tmp_path / "script.py").write_text(SCRIPT)
-    launcher = launch("script.py", str(tmp_path), "raise", environment=subprocess_environment, cwd=tmp_path)
+    launcher = launch(
+        "script.py", str(tmp_path), "raise", environment=subprocess_environment, cwd=tmp_path
+    )
     wait_until(lambda: len(list(tmp_path.glob("*.pid"))) == 2)
-    _, err = launcher.communicate(timeout=25)  # well below the patience of the other, and of the launcher
+    _, err = launcher.communicate(
+        timeout=25
+    )  # well below the patience of the other, and of the launcher
     assert launcher.returncode == 1
     assert "OSError: the second process cannot go on" in err
     told = [line for line in err.splitlines() if line.startswith("tinylab: ")]
     assert told in (
         [],
-        ["tinylab: another process of this run has ended, which should have said why: this one ends, too"],
+        [
+            "tinylab: another process of this run has ended, which should have said why: this one ends, too"
+        ],
     )
     assert err.count("Traceback") <= 2  # the process's and torchrun's own
 
@@ -465,15 +540,23 @@ def test_a_process_that_fails_ends_the_others_at_once(tmp_path: Path, subprocess
 
 
 @pytest.fixture(scope="module")
-def run_of_two(small_dataset: Dataset, subprocess_environment: dict, tmp_path_factory: pytest.TempPathFactory) -> Run:
+def run_of_two(
+    small_dataset: Dataset, subprocess_environment: dict, tmp_path_factory: pytest.TempPathFactory
+) -> Run:
     """A run of two processes that nothing disturbed. Read only."""
-    return undisturbed_run_of_two(small_dataset, subprocess_environment, lambda: tmp_path_factory.mktemp("two"))
+    return undisturbed_run_of_two(
+        small_dataset, subprocess_environment, lambda: tmp_path_factory.mktemp("two")
+    )
 
 
 @pytest.mark.slow
-def test_a_run_of_two_processes_is_the_run_of_one(run_of_two: Run, small_dataset: Dataset, tmp_path: Path) -> None:
+def test_a_run_of_two_processes_is_the_run_of_one(
+    run_of_two: Run, small_dataset: Dataset, tmp_path: Path
+) -> None:
     recipe = replace(accurate(), **OVERRIDES)
-    alone = train(recipe, small_dataset, folder=tmp_path / "run", device="cpu", precision="fp32", quiet=True)
+    alone = train(
+        recipe, small_dataset, folder=tmp_path / "run", device="cpu", precision="fp32", quiet=True
+    )
     assert len(run_of_two.history) == len(alone.history) == 3
     for ours, reference in zip(run_of_two.history, alone.history, strict=True):
         ours, reference = without_seconds(ours), without_seconds(reference)
@@ -493,12 +576,30 @@ def test_a_run_of_two_processes_is_the_run_of_one(run_of_two: Run, small_dataset
 def test_what_all_processes_refuse_one_of_them_tells(
     small_dataset: Dataset, subprocess_environment: dict[str, str], tmp_path: Path
 ) -> None:
-    places = ["--data", str(small_dataset.folder), "--run", str(tmp_path / "run"), "--device", "cpu"]
-    command = ["-m", "--", "tinylab", "train", "smoke", *places, "--batch-size", "9"]  # the last batch has one image
+    places = [
+        "--data",
+        str(small_dataset.folder),
+        "--run",
+        str(tmp_path / "run"),
+        "--device",
+        "cpu",
+    ]
+    command = [
+        "-m",
+        "--",
+        "tinylab",
+        "train",
+        "smoke",
+        *places,
+        "--batch-size",
+        "9",
+    ]  # the last batch has one image
     launcher = launch(*command, environment=subprocess_environment, cwd=tmp_path)
     _, err = launcher.communicate(timeout=60)
     assert launcher.returncode == 1
     told = [line for line in err.splitlines() if line.startswith("tinylab: ")]
     assert len(told) == 1, err
-    assert told[0].startswith("tinylab: 2 processes, but the smallest batch of an epoch has 1 images")
+    assert told[0].startswith(
+        "tinylab: 2 processes, but the smallest batch of an epoch has 1 images"
+    )
     assert not (tmp_path / "run").exists()

@@ -12,9 +12,11 @@ from scipy.special import log_softmax
 from scipy.special import softmax as reference_softmax
 from sklearn import metrics
 
-from tinylab import errors
-from tinylab.dataset import Dataset
-from tinylab.errors import (
+from tinylab.data.dataset import Dataset
+from tinylab.data.split import make_split
+from tinylab.exceptions import UserError
+from tinylab.explain import mistakes as errors
+from tinylab.explain.mistakes import (
     Errors,
     analyse,
     block_order,
@@ -24,9 +26,7 @@ from tinylab.errors import (
     label_conflicts,
     softmax,
 )
-from tinylab.evaluate import score
-from tinylab.recipe import UserError
-from tinylab.split import make_split
+from tinylab.training.evaluate import score
 
 CLASSES = 12
 WNIDS = tuple(f"n{index:08d}" for index in range(CLASSES))
@@ -55,7 +55,9 @@ def test_probabilities_are_exact_and_do_not_overflow() -> None:
     logits = np.array([[60000, 59999, -60000], [0, 0, 0], [1, 2, 3]], dtype=np.float16)
     found = softmax(logits)
     assert found.dtype == np.float64
-    np.testing.assert_allclose(found, reference_softmax(logits.astype(np.float64), axis=1), rtol=1e-12)
+    np.testing.assert_allclose(
+        found, reference_softmax(logits.astype(np.float64), axis=1), rtol=1e-12
+    )
 
 
 def test_the_confusion_matrix_is_scikit_learn_s() -> None:
@@ -67,25 +69,40 @@ def test_the_confusion_matrix_is_scikit_learn_s() -> None:
     assert (found != found.T).any()
 
 
-def test_accuracies_per_class_are_those_of_the_evaluation_and_of_scikit_learn(found: Errors) -> None:
+def test_accuracies_per_class_are_those_of_the_evaluation_and_of_scikit_learn(
+    found: Errors,
+) -> None:
     logits, labels = made_up()
-    assert (np.sort(logits)[:, -5] == np.sort(logits)[:, -6]).mean() > 0.1  # ties at the fifth place
+    assert (
+        np.sort(logits)[:, -5] == np.sort(logits)[:, -6]
+    ).mean() > 0.1  # ties at the fifth place
     whole = score(torch.from_numpy(logits).float(), torch.from_numpy(labels))
     for top, hits in (("top1", whole.correct), ("top5", whole.correct_top5)):
         per_class = [each[top] / 100 * each["images"] for each in found.classes if each["images"]]
         assert sum(per_class) == pytest.approx(hits)
-    exact = logits.astype(np.float64) - 1e-6 * np.arange(CLASSES)  # without ties, as the class number decides them
+    exact = logits.astype(np.float64) - 1e-6 * np.arange(
+        CLASSES
+    )  # without ties, as the class number decides them
     for each in found.classes[:-1]:
         mine = labels == each["index"]
         for top, k in (("top1", 1), ("top5", 5)):
-            expected = metrics.top_k_accuracy_score(labels[mine], exact[mine], k=k, labels=np.arange(CLASSES))
+            expected = metrics.top_k_accuracy_score(
+                labels[mine], exact[mine], k=k, labels=np.arange(CLASSES)
+            )
             assert each[top] == pytest.approx(100 * expected)
         assert each["images"] == mine.sum()
         assert 0 < each["top1"] < each["top5"] <= 100
 
 
 def test_a_class_without_images_has_no_accuracy(found: Errors) -> None:
-    last = {"index": 11, "wnid": WNIDS[11], "name": NAMES[11], "images": 0, "top1": None, "top5": None}
+    last = {
+        "index": 11,
+        "wnid": WNIDS[11],
+        "name": NAMES[11],
+        "images": 0,
+        "top1": None,
+        "top5": None,
+    }
     assert found.classes[11] == last | {"mistaken_for": None}
 
 
@@ -98,11 +115,10 @@ def test_what_a_class_is_mistaken_for() -> None:
     assert mistaken[0] == {"wnid": WNIDS[1], "name": NAMES[1], "count": 2}
     assert mistaken[1] == {"wnid": WNIDS[0], "name": NAMES[0], "count": 1}
     assert mistaken[2] is None
-    assert [(p["one"]["index"], p["other"]["index"], p["one_as_other"], p["other_as_one"]) for p in found.pairs] == [
-        (0, 1, 2, 1),
-        (0, 2, 1, 0),
-        (1, 2, 1, 0),
-    ]
+    assert [
+        (p["one"]["index"], p["other"]["index"], p["one_as_other"], p["other_as_one"])
+        for p in found.pairs
+    ] == [(0, 1, 2, 1), (0, 2, 1, 0), (1, 2, 1, 0)]
     assert found.pairs[0]["one"] == {"index": 0, "wnid": WNIDS[0], "name": NAMES[0], "images": 4}
     assert [p["count"] for p in found.pairs] == [3, 1, 1]
 
@@ -116,9 +132,14 @@ def test_pairs_are_the_most_confused_ones(found: Errors) -> None:
             key = (min(actual, answer), max(actual, answer))
             counts[key] = counts.get(key, 0) + 1
     expected = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
-    assert [((p["one"]["index"], p["other"]["index"]), p["count"]) for p in found.pairs] == expected[:20]
+    assert [
+        ((p["one"]["index"], p["other"]["index"]), p["count"]) for p in found.pairs
+    ] == expected[:20]
     for pair in found.pairs:
-        assert pair["one_as_other"] == ((labels == pair["one"]["index"]) & (answers == pair["other"]["index"])).sum()
+        assert (
+            pair["one_as_other"]
+            == ((labels == pair["one"]["index"]) & (answers == pair["other"]["index"])).sum()
+        )
         assert pair["one_as_other"] + pair["other_as_one"] == pair["count"]
     assert len(analyse(logits, labels, WNIDS, NAMES, pairs=3).pairs) == 3
 
@@ -186,7 +207,9 @@ def test_neighbours_within_a_block_are_the_most_similar() -> None:
 @pytest.mark.parametrize("classes", [1, 2, 3, 5])
 def test_without_confusion_the_order_is_the_classes(classes: int) -> None:
     assert block_order(np.eye(classes, dtype=np.int64) * 7).tolist() == list(range(classes))
-    assert block_order(np.zeros((classes, classes), dtype=np.int64)).tolist() == list(range(classes))
+    assert block_order(np.zeros((classes, classes), dtype=np.int64)).tolist() == list(
+        range(classes)
+    )
 
 
 def test_what_is_never_confused_stands_at_the_end() -> None:
@@ -199,7 +222,9 @@ def test_what_is_never_confused_stands_at_the_end() -> None:
 # --- Calibration ------------------------------------------------------------------------------------------------------
 
 
-def sharpened(images: int = 4000, temperature: float = 2.5, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+def sharpened(
+    images: int = 4000, temperature: float = 2.5, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
     """Logits that are right as often as they say once they are divided by `temperature`."""
     rng = np.random.default_rng(seed)
     logits = rng.normal(0, 2, (images, CLASSES))
@@ -224,12 +249,16 @@ def expected_calibration_error(logits: np.ndarray, labels: np.ndarray, bins: int
 def test_the_calibration_error_is_the_one_written_out(bins: int) -> None:
     logits, labels = sharpened()
     before = calibration(logits, labels, bins)["before"]
-    assert before["ece"] == pytest.approx(expected_calibration_error(logits, labels, bins), rel=1e-9)
+    assert before["ece"] == pytest.approx(
+        expected_calibration_error(logits, labels, bins), rel=1e-9
+    )
     assert before["ece"] > 0.1 or bins == 1
     losses = -log_softmax(logits.astype(np.float64), axis=1)[np.arange(len(labels)), labels]
     assert before["nll"] == pytest.approx(losses.mean(), rel=1e-9)
     assert before["accuracy_overall"] == (logits.argmax(axis=1) == labels).mean()
-    assert before["mean_confidence"] == pytest.approx(reference_softmax(logits.astype(float), axis=1).max(1).mean())
+    assert before["mean_confidence"] == pytest.approx(
+        reference_softmax(logits.astype(float), axis=1).max(1).mean()
+    )
     assert sum(before["count"]) == len(labels)
     assert len(before["count"]) == len(before["confidence"]) == len(before["accuracy"]) == bins
 
@@ -255,12 +284,19 @@ def test_each_half_is_judged_with_the_other_s_temperature() -> None:
     for number in (0, 1):
         mine = np.flatnonzero(half == number)
         rows = np.arange(len(mine))
-        scaled = (log_softmax(logits[mine].astype(float) / t, axis=1)[rows, labels[mine]].mean() for t in grid)
+        scaled = (
+            log_softmax(logits[mine].astype(float) / t, axis=1)[rows, labels[mine]].mean()
+            for t in grid
+        )
         best.append(grid[np.argmax(list(scaled))])
     assert abs(best[0] - best[1]) > 0.1
     assert found["temperatures"] == pytest.approx(best, rel=2e-3)
-    by_the_other = logits / np.where(half == 0, found["temperatures"][1], found["temperatures"][0])[:, None]
-    assert found["after"]["ece"] == pytest.approx(expected_calibration_error(by_the_other, labels, 15), rel=1e-9)
+    by_the_other = (
+        logits / np.where(half == 0, found["temperatures"][1], found["temperatures"][0])[:, None]
+    )
+    assert found["after"]["ece"] == pytest.approx(
+        expected_calibration_error(by_the_other, labels, 15), rel=1e-9
+    )
 
 
 def test_the_halves_are_alike_in_every_class() -> None:
@@ -288,13 +324,23 @@ def test_bins_hold_their_upper_ends_and_empty_ones_nothing() -> None:
     ("logits", "labels", "which"),
     [
         ([[2, 0]], [0], "either half"),
-        ([[2, 0], [0, 2], [3, 0], [0, 3]], [0, 1, 0, 1], "either half"),  # all right: the colder the better
-        ([[2, 0], [0, 2], [3, 0], [0, 3]], [1, 0, 1, 0], "either half"),  # all wrong: the hotter the better
+        (
+            [[2, 0], [0, 2], [3, 0], [0, 3]],
+            [0, 1, 0, 1],
+            "either half",
+        ),  # all right: the colder the better
+        (
+            [[2, 0], [0, 2], [3, 0], [0, 3]],
+            [1, 0, 1, 0],
+            "either half",
+        ),  # all wrong: the hotter the better
         ([[0, 0], [0, 0], [0, 0], [0, 0]], [0, 1, 0, 1], "either half"),  # no difference
         ([[1], [2], [3]], [0, 0, 0], "either half"),  # a single class
     ],
 )
-def test_where_no_temperature_is_best_it_is_1_and_that_is_said(logits: list, labels: list, which: str) -> None:
+def test_where_no_temperature_is_best_it_is_1_and_that_is_said(
+    logits: list, labels: list, which: str
+) -> None:
     found = calibration(np.array(logits, dtype=np.float16), np.array(labels))
     assert found["temperatures"] == [1, 1]
     assert which in found["note"]
@@ -372,11 +418,25 @@ def test_conflicting_labels_and_what_they_explain() -> None:
 def test_twins_of_classes_that_the_network_does_not_have_count() -> None:
     images = pictures(6)
     images[2], images[5] = images[0], images[4]
-    labels, rows, logits = np.array([0, 1, 2, 1, 2, 3]), np.array([0, 1]), np.eye(2, dtype=np.float16)[[1, 1]]
+    labels, rows, logits = (
+        np.array([0, 1, 2, 1, 2, 3]),
+        np.array([0, 1]),
+        np.eye(2, dtype=np.float16)[[1, 1]],
+    )
     found = label_conflicts(images, labels, rows, logits, NAMES[:4])
     assert [pair["rows"] for pair in found["pairs"]] == [[0, 2], [4, 5]]
     assert [pair["tested"] for pair in found["pairs"]] == [[True, False], [False, False]]
-    told = [found[name] for name in ("found", "tested", "wrong", "answered_as_twin", "wrong_in_all", "share_of_error")]
+    told = [
+        found[name]
+        for name in (
+            "found",
+            "tested",
+            "wrong",
+            "answered_as_twin",
+            "wrong_in_all",
+            "share_of_error",
+        )
+    ]
     assert told == [2, 1, 1, 0, 1, 1.0]
     right = label_conflicts(images, labels, rows, np.eye(2, dtype=np.float16), NAMES[:4])
     assert (right["wrong"], right["share_of_error"]) == (0, None)
@@ -390,10 +450,20 @@ def test_larger_groups_count_every_pair_and_list_some(monkeypatch: pytest.Monkey
     answers = np.array([0, 1, 3, 1, 0, 2, 3, 3, 3, 3])
     where = (images, labels, np.arange(10), np.eye(4, dtype=np.float16)[answers], NAMES[:4])
     found = label_conflicts(*where)
-    every = [(a, b) for a in range(10) for b in range(a + 1, 10) if labels[a] != labels[b] and (a < 7) == (b < 7)]
+    every = [
+        (a, b)
+        for a in range(10)
+        for b in range(a + 1, 10)
+        if labels[a] != labels[b] and (a < 7) == (b < 7)
+    ]
     assert [tuple(pair["rows"]) for pair in found["pairs"]] == every
     assert found["found"] == len(every) == 3 * 2 + 3 * 2 + 2 * 2 + 2
-    assert [found[name] for name in ("tested", "wrong", "answered_as_twin", "wrong_in_all")] == [10, 5, 3, 5]
+    assert [found[name] for name in ("tested", "wrong", "answered_as_twin", "wrong_in_all")] == [
+        10,
+        5,
+        3,
+        5,
+    ]
     monkeypatch.setattr(errors, "MOST_PAIRS", 4)
     assert label_conflicts(*where) == found | {"pairs": found["pairs"][:4]}
 
@@ -403,9 +473,15 @@ def test_the_twins_of_tiny_imagenet(real_dataset: Dataset) -> None:
     rows = make_split(real_dataset, "official").test
     labels = real_dataset.labels[rows]
     logits = np.eye(200, dtype=np.float16)[labels]
-    found = label_conflicts(real_dataset.images, real_dataset.labels, rows, logits, real_dataset.names)
+    found = label_conflicts(
+        real_dataset.images, real_dataset.labels, rows, logits, real_dataset.names
+    )
     official = [[row < real_dataset.train_count for row in pair["rows"]] for pair in found["pairs"]]
-    assert (found["found"], official.count([True, True]), official.count([True, False])) == (27, 20, 7)
+    assert (found["found"], official.count([True, True]), official.count([True, False])) == (
+        27,
+        20,
+        7,
+    )
     assert (found["tested"], found["wrong"], found["share_of_error"]) == (7, 0, None)
     assert len(identical_images(real_dataset.images)) == 27  # and none with equal labels
 
@@ -452,7 +528,9 @@ def test_tables_read_back(found: Errors, tmp_path: Path) -> None:
     assert classes[12] == ["11", WNIDS[11], NAMES[11], "0", "", "", "", "", ""]
     assert confusion[0] == ["actual", *WNIDS]
     assert [row[0] for row in confusion[1:]] == list(WNIDS)
-    np.testing.assert_array_equal(np.array([row[1:] for row in confusion[1:]], dtype=int), found.matrix)
+    np.testing.assert_array_equal(
+        np.array([row[1:] for row in confusion[1:]], dtype=int), found.matrix
+    )
 
 
 @pytest.mark.parametrize("text", ["=1+1", "+1", "-1", "@SUM(A1)", "\t=1", "＝1"])
@@ -496,7 +574,9 @@ def test_a_folder_that_cannot_be_is_one_line(found: Errors, tmp_path: Path) -> N
         (np.array([[0, np.inf]]), np.array([0]), "not finite"),
     ],
 )
-def test_what_no_network_answers_is_refused(logits: np.ndarray, labels: np.ndarray, said: str) -> None:
+def test_what_no_network_answers_is_refused(
+    logits: np.ndarray, labels: np.ndarray, said: str
+) -> None:
     for work in (confusion_matrix, calibration, lambda *both: analyse(*both, WNIDS[:3], NAMES[:3])):
         with pytest.raises(UserError, match=said):
             work(logits, labels)

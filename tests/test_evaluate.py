@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from tinylab.evaluate import compute_logits, per_class, score, with_flip
-from tinylab.recipe import UserError
+from tinylab.exceptions import UserError
+from tinylab.training.evaluate import compute_logits, per_class, score, with_flip
 
 
 def test_scores_against_plain_sorting() -> None:
@@ -16,7 +16,9 @@ def test_scores_against_plain_sorting() -> None:
     result = score(torch.from_numpy(logits).float(), torch.from_numpy(labels))
 
     stored = result.logits.astype(np.float64)
-    ranking = np.argsort(-stored, axis=1, kind="stable")  # equal logits in the order of their classes
+    ranking = np.argsort(
+        -stored, axis=1, kind="stable"
+    )  # equal logits in the order of their classes
     top1 = ranking[:, 0] == labels
     top5 = (ranking[:, :5] == labels[:, None]).any(axis=1)
     assert (result.correct, result.correct_top5, result.total) == (top1.sum(), top5.sum(), 500)
@@ -39,7 +41,9 @@ def test_stored_logits_give_the_same_numbers_again() -> None:
 
 def test_the_mean_loss_is_over_images_not_batches() -> None:
     """The published run divided a sum of batch means by the number of images."""
-    batches = [(torch.zeros(size, 64, 64, 3), torch.zeros(size, dtype=torch.int64)) for size in (3, 1)]
+    batches = [
+        (torch.zeros(size, 64, 64, 3), torch.zeros(size, dtype=torch.int64)) for size in (3, 1)
+    ]
     logits = {3: torch.tensor([[2.0, 0.0]] * 3), 1: torch.tensor([[0.0, 2.0]])}
     result = score(*compute_logits(lambda images: logits[len(images)], batches, 4))
     losses = [np.log(1 + np.exp(-2))] * 3 + [np.log(1 + np.exp(2))]
@@ -49,7 +53,13 @@ def test_the_mean_loss_is_over_images_not_batches() -> None:
 
 def test_reported_numbers_have_their_names() -> None:
     result = score(torch.eye(4), torch.tensor([0, 1, 2, 0]))
-    expected = {"test_top1": 75.0, "test_top5": 100.0, "test_correct": 3, "test_total": 4, "test_loss": result.loss}
+    expected = {
+        "test_top1": 75.0,
+        "test_top5": 100.0,
+        "test_correct": 3,
+        "test_total": 4,
+        "test_loss": result.loss,
+    }
     assert result.numbers() == expected
 
 
@@ -78,7 +88,9 @@ def test_outputs_that_are_not_finite_in_float16_are_refused(value: float) -> Non
 
 def test_logits_of_all_batches_in_order_without_gradients() -> None:
     weight = torch.ones(1, requires_grad=True)
-    batches = [(torch.full((size, 1), float(size)), torch.full((size,), size)) for size in (2, 3, 1)]
+    batches = [
+        (torch.full((size, 1), float(size)), torch.full((size,), size)) for size in (2, 3, 1)
+    ]
     logits, labels = compute_logits(lambda images: (images * weight).bfloat16(), batches, 6)
     assert logits.flatten().tolist() == labels.tolist() == [2, 2, 3, 3, 3, 1]
     assert (logits.dtype, labels.dtype) == (torch.float32, torch.int64)

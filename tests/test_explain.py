@@ -12,10 +12,18 @@ from conftest import Exact
 from pytorch_grad_cam.utils.svd_on_activations import get_2d_projection
 from torch import nn
 
-from tinylab.errors import softmax
-from tinylab.explain import METHODS, STAGES, bootstrap, explain, gradcam, misclassified, sample
+from tinylab.exceptions import UserError
+from tinylab.explain.gradcam import (
+    METHODS,
+    STAGES,
+    bootstrap,
+    explain,
+    gradcam,
+    misclassified,
+    sample,
+)
+from tinylab.explain.mistakes import softmax
 from tinylab.model import ResNet18
-from tinylab.recipe import UserError
 
 CLASSES = 6
 TARGETS = torch.tensor([0, 5, 2, 2, 4])
@@ -35,7 +43,9 @@ def model() -> ResNet18:
     torch.manual_seed(1)
     network = ResNet18(classes=CLASSES, width=4)
     with torch.no_grad():
-        for _ in range(3):  # batch-norm statistics of its own, so that eval mode differs from train mode
+        for _ in range(
+            3
+        ):  # batch-norm statistics of its own, so that eval mode differs from train mode
             network.train()(2 * torch.randn(16, 3, 32, 32) + 1)
     return network.eval()
 
@@ -79,7 +89,9 @@ def by_hand(
     for image, target in zip(inputs, targets, strict=True):
         for stage in STAGES:
             seen = []
-            handle = getattr(model, stage).register_forward_hook(lambda _, __, output, seen=seen: seen.append(output))
+            handle = getattr(model, stage).register_forward_hook(
+                lambda _, __, output, seen=seen: seen.append(output)
+            )
             logit = model(image[None])[0, target]
             handle.remove()
             (gradient,) = torch.autograd.grad(logit, seen[0])
@@ -90,20 +102,24 @@ def by_hand(
 
 
 def equal(one: dict[str, np.ndarray], other: dict[str, np.ndarray], atol: float = 1e-5) -> bool:
-    return one.keys() == other.keys() and all(np.allclose(one[stage], other[stage], atol=atol) for stage in one)
+    return one.keys() == other.keys() and all(
+        np.allclose(one[stage], other[stage], atol=atol) for stage in one
+    )
 
 
 @pytest.mark.numerical
 @pytest.mark.parametrize("method", METHODS)
 def test_maps_equal_their_definition_at_every_stage(
-    exact: Exact,
-    inputs: torch.Tensor,
-    method: str,
+    exact: Exact, inputs: torch.Tensor, method: str
 ) -> None:
-    inputs = torch.cat([inputs, inputs.flip(1)], dim=3).repeat(1, 1, 2, 1)  # 64 x 64, as the data set has it
+    inputs = torch.cat([inputs, inputs.flip(1)], dim=3).repeat(
+        1, 1, 2, 1
+    )  # 64 x 64, as the data set has it
     maps = gradcam(exact, inputs, TARGETS, method=method)
     sides = {"layer1": 64, "layer2": 32, "layer3": 16, "layer4": 8}
-    assert {stage: values.shape for stage, values in maps.items()} == {s: (5, n, n) for s, n in sides.items()}
+    assert {stage: values.shape for stage, values in maps.items()} == {
+        s: (5, n, n) for s, n in sides.items()
+    }
     assert equal(maps, by_hand(exact, inputs, TARGETS, method))
     for values in maps.values():
         assert values.dtype == np.float32
@@ -140,7 +156,9 @@ def test_stages_may_be_asked_for_in_any_order(model: ResNet18, inputs: torch.Ten
 
 @pytest.mark.parametrize("stages", [STAGES, ("layer4",)])
 @pytest.mark.parametrize("method", ["gradcam", "eigencam"])
-def test_model_is_left_as_it_was(model: ResNet18, inputs: torch.Tensor, method: str, stages: tuple[str, ...]) -> None:
+def test_model_is_left_as_it_was(
+    model: ResNet18, inputs: torch.Tensor, method: str, stages: tuple[str, ...]
+) -> None:
     model.train()
     model.layer2.eval()
     model.fc.weight.requires_grad_(False)
@@ -154,7 +172,9 @@ def test_model_is_left_as_it_was(model: ResNet18, inputs: torch.Tensor, method: 
     assert {name: module.training for name, module in model.named_modules()} == modes
     assert {name: weight.requires_grad for name, weight in model.named_parameters()} == asks
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
-    gradients = {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
+    gradients = {
+        name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None
+    }
     assert gradients.keys() == {"conv1.weight"}
     assert (gradients["conv1.weight"] == 3).all()
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -163,21 +183,29 @@ def test_model_is_left_as_it_was(model: ResNet18, inputs: torch.Tensor, method: 
     assert inputs.grad is None
 
 
-def test_train_mode_and_frozen_weights_change_nothing(model: ResNet18, inputs: torch.Tensor) -> None:
+def test_train_mode_and_frozen_weights_change_nothing(
+    model: ResNet18, inputs: torch.Tensor
+) -> None:
     plain = gradcam(model, inputs, TARGETS)
     assert equal(gradcam(model.train(), inputs, TARGETS), plain)
     assert equal(gradcam(model.requires_grad_(False), inputs, TARGETS), plain)
 
 
 @pytest.mark.parametrize(
-    "surroundings", [torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)]
+    "surroundings",
+    [torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)],
 )
 def test_surroundings_change_nothing(model: ResNet18, inputs: torch.Tensor, surroundings) -> None:
     plain = gradcam(model, inputs, TARGETS)
     with surroundings():
         assert equal(gradcam(model, inputs.clone(), TARGETS), plain)
-        assert equal(gradcam(model, inputs.clone(), TARGETS, ("layer4",)), {"layer4": plain["layer4"]})
-        assert equal(gradcam(copy.deepcopy(model), inputs.clone(), TARGETS, ("layer4",)), {"layer4": plain["layer4"]})
+        assert equal(
+            gradcam(model, inputs.clone(), TARGETS, ("layer4",)), {"layer4": plain["layer4"]}
+        )
+        assert equal(
+            gradcam(copy.deepcopy(model), inputs.clone(), TARGETS, ("layer4",)),
+            {"layer4": plain["layer4"]},
+        )
 
 
 def test_wrappers_are_taken_off(model: ResNet18, inputs: torch.Tensor) -> None:
@@ -188,10 +216,14 @@ def test_wrappers_are_taken_off(model: ResNet18, inputs: torch.Tensor) -> None:
     last = {"layer4": plain["layer4"]}
     assert equal(gradcam(torch.compile(averaged), inputs, TARGETS, ("layer4",)), last)
     averaged.module.fc.weight.data.neg_()
-    assert not equal(gradcam(averaged, inputs, TARGETS, ("layer4",)), last), "the average's own weights count"
+    assert not equal(gradcam(averaged, inputs, TARGETS, ("layer4",)), last), (
+        "the average's own weights count"
+    )
 
 
-def test_half_precision_network_is_explained_in_float32(model: ResNet18, inputs: torch.Tensor) -> None:
+def test_half_precision_network_is_explained_in_float32(
+    model: ResNet18, inputs: torch.Tensor
+) -> None:
     halved = copy.deepcopy(model).to(torch.bfloat16)
     assert equal(gradcam(halved, inputs, TARGETS), gradcam(halved.float(), inputs, TARGETS))
 
@@ -201,7 +233,9 @@ def test_methods_run_and_differ(model: ResNet18, inputs: torch.Tensor, method: s
     maps = gradcam(model, inputs, TARGETS, stages=("layer3",), method=method)["layer3"]
     assert maps.shape == (5, 8, 8)
     assert np.isfinite(maps).all()
-    assert (method == "gradcam") == np.allclose(maps, gradcam(model, inputs, TARGETS)["layer3"], atol=1e-3)
+    assert (method == "gradcam") == np.allclose(
+        maps, gradcam(model, inputs, TARGETS)["layer3"], atol=1e-3
+    )
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -214,7 +248,9 @@ def test_a_stage_alone_has_the_maps_that_it_has_among_all(
     assert equal(alone, {stage: gradcam(model, inputs, TARGETS, method=method)[stage]})
 
 
-def test_the_last_stage_alone_asks_for_no_gradient_below_it(model: ResNet18, inputs: torch.Tensor) -> None:
+def test_the_last_stage_alone_asks_for_no_gradient_below_it(
+    model: ResNet18, inputs: torch.Tensor
+) -> None:
     asked = []
 
     def note(_: nn.Module, arguments: tuple, output: torch.Tensor) -> None:
@@ -228,7 +264,9 @@ def test_the_last_stage_alone_asks_for_no_gradient_below_it(model: ResNet18, inp
 @pytest.mark.numerical
 def test_eigencam_is_the_library_s_but_for_the_sign(model: ResNet18, inputs: torch.Tensor) -> None:
     seen = []
-    handle = model.layer4.register_forward_hook(lambda _, __, output: seen.append(output.detach().numpy()))
+    handle = model.layer4.register_forward_hook(
+        lambda _, __, output: seen.append(output.detach().numpy())
+    )
     model(inputs)
     handle.remove()
     theirs = get_2d_projection(seen[0])
@@ -240,7 +278,9 @@ def test_eigencam_is_the_library_s_but_for_the_sign(model: ResNet18, inputs: tor
 
 
 def test_eigencam_knows_no_classes(model: ResNet18, inputs: torch.Tensor) -> None:
-    one, other = (gradcam(model, inputs, classes, method="eigencam") for classes in (TARGETS, TARGETS.flip(0)))
+    one, other = (
+        gradcam(model, inputs, classes, method="eigencam") for classes in (TARGETS, TARGETS.flip(0))
+    )
     assert equal(one, other, atol=0)
 
 
@@ -281,11 +321,15 @@ def test_bootstrap_agrees_with_scipy_and_with_theory() -> None:
     skewed, shares = rng.exponential(size=300), (rng.random(300) < 0.3).astype(float)
     found = bootstrap({"skewed": skewed, "shares": shares, "difference": skewed - shares}, seed=1)
     for name, values in {"skewed": skewed, "shares": shares, "difference": skewed - shares}.items():
-        theirs = scipy.stats.bootstrap((values,), np.mean, n_resamples=9999, method="percentile", rng=rng)
+        theirs = scipy.stats.bootstrap(
+            (values,), np.mean, n_resamples=9999, method="percentile", rng=rng
+        )
         width = theirs.confidence_interval.high - theirs.confidence_interval.low
         assert found[name]["mean"] == pytest.approx(values.mean(), rel=1e-12)
         assert found[name]["low"] == pytest.approx(theirs.confidence_interval.low, abs=0.06 * width)
-        assert found[name]["high"] == pytest.approx(theirs.confidence_interval.high, abs=0.06 * width)
+        assert found[name]["high"] == pytest.approx(
+            theirs.confidence_interval.high, abs=0.06 * width
+        )
         assert width == pytest.approx(2 * 1.96 * values.std() / np.sqrt(300), rel=0.06)
 
 
@@ -296,9 +340,15 @@ def test_bootstrap_samples_whole_images() -> None:
     assert found["difference"] == pytest.approx({"mean": 0.1, "low": 0.1, "high": 0.1}, abs=1e-12)
     assert found["other"]["low"] - found["one"]["low"] == pytest.approx(0.1, abs=1e-12)
     assert all(each["low"] <= each["mean"] <= each["high"] for each in found.values())
-    assert found == bootstrap({"one": values, "other": values + 0.1, "difference": (values + 0.1) - values})
+    assert found == bootstrap(
+        {"one": values, "other": values + 0.1, "difference": (values + 0.1) - values}
+    )
     assert found["one"] != bootstrap({"one": values}, seed=1)["one"]
-    assert bootstrap({"single": np.array([0.25])})["single"] == {"mean": 0.25, "low": 0.25, "high": 0.25}
+    assert bootstrap({"single": np.array([0.25])})["single"] == {
+        "mean": 0.25,
+        "low": 0.25,
+        "high": 0.25,
+    }
     assert bootstrap({"none": np.empty(0)}) == {"none": None}
 
 
@@ -398,17 +448,35 @@ def test_explanation_says_what_was_seen_and_where() -> None:
 
     right_place = entries[2]
     red, green, _ = np.exp([2, 0, 1]) / np.exp([2, 0, 1]).sum()
-    assert right_place["predicted"] == {"wnid": "n01", "name": "red", "probability": pytest.approx(red, abs=1e-6)}
-    assert right_place["actual"] == {"wnid": "n02", "name": "green", "probability": pytest.approx(green, abs=1e-6)}
+    assert right_place["predicted"] == {
+        "wnid": "n01",
+        "name": "red",
+        "probability": pytest.approx(red, abs=1e-6),
+    }
+    assert right_place["actual"] == {
+        "wnid": "n02",
+        "name": "green",
+        "probability": pytest.approx(green, abs=1e-6),
+    }
     assert right_place["box"] == list(BOX)
     assert right_place["box_area"] == pytest.approx(24 * 40 / 64**2, abs=1e-4)
     first = right_place["stages"]["layer1"]
-    assert first == {"size": [64, 64], "mean": pytest.approx(24 * 40 / 64**2, abs=1e-4), "energy_in_box": 1.0}
+    assert first == {
+        "size": [64, 64],
+        "mean": pytest.approx(24 * 40 / 64**2, abs=1e-4),
+        "energy_in_box": 1.0,
+    }
     assert right_place["stages"]["layer4"]["size"] == [8, 8]
-    assert 0.75 < right_place["stages"]["layer4"]["energy_in_box"] < 1, "enlarging blurs the edge, no more"
+    assert 0.75 < right_place["stages"]["layer4"]["energy_in_box"] < 1, (
+        "enlarging blurs the edge, no more"
+    )
     assert right_place["actual_map"]["energy_in_box"] is None, "there is no green"
-    assert entries[4]["stages"]["layer1"]["energy_in_box"] == 0, "the network looked beside this box"
-    assert entries[5]["stages"]["layer1"]["energy_in_box"] is None, "a box of one pixel says nothing"
+    assert entries[4]["stages"]["layer1"]["energy_in_box"] == 0, (
+        "the network looked beside this box"
+    )
+    assert entries[5]["stages"]["layer1"]["energy_in_box"] is None, (
+        "a box of one pixel says nothing"
+    )
 
 
 def test_the_actual_class_has_a_map_of_its_own() -> None:
@@ -419,14 +487,20 @@ def test_the_actual_class_has_a_map_of_its_own() -> None:
     own = explanation.actual_maps[rows.index(2)]
     assert own.shape == (8, 8)
     assert np.array_equal(np.argwhere(own == 1), [[y, x] for y in (5, 6, 7) for x in (5, 6, 7)])
-    assert explanation.maps["layer4"][rows.index(2)][2:7, 1:4].all(), "the predicted class's map shows red"
+    assert explanation.maps["layer4"][rows.index(2)][2:7, 1:4].all(), (
+        "the predicted class's map shows red"
+    )
     assert explanation.entries[rows.index(2)]["actual_map"]["energy_in_box"] < 0.1
-    labelled = gradcam(ColourNetwork(), data["normalise"](torch.from_numpy(data["images"][[2]])), torch.tensor([1]))
+    labelled = gradcam(
+        ColourNetwork(), data["normalise"](torch.from_numpy(data["images"][[2]])), torch.tensor([1])
+    )
     assert np.array_equal(own, labelled["layer4"][0])
 
 
 def test_explanation_is_json_and_reproducible() -> None:
-    first, second = (explain(ColourNetwork(), **colour_data(), count=2, seed=4).to_json() for _ in range(2))
+    first, second = (
+        explain(ColourNetwork(), **colour_data(), count=2, seed=4).to_json() for _ in range(2)
+    )
     assert json.loads(json.dumps(first, allow_nan=False)) == first == second
     told = (first["seed"], first["method"], first["explained_class"], len(first["images"]))
     assert told == (4, "gradcam", "predicted", 2)
@@ -435,7 +509,12 @@ def test_explanation_is_json_and_reproducible() -> None:
 def test_nothing_wrong_gives_an_empty_explanation() -> None:
     data = colour_data() | {"labels": np.zeros(6, np.int16)}
     explanation = explain(ColourNetwork(), **data)
-    assert (explanation.tested, explanation.wrong, explanation.entries, explanation.maps) == (5, 0, [], {})
+    assert (explanation.tested, explanation.wrong, explanation.entries, explanation.maps) == (
+        5,
+        0,
+        [],
+        {},
+    )
     assert explanation.images.shape == (0, 64, 64, 3)
 
 

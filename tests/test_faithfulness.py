@@ -11,9 +11,9 @@ from pytorch_grad_cam.utils.model_targets import ClassifierOutputSoftmaxTarget
 from torch import nn
 from torch.nn import functional
 
-from tinylab.explain import gradcam, sample
-from tinylab.faithfulness import ORDERS, _ranks, faithfulness
-from tinylab.recipe import UserError
+from tinylab.exceptions import UserError
+from tinylab.explain.gradcam import gradcam, sample
+from tinylab.explain.road import ORDERS, _ranks, faithfulness
 
 
 class CornerNetwork(nn.Module):
@@ -57,12 +57,21 @@ def test_a_map_of_what_matters_beats_random_ones() -> None:
     found = faithfulness(CornerNetwork(), **data(), count=6)
     assert found["difference"]["low"] > 0.02
     assert found["combined"]["mean"] > found["random_combined"]["mean"]
-    assert found["difference"]["mean"] == pytest.approx(found["combined"]["mean"] - found["random_combined"]["mean"])
+    assert found["difference"]["mean"] == pytest.approx(
+        found["combined"]["mean"] - found["random_combined"]["mean"]
+    )
     for kind in ("map", "random"):
-        assert all(len(found[kind][order]) == 9 for order in ("most_relevant_first", "least_relevant_first"))
+        assert all(
+            len(found[kind][order]) == 9
+            for order in ("most_relevant_first", "least_relevant_first")
+        )
     # At the 90th percentile a tenth of the pixels goes: the map's tenth is what the network sees, a random one is not.
-    assert found["map"]["most_relevant_first"][-1] < found["random"]["most_relevant_first"][-1] - 0.05
-    area = [np.mean(found["map"][order]) for order in ("least_relevant_first", "most_relevant_first")]
+    assert (
+        found["map"]["most_relevant_first"][-1] < found["random"]["most_relevant_first"][-1] - 0.05
+    )
+    area = [
+        np.mean(found["map"][order]) for order in ("least_relevant_first", "most_relevant_first")
+    ]
     assert found["combined"]["mean"] == pytest.approx((area[0] - area[1]) / 2)
     assert json.loads(json.dumps(found, allow_nan=False)) == found
 
@@ -100,7 +109,10 @@ def test_no_image_is_no_number() -> None:
 
 
 def test_ranks_leave_no_ties() -> None:
-    maps, ties = torch.zeros(3, 8, 8), torch.rand(3, 8, 8, generator=torch.Generator().manual_seed(0))
+    maps, ties = (
+        torch.zeros(3, 8, 8),
+        torch.rand(3, 8, 8, generator=torch.Generator().manual_seed(0)),
+    )
     maps[0, 2, 3] = 1
     maps[1] = torch.arange(64).view(8, 8) / 64
     ranks = _ranks(maps, ties)
@@ -128,8 +140,8 @@ def test_combined_is_the_library_s(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(NoisyLinearImputer.__init__, "__defaults__", (0.0, neighbors_weights))
     rng = np.random.default_rng(0)
     maps = rng.random((3, 16, 16), np.float32)
-    monkeypatch.setattr("tinylab.faithfulness.gradcam", lambda *_, **__: {"layer1": maps})
-    monkeypatch.setattr("tinylab.faithfulness.sample", lambda *_: np.arange(3))
+    monkeypatch.setattr("tinylab.explain.road.gradcam", lambda *_, **__: {"layer1": maps})
+    monkeypatch.setattr("tinylab.explain.road.sample", lambda *_: np.arange(3))
     images = rng.integers(0, 255, (3, 64, 64, 3), dtype=np.uint8)
     logits = np.array([[1, 0], [0, 1], [1, 0]], np.float16)
     what = data(3) | {"images": images, "logits": logits, "stage": "layer1"}
@@ -140,17 +152,21 @@ def test_combined_is_the_library_s(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found["combined"]["mean"] == pytest.approx(float(theirs.mean()), abs=1e-6)
 
 
-def test_the_predicted_class_is_watched_in_images_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_predicted_class_is_watched_in_images_of_its_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """The rows that were drawn and their own logits, in batches of any size."""
     seen = []
 
-    def noted(network: nn.Module, inputs: torch.Tensor, classes: torch.Tensor, *rest, **options) -> dict:
+    def noted(
+        network: nn.Module, inputs: torch.Tensor, classes: torch.Tensor, *rest, **options
+    ) -> dict:
         seen.extend(zip(inputs, classes.tolist(), strict=True))
         return gradcam(network, inputs, classes, *rest, **options)
 
-    monkeypatch.setattr("tinylab.faithfulness.gradcam", noted)
-    monkeypatch.setattr("tinylab.faithfulness.BATCH", 2)
-    monkeypatch.setattr("tinylab.faithfulness.PERCENTILES", (50, 90))
+    monkeypatch.setattr("tinylab.explain.road.gradcam", noted)
+    monkeypatch.setattr("tinylab.explain.road.BATCH", 2)
+    monkeypatch.setattr("tinylab.explain.road.PERCENTILES", (50, 90))
     what = data(10)
     what["images"] += np.arange(10, dtype=np.uint8)[:, None, None, None]
     what |= {"rows": np.arange(4, 10), "logits": np.eye(2, dtype=np.float16)[[0, 0, 1, 0, 1, 1]]}
@@ -163,7 +179,8 @@ def test_the_predicted_class_is_watched_in_images_of_its_own(monkeypatch: pytest
 
 
 @pytest.mark.parametrize(
-    "surroundings", [torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)]
+    "surroundings",
+    [torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)],
 )
 def test_surroundings_and_wrappers_change_nothing(surroundings) -> None:
     model = CornerNetwork()

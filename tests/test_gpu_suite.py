@@ -17,11 +17,13 @@ from types import ModuleType
 import pytest
 import torch
 
-from tinylab.dataset import Dataset
-from tinylab.device import Placement, choose
-from tinylab.recipe import RECIPES, Recipe, RecipeFailed, UserError, accurate, named
-from tinylab.record import Run
-from tinylab.split import make_split
+from tinylab.data.dataset import Dataset
+from tinylab.data.split import make_split
+from tinylab.exceptions import RecipeFailed, UserError
+from tinylab.recipe import Recipe
+from tinylab.recipes import RECIPES, accurate, named
+from tinylab.run.environment import Compute, choose
+from tinylab.run.folder import Run
 
 pytest.importorskip("timm")
 
@@ -50,7 +52,9 @@ def suite(chain: ModuleType, small_dataset: Dataset, tmp_path: Path) -> object:
     return chain.Suite(tmp_path, small_dataset, choose("cpu", "fp32"), None, math.inf, trial=True)
 
 
-def fail(chain: ModuleType, monkeypatch: pytest.MonkeyPatch, error: Exception, when: Callable[..., bool]) -> None:
+def fail(
+    chain: ModuleType, monkeypatch: pytest.MonkeyPatch, error: Exception, when: Callable[..., bool]
+) -> None:
     """From now on the chain's training raises `error` when `when(recipe, seed)` holds."""
     train = chain.train
 
@@ -78,12 +82,21 @@ def fail(chain: ModuleType, monkeypatch: pytest.MonkeyPatch, error: Exception, w
         ([], {"a": []}, "base"),
     ],
 )
-def test_a_change_is_adopted_if_it_gains_enough(plan: ModuleType, base: list, others: dict, expected: str) -> None:
+def test_a_change_is_adopted_if_it_gains_enough(
+    plan: ModuleType, base: list, others: dict, expected: str
+) -> None:
     outcomes = [plan.Outcome("base", base, failed="" if base else "diverged")]
-    outcomes += [plan.Outcome(label, top1, failed="" if top1 else "diverged") for label, top1 in others.items()]
+    outcomes += [
+        plan.Outcome(label, top1, failed="" if top1 else "diverged")
+        for label, top1 in others.items()
+    ]
     chosen, reason = plan.gain(0.4)(outcomes)
     assert chosen == expected
-    assert ("adopted" in reason or "best of the others" in reason) if chosen != "base" else "nothing changes" in reason
+    assert (
+        ("adopted" in reason or "best of the others" in reason)
+        if chosen != "base"
+        else "nothing changes" in reason
+    )
 
 
 def test_a_run_that_failed_for_one_seed_is_not_adopted(plan: ModuleType) -> None:
@@ -93,7 +106,10 @@ def test_a_run_that_failed_for_one_seed_is_not_adopted(plan: ModuleType) -> None
 
 def test_the_speedrun_takes_the_fastest_that_reaches_the_target(plan: ModuleType) -> None:
     rule = plan.fastest_reaching(57.55)
-    slow, fast = plan.Outcome("slow", [59.0], seconds=[70.0]), plan.Outcome("fast", [57.55], seconds=[50.0])
+    slow, fast = (
+        plan.Outcome("slow", [59.0], seconds=[70.0]),
+        plan.Outcome("fast", [57.55], seconds=[50.0]),
+    )
     faster = plan.Outcome("faster", [57.5], seconds=[40.0])
     assert rule([slow, fast, faster])[0] == "fast"
     chosen, reason = rule([faster, plan.Outcome("far", [50.0], seconds=[10.0])])
@@ -106,11 +122,17 @@ def test_the_number_format_must_learn_as_well_as_32_bits(plan: ModuleType) -> No
         return plan.Outcome(label, [50.0], [loss], [seconds])
 
     rule = plan.fastest_of_same_loss(0.02)
-    exact, half, broken = outcome("fp32", 4.0, 30.0), outcome("fp16", 4.08, 9.0), outcome("bf16", 4.09, 6.0)
+    exact, half, broken = (
+        outcome("fp32", 4.0, 30.0),
+        outcome("fp16", 4.08, 9.0),
+        outcome("bf16", 4.09, 6.0),
+    )
     assert rule([exact, half, broken])[0] == "fp16"
     assert rule([exact, broken])[0] == "fp32"
     assert rule([exact, plan.Outcome("fp16", [], failed="out of memory")])[0] == "fp32"
-    with pytest.raises(UserError, match="fp32, which the others are judged by, failed: out of memory"):
+    with pytest.raises(
+        UserError, match="fp32, which the others are judged by, failed: out of memory"
+    ):
         rule([plan.Outcome("fp32", [], failed="out of memory"), half])
 
 
@@ -122,30 +144,50 @@ def test_plans_are_sound(plan: ModuleType, name: str) -> None:
     steps = plan.PLANS[name]()
     names = [step.name for step in steps]
     assert len(set(names)) == len(names)
-    assert {step.recipe for step in steps if isinstance(step, plan.Final | plan.Stage)} <= set(RECIPES)
+    assert {step.recipe for step in steps if isinstance(step, plan.Final | plan.Stage)} <= set(
+        RECIPES
+    )
     finals = [step for step in steps if isinstance(step, plan.Final)]
-    assert {(step.recipe, step.protocol) for step in finals if step.recipe == "official"} <= {("official", "official")}
+    assert {(step.recipe, step.protocol) for step in finals if step.recipe == "official"} <= {
+        ("official", "official")
+    }
     assert all(step.protocol == "merged" for step in finals if step.recipe != "official")
     for step in steps:
         if isinstance(step, plan.Stage):
             labels = [candidate.label for candidate in step.candidates]
             assert len(set(labels)) == len(labels)
             for candidate in step.candidates:
-                recipe = replace(named(step.recipe), **step.changes | candidate.changes)  # raises if it cannot be
+                recipe = replace(
+                    named(step.recipe), **step.changes | candidate.changes
+                )  # raises if it cannot be
                 unchanged = recipe == replace(named(step.recipe), **step.changes)
-                assert unchanged == (candidate == plan.BASE or bool(candidate.options)), candidate.label
+                assert unchanged == (candidate == plan.BASE or bool(candidate.options)), (
+                    candidate.label
+                )
         if isinstance(step, plan.Figures | plan.Notebook):
             assert names.index(step.of.name) < names.index(step.name)
-    decided = [names.index(step.name) for step in steps if isinstance(step, plan.Stage) and step.recipe == "accurate"]
-    first_final = min(names.index(step.name) for step in finals if step.recipe in ("accurate", "speedrun"))
+    decided = [
+        names.index(step.name)
+        for step in steps
+        if isinstance(step, plan.Stage) and step.recipe == "accurate"
+    ]
+    first_final = min(
+        names.index(step.name) for step in finals if step.recipe in ("accurate", "speedrun")
+    )
     assert max(decided) < first_final, "what is final must not come before what decides it"
 
 
 def test_one_sitting_leaves_room_in_half_an_hour_at_the_rates_that_are_guessed(
     chain: ModuleType, plan: ModuleType, small_dataset: Dataset, tmp_path: Path
 ) -> None:
-    suite = chain.Suite(tmp_path, small_dataset, Placement(torch.device("cuda"), "fp16", ""), None, math.inf)
-    suite._counts |= {"merged": (77_000, 33_000), "select": (70_000, 7_000), "official": (100_000, 10_000)}
+    suite = chain.Suite(
+        tmp_path, small_dataset, Compute(torch.device("cuda"), "fp16", ""), None, math.inf
+    )
+    suite._counts |= {
+        "merged": (77_000, 33_000),
+        "select": (70_000, 7_000),
+        "official": (100_000, 10_000),
+    }
     steps = plan.one_sitting()
     until = [step.name for step in steps].index("figures-accurate-merged-s0")
     seconds = 0.0
@@ -156,12 +198,16 @@ def test_one_sitting_leaves_room_in_half_an_hour_at_the_rates_that_are_guessed(
             plan.Notebook: 60,
         }
         seconds += set_up.get(type(step), 25 * runs) + chain.images_of(suite, step) / 10_000
-    assert 900 < seconds < 1500, "the first numbers of all recipes but the long one, with time for accidents"
+    assert 900 < seconds < 1500, (
+        "the first numbers of all recipes but the long one, with time for accidents"
+    )
 
 
-def test_the_throughput_table_asks_the_most_telling_questions_first(repository: Path, chain: ModuleType) -> None:
+def test_the_throughput_table_asks_the_most_telling_questions_first(
+    repository: Path, chain: ModuleType
+) -> None:
     throughput = importlib.import_module("bench_throughput")
-    rows = throughput.settings(Placement(torch.device("cuda"), "fp16", ""))
+    rows = throughput.settings(Compute(torch.device("cuda"), "fp16", ""))
     assert len(set(rows)) == len(rows) <= 25
     assert rows[:2] == [throughput.Setting(), throughput.Setting("bf16", compiled="yes")]
     for name, values in {
@@ -172,7 +218,7 @@ def test_the_throughput_table_asks_the_most_telling_questions_first(repository: 
         "resolution": {40, 48, 64},
     }.items():
         assert {getattr(row, name) for row in rows} == values
-    every = throughput.settings(Placement(torch.device("cuda"), "fp16", ""), full=True)
+    every = throughput.settings(Compute(torch.device("cuda"), "fp16", ""), full=True)
     assert len(set(every)) == len(every) == 4 * (3 + 1) * 3 * 3
 
 
@@ -208,11 +254,15 @@ def test_rows_are_kept_as_they_are_measured_and_failures_are_rows(
 
 
 @pytest.mark.numerical
-def test_both_layouts_compute_the_same_step(chain: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_both_layouts_compute_the_same_step(
+    chain: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
     throughput = importlib.import_module("bench_throughput")
     states = []
     make = throughput.new_state
-    monkeypatch.setattr(throughput, "new_state", lambda *given: states.append(make(*given)) or states[-1])
+    monkeypatch.setattr(
+        throughput, "new_state", lambda *given: states.append(make(*given)) or states[-1]
+    )
     for layout in ("NHWC", "NCHW"):
         setting = throughput.Setting("fp32", layout, batch=2, resolution=32)
         step = throughput._step(setting, choose("cpu", "fp32"), width=16)
@@ -224,10 +274,14 @@ def test_both_layouts_compute_the_same_step(chain: ModuleType, monkeypatch: pyte
         step()
         last = layout == "NHWC"
         assert len(seen) == 2
-        assert all(tensor.is_contiguous(memory_format=torch.channels_last) == last for tensor in seen)
+        assert all(
+            tensor.is_contiguous(memory_format=torch.channels_last) == last for tensor in seen
+        )
         assert all(tensor.is_contiguous() != last for tensor in seen)
         for parameter, kept in state.optimizer.state.items():
-            assert kept["momentum_buffer"].stride() == parameter.stride(), "CUDA's fused SGD takes nothing else"
+            assert kept["momentum_buffer"].stride() == parameter.stride(), (
+                "CUDA's fused SGD takes nothing else"
+            )
     first, last = (state.model.state_dict() for state in states)
     assert first["layer1.0.conv1.weight"].is_contiguous(memory_format=torch.channels_last)
     assert last["layer1.0.conv1.weight"].is_contiguous()
@@ -243,7 +297,9 @@ def test_a_stage_runs_on_select_alone_decides_and_is_obeyed(
     suite: object, chain: ModuleType, plan: ModuleType, small_dataset: Dataset
 ) -> None:
     candidates = (plan.BASE, plan.Candidate("no smoothing", {"label_smoothing": 0.0}))
-    stage = plan.Stage("smoothing", "accurate", "is it any use?", candidates, plan.gain(-100.0), "always")
+    stage = plan.Stage(
+        "smoothing", "accurate", "is it any use?", candidates, plan.gain(-100.0), "always"
+    )
     assert not chain.is_done(suite, stage)
     chain.do(suite, stage)
     assert chain.is_done(suite, stage)
@@ -255,7 +311,9 @@ def test_a_stage_runs_on_select_alone_decides_and_is_obeyed(
     (decision,) = suite.decisions()
     assert decision["changes"] == {"label_smoothing": 0.0}
     assert suite.recipe("accurate").label_smoothing == 0.0
-    assert suite.recipe("speedrun").label_smoothing == 0.2, "a choice holds for the recipe it was made for"
+    assert suite.recipe("speedrun").label_smoothing == 0.2, (
+        "a choice holds for the recipe it was made for"
+    )
     assert not list((suite.root / "runs").glob("select-*")), "nothing but the line is kept"
     log = (suite.root / "LOG.md").read_text()
     assert f"## {decision['date']}: smoothing (`accurate`)" in log
@@ -270,7 +328,9 @@ def test_equal_runs_are_made_once(
     trained = []
     train = chain.train
     monkeypatch.setattr(
-        chain, "train", lambda recipe, *rest, **named: trained.append(recipe) or train(recipe, *rest, **named)
+        chain,
+        "train",
+        lambda recipe, *rest, **named: trained.append(recipe) or train(recipe, *rest, **named),
     )
     for name in ("one", "two"):
         chain.do(suite, plan.Stage(name, "accurate", "?", (plan.BASE,), plan.gain(0.4), "none"))
@@ -281,7 +341,12 @@ def test_equal_runs_are_made_once(
 def test_a_run_that_fails_is_a_result(
     suite: object, chain: ModuleType, plan: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fail(chain, monkeypatch, RecipeFailed("the run has diverged"), lambda recipe, _: recipe.max_learning_rate == 5.0)
+    fail(
+        chain,
+        monkeypatch,
+        RecipeFailed("the run has diverged"),
+        lambda recipe, _: recipe.max_learning_rate == 5.0,
+    )
     impossible = plan.Candidate("impossible", {"label_smoothing": 2.0})
     candidates = (plan.BASE, plan.Candidate("lr 5", {"max_learning_rate": 5.0}), impossible)
     chain.do(suite, plan.Stage("lr", "accurate", "how high?", candidates, plan.gain(0.4), "0.4"))
@@ -315,7 +380,11 @@ def test_a_budget_that_ends_within_a_run_saves_it_and_the_next_call_goes_on(
 
 @pytest.mark.parametrize("swallowed", [0, 1])
 def test_a_budget_that_ends_while_a_run_is_set_up_is_no_failure_of_the_recipe(
-    suite: object, chain: ModuleType, plan: ModuleType, monkeypatch: pytest.MonkeyPatch, swallowed: int
+    suite: object,
+    chain: ModuleType,
+    plan: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    swallowed: int,
 ) -> None:
     """A compiler turns any exception into one of its own, or goes on as if there had been none."""
 
@@ -338,7 +407,11 @@ def test_a_budget_that_ends_while_a_run_is_set_up_is_no_failure_of_the_recipe(
 
 
 def test_what_the_machine_lacks_is_no_result(
-    suite: object, chain: ModuleType, plan: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    suite: object,
+    chain: ModuleType,
+    plan: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
 ) -> None:
     fail(chain, monkeypatch, UserError("no CUDA device here"), lambda *_: True)
     stage = plan.Stage("one", "accurate", "?", (plan.BASE,), plan.gain(0.4), "none")
@@ -349,9 +422,15 @@ def test_what_the_machine_lacks_is_no_result(
 
 
 def test_a_bug_in_one_step_keeps_its_traceback_and_the_records_of_the_others(
-    suite: object, chain: ModuleType, plan: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    suite: object,
+    chain: ModuleType,
+    plan: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
 ) -> None:
-    fail(chain, monkeypatch, ImportError("no module named albumentations"), lambda _, seed: seed == 0)
+    fail(
+        chain, monkeypatch, ImportError("no module named albumentations"), lambda _, seed: seed == 0
+    )
     suite.packed = suite.root / "records.tar.gz"
     assert chain.go(suite, [plan.Final("accurate", "merged", seed) for seed in (1, 0)]) == 1
     assert "Traceback" in capsys.readouterr().err
@@ -377,14 +456,20 @@ def test_a_name_that_another_question_or_recipe_had_is_not_done(
     assert "results/accurate-merged-s0 is a run of another recipe" in capsys.readouterr().err
 
 
-def test_without_a_gpu_only_the_trial_runs(chain: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_gpu_only_the_trial_runs(
+    chain: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(UserError, match="no CUDA GPU here"):
         chain.make_suite(chain.parse([]))
 
 
 def test_nothing_is_begun_without_time_and_the_status_says_so(
-    suite: object, chain: ModuleType, plan: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    suite: object,
+    chain: ModuleType,
+    plan: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
 ) -> None:
     monkeypatch.setitem(chain.TOO_LITTLE, "run", 15.0)
     suite.until = time.monotonic() + 10.0
@@ -394,7 +479,11 @@ def test_nothing_is_begun_without_time_and_the_status_says_so(
 
 
 def test_a_cold_run_finds_no_compiled_code_and_is_published(
-    suite: object, chain: ModuleType, plan: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    suite: object,
+    chain: ModuleType,
+    plan: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
     filled = tmp_path / "cache"
     (filled / "old").mkdir(parents=True)
@@ -402,7 +491,9 @@ def test_a_cold_run_finds_no_compiled_code_and_is_published(
     for seed, cold in ((0, True), (1, False)):
         chain.do(suite, plan.Final("accurate", "merged", seed, cold=cold))
     caches = [
-        json.loads((suite.results / f"accurate-merged-s{seed}" / "environment.json").read_text())["compile_cache"]
+        json.loads((suite.results / f"accurate-merged-s{seed}" / "environment.json").read_text())[
+            "compile_cache"
+        ]
         for seed in (0, 1)
     ]
     assert caches == ["empty", "filled"]
@@ -413,7 +504,11 @@ def test_records_travel_and_what_needs_weights_waits(
     suite: object, chain: ModuleType, plan: ModuleType, small_dataset: Dataset, tmp_path: Path
 ) -> None:
     final = plan.Final("accurate", "merged", 0)
-    steps = [plan.Stage("one", "accurate", "?", (plan.BASE,), plan.gain(0.4), "none"), final, plan.Figures(final)]
+    steps = [
+        plan.Stage("one", "accurate", "?", (plan.BASE,), plan.gain(0.4), "none"),
+        final,
+        plan.Figures(final),
+    ]
     assert chain.go(suite, steps[:2]) == 0
     chain.pack(suite, tmp_path / "records.tar.gz")
     with tarfile.open(tmp_path / "records.tar.gz") as archive:
@@ -422,7 +517,9 @@ def test_records_travel_and_what_needs_weights_waits(
         archive.extractall(tmp_path / "elsewhere", filter="data")
     assert {"LOG.md", "README.md", "results/results.csv", "results/decisions.jsonl"} <= set(names)
     assert not [name for name in names if name.endswith((".safetensors", ".ckpt", ".npz"))]
-    there = chain.Suite(tmp_path / "elsewhere", small_dataset, suite.place, None, math.inf, trial=True)
+    there = chain.Suite(
+        tmp_path / "elsewhere", small_dataset, suite.compute, None, math.inf, trial=True
+    )
     assert [chain.is_done(there, step) for step in steps] == [True, True, False]
     assert [chain.possible(there, step) for step in steps] == [True, True, False]
     assert chain.possible(suite, steps[2])
@@ -445,7 +542,11 @@ def test_a_record_of_a_longer_name_is_not_taken_for_the_notebook_s(
 
 
 def test_a_step_that_fails_does_not_stop_the_others(
-    suite: object, chain: ModuleType, plan: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    suite: object,
+    chain: ModuleType,
+    plan: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
 ) -> None:
     fail(chain, monkeypatch, UserError("out of memory"), lambda _, seed: seed == 0)
     steps = [plan.Final("accurate", "merged", seed) for seed in (0, 1)]
@@ -476,22 +577,36 @@ def test_the_whole_chain_in_miniature(
     """Every step of the plan, notebook and figures among them, stopped once by its budget, in another folder than the
     repository."""
     root, packed = tmp_path / "trial", tmp_path / "records.tar.gz"
-    command = [sys.executable, str(repository / "benchmarks" / "gpu_suite.py"), "--trial", "--root", str(root)]
+    command = [
+        sys.executable,
+        str(repository / "benchmarks" / "gpu_suite.py"),
+        "--trial",
+        "--root",
+        str(root),
+    ]
     environment = subprocess_environment | {"CUDA_VISIBLE_DEVICES": ""}
 
     def call(*options: str) -> subprocess.CompletedProcess:
-        return subprocess.run([*command, *options], env=environment, cwd=tmp_path, capture_output=True, text=True)
+        return subprocess.run(
+            [*command, *options], env=environment, cwd=tmp_path, capture_output=True, text=True
+        )
 
     first = call("--budget", "30")
     assert first.returncode == 75, first.stderr
     before = {path: path.read_bytes() for path in root.glob("results/*/summary.json")}
     done = call("--pack", str(packed))
     assert done.returncode == 0, done.stderr + done.stdout
-    assert all(path.read_bytes() == content for path, content in before.items()), "what was done is not done again"
+    assert all(path.read_bytes() == content for path, content in before.items()), (
+        "what was done is not done again"
+    )
     states = dict(line.split() for line in done.stdout.splitlines() if line.endswith(" done"))
     assert states == {step.name: "done" for step in plan.one_sitting()}
     assert packed.stat().st_size < 16 * 1024 * 1024
-    assert {path.name for path in (root / "images-A").glob("*.png")} >= {"curves.png", "gradcam.png", "confusion.png"}
+    assert {path.name for path in (root / "images-A").glob("*.png")} >= {
+        "curves.png",
+        "gradcam.png",
+        "confusion.png",
+    }
     records = {path: path.stat().st_mtime_ns for path in root.rglob("*") if path.is_file()}
     assert call().returncode == 0
     assert {path: path.stat().st_mtime_ns for path in root.rglob("*") if path.is_file()} == records

@@ -67,7 +67,7 @@ def syntax(module: str) -> ast.Module:
 
 
 def imported(tree: ast.AST) -> set[str]:
-    """Full names of everything imported, wherever the import stands: `tinylab.dataset`, `numpy`."""
+    """Full names of everything imported, wherever the import stands: `tinylab.data.dataset`, `numpy`."""
     names = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -75,14 +75,24 @@ def imported(tree: ast.AST) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, "relative import"
             names |= {
-                f"{node.module}.{alias.name}" if node.module == "tinylab" else node.module for alias in node.names
+                f"{node.module}.{alias.name}" if node.module == "tinylab" else node.module
+                for alias in node.names
             }
     return names
 
 
 def tracked_files(repository: Path) -> list[Path]:
     """Text files that are part of the repository, or will be: those that git does not ignore."""
-    command = ["git", "-C", str(repository), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    command = [
+        "git",
+        "-C",
+        str(repository),
+        "ls-files",
+        "-z",
+        "--cached",
+        "--others",
+        "--exclude-standard",
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
         pytest.skip("no git checkout")
@@ -100,7 +110,9 @@ def test_imports_point_one_way(module: str) -> None:
 
 def test_only_plots_imports_matplotlib() -> None:
     users = {
-        module for module in MODULES if any(name.split(".")[0] == "matplotlib" for name in imported(syntax(module)))
+        module
+        for module in MODULES
+        if any(name.split(".")[0] == "matplotlib" for name in imported(syntax(module)))
     }
     assert users == {"plots"}
 
@@ -108,10 +120,14 @@ def test_only_plots_imports_matplotlib() -> None:
 def test_recipes_and_the_command_line_load_nothing_heavy() -> None:
     for module in ("recipe", "cli"):
         at_the_top = ast.Module(body=syntax(module).body, type_ignores=[])
-        at_the_top.body = [node for node in at_the_top.body if isinstance(node, ast.Import | ast.ImportFrom)]
+        at_the_top.body = [
+            node for node in at_the_top.body if isinstance(node, ast.Import | ast.ImportFrom)
+        ]
         roots = {name.split(".")[0] for name in imported(at_the_top)}
         assert not roots & HEAVY
-        assert {name for name in imported(at_the_top) if name.startswith("tinylab")} <= {"tinylab.recipe"}
+        assert {name for name in imported(at_the_top) if name.startswith("tinylab")} <= {
+            "tinylab.recipe"
+        }
 
 
 @pytest.mark.parametrize("module", MODULES)
@@ -126,7 +142,15 @@ def test_modules_explain_themselves(module: str) -> None:
 @pytest.mark.parametrize("module", MODULES)
 def test_no_work_at_import_time(module: str) -> None:
     """At the top level of a module: imports, definitions, constants; no loops, no calls for their effect."""
-    allowed = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.Assign, ast.AnnAssign, ast.If)
+    allowed = (
+        ast.Import,
+        ast.ImportFrom,
+        ast.FunctionDef,
+        ast.ClassDef,
+        ast.Assign,
+        ast.AnnAssign,
+        ast.If,
+    )
     for node in syntax(module).body:
         is_text = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
         assert is_text or isinstance(node, allowed), f"line {node.lineno}: {ast.unparse(node)[:80]}"
@@ -157,7 +181,11 @@ def test_nothing_is_imported_with_a_star() -> None:
     ],
 )
 def test_no_code_that_trusts_strangers(repository: Path, unsafe: str) -> None:
-    paths = [*SOURCE.glob("*.py"), *(repository / "benchmarks").glob("*.py"), *(repository / "notebooks").glob("*.py")]
+    paths = [
+        *SOURCE.glob("*.py"),
+        *(repository / "benchmarks").glob("*.py"),
+        *(repository / "notebooks").glob("*.py"),
+    ]
     guilty = [path.name for path in paths if re.search(rf"(?<!\.){unsafe}", path.read_text())]
     assert not guilty
 
@@ -174,5 +202,9 @@ def test_no_file_names_a_folder_of_somebody_s_machine(repository: Path) -> None:
 
 def test_nothing_is_left_for_later(repository: Path) -> None:
     marks = re.compile(r"\b(" + "|".join(("TO" + "DO", "FIX" + "ME", "XX" + "X")) + r")\b")
-    paths = [path for path in tracked_files(repository) if path.suffix in (".py", ".md", ".toml", ".txt", "")]
+    paths = [
+        path
+        for path in tracked_files(repository)
+        if path.suffix in (".py", ".md", ".toml", ".txt", "")
+    ]
     assert not [str(path) for path in paths if marks.search(path.read_text(errors="replace"))]

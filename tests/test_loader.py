@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from tinylab import loader
-from tinylab.dataset import Dataset
-from tinylab.distributed import ALONE, World
-from tinylab.loader import (
+from tinylab.data import loader
+from tinylab.data.dataset import Dataset
+from tinylab.data.loader import (
     Batch,
     BatchedLoader,
     Images,
@@ -23,14 +22,22 @@ from tinylab.loader import (
     make_loader,
     statistics_batches,
 )
-from tinylab.recipe import Recipe, UserError, published
+from tinylab.exceptions import UserError
+from tinylab.recipe import Recipe
+from tinylab.recipes import published
+from tinylab.training.distributed import ALONE, World
 
 CPU = torch.device("cpu")
 ROWS = np.arange(3, 15)  # 12 rows of `tiny_dataset`: batches of 5, 5 and 2
 
 
 def batches_of(
-    dataset: Dataset, recipe: Recipe, epoch: int = 1, start: int = 0, seed: int = 0, workers: int = 0
+    dataset: Dataset,
+    recipe: Recipe,
+    epoch: int = 1,
+    start: int = 0,
+    seed: int = 0,
+    workers: int = 0,
 ) -> list:
     return list(TrainingLoader(dataset, ROWS, recipe, seed, CPU, workers).epoch(epoch, start))
 
@@ -84,18 +91,24 @@ def test_epochs_and_seeds_differ(tiny_dataset: Dataset, narrow: Recipe) -> None:
     assert not torch.equal(first, other)
 
 
-def test_two_copies_of_an_image_are_augmented_differently(tiny_dataset: Dataset, narrow: Recipe) -> None:
+def test_two_copies_of_an_image_are_augmented_differently(
+    tiny_dataset: Dataset, narrow: Recipe
+) -> None:
     batches = TrainingBatches(tiny_dataset, np.zeros(12, dtype=np.int64), narrow, seed=0)
     images = torch.cat([batches[1, step][0] for step in range(3)])
     assert len({image.numpy().tobytes() for image in images}) == 12
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_workers_do_not_change_the_batches(tiny_dataset: Dataset, narrow: Recipe, workers: int) -> None:
+def test_workers_do_not_change_the_batches(
+    tiny_dataset: Dataset, narrow: Recipe, workers: int
+) -> None:
     helped = TrainingLoader(tiny_dataset, ROWS, narrow, 0, CPU, workers)
     for epoch in (1, 2):  # the workers live on
         assert_same_batches(list(helped.epoch(epoch)), batches_of(tiny_dataset, narrow, epoch))
-    assert_same_batches(list(helped.epoch(3, start_step=1)), batches_of(tiny_dataset, narrow, 3)[1:])
+    assert_same_batches(
+        list(helped.epoch(3, start_step=1)), batches_of(tiny_dataset, narrow, 3)[1:]
+    )
 
 
 def test_an_epoch_can_begin_anywhere(tiny_dataset: Dataset, narrow: Recipe) -> None:
@@ -112,7 +125,9 @@ def test_an_abandoned_epoch_leaves_nothing_behind(tiny_dataset: Dataset, narrow:
     assert_same_batches(list(helped.epoch(2)), batches_of(tiny_dataset, narrow, 2))
 
 
-def test_a_spawned_worker_gets_a_file_name_instead_of_all_images(sample_dataset: Dataset, narrow: Recipe) -> None:
+def test_a_spawned_worker_gets_a_file_name_instead_of_all_images(
+    sample_dataset: Dataset, narrow: Recipe
+) -> None:
     batches = TrainingBatches(sample_dataset, np.arange(100), narrow, seed=0)
     before = batches[1, 0]
     data = pickle.dumps(batches)
@@ -159,13 +174,19 @@ def batched(narrow: Recipe) -> Recipe:
 
 
 def device_loader(
-    dataset: Dataset, recipe: Recipe, world: World = ALONE, resident: bool | None = None, seed: int = 0
+    dataset: Dataset,
+    recipe: Recipe,
+    world: World = ALONE,
+    resident: bool | None = None,
+    seed: int = 0,
 ) -> BatchedLoader:
     images = Images(dataset.images, dataset.labels, CPU, resident)
     return make_loader(dataset, ROWS, recipe, seed, CPU, world=world, images=images)
 
 
-def whole_epoch(dataset: Dataset, recipe: Recipe, epoch: int = 1, start: int = 0, **options) -> list[Batch]:
+def whole_epoch(
+    dataset: Dataset, recipe: Recipe, epoch: int = 1, start: int = 0, **options
+) -> list[Batch]:
     return list(device_loader(dataset, recipe, **options).epoch(epoch, start))
 
 
@@ -178,7 +199,9 @@ def assert_same(first: list[Batch], second: list[Batch]) -> None:
 
 
 def differ(first: list[Batch], second: list[Batch]) -> bool:
-    return any(not torch.equal(one.images, other.images) for one, other in zip(first, second, strict=True))
+    return any(
+        not torch.equal(one.images, other.images) for one, other in zip(first, second, strict=True)
+    )
 
 
 def test_a_batched_epoch_visits_every_image_once(tiny_dataset: Dataset, batched: Recipe) -> None:
@@ -194,7 +217,10 @@ def test_a_batched_epoch_visits_every_image_once(tiny_dataset: Dataset, batched:
         for image, row in zip(images, order, strict=True):
             original = tiny_dataset.images[row]
             assert np.array_equal(image, original) or np.array_equal(image, original[:, ::-1])
-        assert torch.cat([batch.labels for batch in batches]).tolist() == tiny_dataset.labels[order].tolist()
+        assert (
+            torch.cat([batch.labels for batch in batches]).tolist()
+            == tiny_dataset.labels[order].tolist()
+        )
 
 
 def test_flips_alternate_from_epoch_to_epoch(tiny_dataset: Dataset, batched: Recipe) -> None:
@@ -205,14 +231,18 @@ def test_flips_alternate_from_epoch_to_epoch(tiny_dataset: Dataset, batched: Rec
     )  # fmt: skip
     mirrored = []
     for epoch in (1, 2, 3):
-        images = torch.cat([batch.images for batch in whole_epoch(tiny_dataset, plain, epoch)]).numpy()
+        images = torch.cat(
+            [batch.images for batch in whole_epoch(tiny_dataset, plain, epoch)]
+        ).numpy()
         rows = ROWS[epoch_order(0, epoch, len(ROWS))]
         flags = {
             int(row): not np.array_equal(tiny_dataset.images[row], image)
             for row, image in zip(rows, images, strict=True)
         }
         mirrored.append(flags)
-    assert all(mirrored[0][row] != mirrored[1][row] == (not mirrored[2][row]) for row in mirrored[0])
+    assert all(
+        mirrored[0][row] != mirrored[1][row] == (not mirrored[2][row]) for row in mirrored[0]
+    )
     assert 2 <= sum(mirrored[0].values()) <= 10
 
 
@@ -228,16 +258,23 @@ def test_a_batched_epoch_can_begin_anywhere(tiny_dataset: Dataset, batched: Reci
         for start in range(4):
             assert_same(whole_epoch(tiny_dataset, batched, epoch, start), whole[start:])
             if start < 3:
-                assert_same([device_loader(tiny_dataset, batched).batch(epoch, start)], [whole[start]])
+                assert_same(
+                    [device_loader(tiny_dataset, batched).batch(epoch, start)], [whole[start]]
+                )
 
 
 @pytest.mark.parametrize("size", [2, 3])
-def test_shares_of_several_processes_make_up_the_batch(tiny_dataset: Dataset, batched: Recipe, size: int) -> None:
+def test_shares_of_several_processes_make_up_the_batch(
+    tiny_dataset: Dataset, batched: Recipe, size: int
+) -> None:
     """Mixed or not, each process has exactly its part of what one process would train on."""
     recipe, mixed = replace(batched, batch_size=6), 0
     for epoch in range(1, 9):
         whole = whole_epoch(tiny_dataset, recipe, epoch)
-        shares = [whole_epoch(tiny_dataset, recipe, epoch, world=World(rank, size, 0, None)) for rank in range(size)]
+        shares = [
+            whole_epoch(tiny_dataset, recipe, epoch, world=World(rank, size, 0, None))
+            for rank in range(size)
+        ]
         for number, batch in enumerate(whole):
             parts = [each[number] for each in shares]
             assert torch.equal(torch.cat([part.images for part in parts]), batch.images)
@@ -252,10 +289,14 @@ def test_shares_of_several_processes_make_up_the_batch(tiny_dataset: Dataset, ba
 
 
 @pytest.mark.parametrize("size", [2, 3])
-def test_shares_of_albumentations_make_up_the_batch(tiny_dataset: Dataset, narrow: Recipe, size: int) -> None:
+def test_shares_of_albumentations_make_up_the_batch(
+    tiny_dataset: Dataset, narrow: Recipe, size: int
+) -> None:
     whole = batches_of(tiny_dataset, narrow)
     shares = [
-        list(make_loader(tiny_dataset, ROWS, narrow, 0, CPU, 0, World(rank, size, 0, None)).epoch(1))
+        list(
+            make_loader(tiny_dataset, ROWS, narrow, 0, CPU, 0, World(rank, size, 0, None)).epoch(1)
+        )
         for rank in range(size)
     ]
     for number, batch in enumerate(whole):
@@ -266,7 +307,10 @@ def test_shares_of_albumentations_make_up_the_batch(tiny_dataset: Dataset, narro
 
 
 def test_streamed_images_are_the_resident_ones(tiny_dataset: Dataset, batched: Recipe) -> None:
-    assert_same(whole_epoch(tiny_dataset, batched, resident=False), whole_epoch(tiny_dataset, batched, resident=True))
+    assert_same(
+        whole_epoch(tiny_dataset, batched, resident=False),
+        whole_epoch(tiny_dataset, batched, resident=True),
+    )
 
 
 def test_an_abandoned_stream_leaves_no_thread(tiny_dataset: Dataset, batched: Recipe) -> None:
@@ -283,7 +327,9 @@ def test_an_error_while_streaming_arrives(tiny_dataset: Dataset) -> None:
         list(images.batches([np.array([0]), np.array([10_000])]))
 
 
-def test_batches_for_statistics_are_plain_training_images(tiny_dataset: Dataset, batched: Recipe) -> None:
+def test_batches_for_statistics_are_plain_training_images(
+    tiny_dataset: Dataset, batched: Recipe
+) -> None:
     images = Images(tiny_dataset.images, tiny_dataset.labels, CPU)
     recipe = replace(batched, ema_bn_batches=7)
     seen = []
@@ -291,13 +337,23 @@ def test_batches_for_statistics_are_plain_training_images(tiny_dataset: Dataset,
         batches = list(statistics_batches(images, ROWS, recipe, 0, epoch))
         assert [len(batch) for batch in batches] == [5, 5]  # as many whole batches as there are
         seen.append(torch.cat(batches).numpy())
-        rows = [int(np.flatnonzero((tiny_dataset.images == image).all(axis=(1, 2, 3)))[0]) for image in seen[-1]]
+        rows = [
+            int(np.flatnonzero((tiny_dataset.images == image).all(axis=(1, 2, 3)))[0])
+            for image in seen[-1]
+        ]
         assert len(set(rows)) == 10
         assert set(rows) <= set(ROWS.tolist())
     assert not np.array_equal(*seen)
-    assert len(list(statistics_batches(images, ROWS, replace(batched, ema_bn_batches=1), 0, 1))) == 1
-    halves = [list(statistics_batches(images, ROWS, recipe, 0, 1, World(rank, 2, 0, None))) for rank in range(2)]
-    assert np.array_equal(torch.cat([torch.cat(pair) for pair in zip(*halves, strict=True)]).numpy(), seen[0])
+    assert (
+        len(list(statistics_batches(images, ROWS, replace(batched, ema_bn_batches=1), 0, 1))) == 1
+    )
+    halves = [
+        list(statistics_batches(images, ROWS, recipe, 0, 1, World(rank, 2, 0, None)))
+        for rank in range(2)
+    ]
+    assert np.array_equal(
+        torch.cat([torch.cat(pair) for pair in zip(*halves, strict=True)]).numpy(), seen[0]
+    )
 
 
 def test_workers_without_albumentations_are_refused(tiny_dataset: Dataset, batched: Recipe) -> None:
@@ -305,7 +361,9 @@ def test_workers_without_albumentations_are_refused(tiny_dataset: Dataset, batch
         make_loader(tiny_dataset, ROWS, batched, 0, CPU, workers=2)
 
 
-def test_the_notebooks_batches_are_those_of_training(tiny_dataset: Dataset, batched: Recipe) -> None:
+def test_the_notebooks_batches_are_those_of_training(
+    tiny_dataset: Dataset, batched: Recipe
+) -> None:
     shown = TrainingBatches(tiny_dataset, ROWS, batched, 0)[1, 1]
     trained = whole_epoch(tiny_dataset, batched)[1]
     assert torch.equal(shown[0], trained.images)

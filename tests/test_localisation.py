@@ -10,13 +10,14 @@ import torch
 from conftest import Exact
 from torch import nn
 
-from tinylab.augment import normalise
-from tinylab.boxes import energy, hits
-from tinylab.dataset import Dataset
-from tinylab.explain import gradcam
-from tinylab.localisation import COLUMNS, GROUPS, MEASURES, Localisation, localise
-from tinylab.recipe import UserError, smoke
-from tinylab.sample import Drawing, draw_numbered
+from tinylab.data.augment import normalise
+from tinylab.data.dataset import Dataset
+from tinylab.data.synthetic import Drawing, draw_numbered
+from tinylab.exceptions import UserError
+from tinylab.explain.boxes import energy, hits
+from tinylab.explain.gradcam import gradcam
+from tinylab.explain.localisation import COLUMNS, GROUPS, MEASURES, Localisation, localise
+from tinylab.recipes import smoke
 
 
 class ColourNetwork(nn.Module):
@@ -57,7 +58,10 @@ def painted() -> dict:
 
 
 def groups(found: Localisation) -> dict[tuple, dict]:
-    return {(group["boxes"], group["answers"], group["class"]): group for group in found.summary["groups"]}
+    return {
+        (group["boxes"], group["answers"], group["class"]): group
+        for group in found.summary["groups"]
+    }
 
 
 def test_maps_of_the_object_score_one_and_maps_of_the_rest_nothing() -> None:
@@ -70,10 +74,18 @@ def test_maps_of_the_object_score_one_and_maps_of_the_rest_nothing() -> None:
     assert [counts["all", answers, which] for answers, which in GROUPS] == [7, 7, 3, 4, 4]
     assert [counts["below half", answers, which] for answers, which in GROUPS] == [4, 4, 2, 2, 2]
     for boxes in ("all", "below half"):
-        for answers, which, truth in (("right", "both", 1), ("wrong", "predicted", 0), ("wrong", "actual", 1)):
+        for answers, which, truth in (
+            ("right", "both", 1),
+            ("wrong", "predicted", 0),
+            ("wrong", "actual", 1),
+        ):
             group = said[boxes, answers, which]
             for measure in ("hit", "energy"):
-                assert group[measure] == {"mean": truth, "low": truth, "high": truth}, (boxes, answers, which)
+                assert group[measure] == {"mean": truth, "low": truth, "high": truth}, (
+                    boxes,
+                    answers,
+                    which,
+                )
     assert said["all", "all", "predicted"]["hit"]["mean"] == pytest.approx(3 / 7)
     assert said["all", "all", "actual"]["hit"]["mean"] == 1
     area = (3 * 56 * 56 + 4 * 16 * 48) / 7 / 4096
@@ -81,8 +93,17 @@ def test_maps_of_the_object_score_one_and_maps_of_the_rest_nothing() -> None:
     assert said["all", "all", "actual"]["centre_hit"]["mean"] == pytest.approx(3 / 7)
     assert said["all", "all", "actual"]["energy_minus_uniform"]["mean"] == pytest.approx(1 - area)
     assert said["below half", "wrong", "actual"]["hit_minus_centre"]["mean"] == 1
-    told = {name: found.summary[name] for name in ("sampled", "degenerate", "scored", "empty_maps", "native_size")}
-    assert told == {"sampled": 8, "degenerate": 1, "scored": 7, "empty_maps": 0, "native_size": [64, 64]}
+    told = {
+        name: found.summary[name]
+        for name in ("sampled", "degenerate", "scored", "empty_maps", "native_size")
+    }
+    assert told == {
+        "sampled": 8,
+        "degenerate": 1,
+        "scored": 7,
+        "empty_maps": 0,
+        "native_size": [64, 64],
+    }
 
 
 def test_the_summary_can_be_computed_again_from_the_table(tmp_path: Path) -> None:
@@ -91,7 +112,9 @@ def test_the_summary_can_be_computed_again_from_the_table(tmp_path: Path) -> Non
     data = painted()
     for name in ("images", "labels", "boxes", "logits"):
         data[name] = np.repeat(data[name], 40, axis=0)
-    data["images"] = np.clip(data["images"] + rng.integers(-60, 60, data["images"].shape), 0, 255).astype(np.uint8)
+    data["images"] = np.clip(
+        data["images"] + rng.integers(-60, 60, data["images"].shape), 0, 255
+    ).astype(np.uint8)
     data["rows"] = np.arange(320)
     found = localise(ColourNetwork(), **data, count=None)
     lines = list(csv.DictReader(open(found.write_table(tmp_path / "t.csv"), newline="")))  # noqa: SIM115
@@ -109,12 +132,20 @@ def test_the_summary_can_be_computed_again_from_the_table(tmp_path: Path) -> Non
                                float(line["centre"]), float(line["box_area"])))  # fmt: skip
         assert group["images"] == len(chosen) > 0
         values = np.array(chosen).T
-        columns = dict(zip(MEASURES, (*values, values[0] - values[2], values[1] - values[3]), strict=True))
+        columns = dict(
+            zip(MEASURES, (*values, values[0] - values[2], values[1] - values[3]), strict=True)
+        )
         for measure, each in columns.items():
             assert group[measure]["mean"] == pytest.approx(each.mean())
-            half = 1.96 * each.std() / len(each) ** 0.5  # the normal approximation of the same interval
-            assert group[measure]["low"] == pytest.approx(each.mean() - half, abs=0.35 * half + 1e-9)
-            assert group[measure]["high"] == pytest.approx(each.mean() + half, abs=0.35 * half + 1e-9)
+            half = (
+                1.96 * each.std() / len(each) ** 0.5
+            )  # the normal approximation of the same interval
+            assert group[measure]["low"] == pytest.approx(
+                each.mean() - half, abs=0.35 * half + 1e-9
+            )
+            assert group[measure]["high"] == pytest.approx(
+                each.mean() + half, abs=0.35 * half + 1e-9
+            )
 
 
 def test_the_table_s_lines_are_the_images_own() -> None:
@@ -124,7 +155,9 @@ def test_the_table_s_lines_are_the_images_own() -> None:
         row = line["row"]
         inputs = data["normalise"](torch.from_numpy(data["images"][[row]]))
         for which in ("predicted", "actual"):
-            maps = gradcam(ColourNetwork(), inputs, torch.tensor([line[which]]), ("layer4",))["layer4"]
+            maps = gradcam(ColourNetwork(), inputs, torch.tensor([line[which]]), ("layer4",))[
+                "layer4"
+            ]
             assert line[f"hit_{which}"] == pytest.approx(hits(maps, data["boxes"][[row]])[0])
             assert line[f"energy_{which}"] == pytest.approx(energy(maps, data["boxes"][[row]])[0])
     assert [line["row"] for line in found.table] != sorted(line["row"] for line in found.table)
@@ -133,10 +166,13 @@ def test_the_table_s_lines_are_the_images_own() -> None:
 
 def test_the_sample_is_fixed_and_a_larger_one_begins_with_a_smaller() -> None:
     three, again, all_of_them = (
-        [line["row"] for line in localise(ColourNetwork(), **painted(), count=count).table] for count in (3, 3, None)
+        [line["row"] for line in localise(ColourNetwork(), **painted(), count=count).table]
+        for count in (3, 3, None)
     )
     assert three == again == all_of_them[: len(three)]
-    other = [line["row"] for line in localise(ColourNetwork(), **painted(), count=None, seed=1).table]
+    other = [
+        line["row"] for line in localise(ColourNetwork(), **painted(), count=None, seed=1).table
+    ]
     assert other != all_of_them
     assert sorted(other) == sorted(all_of_them)
 
@@ -162,7 +198,9 @@ def drawn_masks(sample_dataset: Dataset) -> np.ndarray:
             drawing = draw_numbered(label, number)
             by_box.setdefault((label, *drawing.box), []).append(drawing)
     grey = sample_dataset.images.mean(axis=3)
-    for row, (label, box) in enumerate(zip(sample_dataset.labels.tolist(), sample_dataset.boxes.tolist(), strict=True)):
+    for row, (label, box) in enumerate(
+        zip(sample_dataset.labels.tolist(), sample_dataset.boxes.tolist(), strict=True)
+    ):
         candidates = by_box[label, *box]
         apart = [np.abs(each.image.mean(axis=2) - grey[row]).mean() for each in candidates]
         masks[row] = candidates[int(np.argmin(apart))].mask
@@ -172,7 +210,8 @@ def drawn_masks(sample_dataset: Dataset) -> np.ndarray:
 def with_maps(monkeypatch: pytest.MonkeyPatch, maps: np.ndarray) -> None:
     """Makes `localise` take these maps, (M, h, w), for the rows that it asks for; inputs (n,) are then the rows."""
     monkeypatch.setattr(
-        "tinylab.localisation.gradcam", lambda _, inputs, *rest, **options: {"layer4": maps[inputs.numpy()]}
+        "tinylab.explain.localisation.gradcam",
+        lambda _, inputs, *rest, **options: {"layer4": maps[inputs.numpy()]},
     )
 
 
@@ -190,7 +229,11 @@ def test_on_the_sample_data_the_true_masks_score_one(
 ) -> None:
     with_maps(monkeypatch, drawn_masks)
     found = scored(sample_dataset)
-    assert (found.summary["scored"], found.summary["degenerate"], found.summary["native_size"]) == (600, 0, [64, 64])
+    assert (found.summary["scored"], found.summary["degenerate"], found.summary["native_size"]) == (
+        600,
+        0,
+        [64, 64],
+    )
     assert [group["images"] for group in found.summary["groups"][:5]] == [600, 600, 300, 300, 300]
     for group in found.summary["groups"]:
         assert group["hit"] == group["energy"] == {"mean": 1, "low": 1, "high": 1}
@@ -202,12 +245,19 @@ def test_on_the_sample_data_the_true_masks_score_one(
         assert line["predicted"] == (line["actual"] + row % 2) % 10
         x0, y0, x1, y1 = sample_dataset.boxes[row].tolist()
         assert line["box_area"] == (x1 - x0 + 1) * (y1 - y0 + 1) / 4096
-        assert line["centre"] == sum(x0 <= x <= x1 and y0 <= y <= y1 for x in (31, 32) for y in (31, 32)) / 4
+        assert (
+            line["centre"]
+            == sum(x0 <= x <= x1 and y0 <= y <= y1 for x in (31, 32) for y in (31, 32)) / 4
+        )
 
 
 @pytest.mark.parametrize(("dx", "dy"), [(7, 0), (0, 7), (-1, 2)])
 def test_on_the_sample_data_shifted_masks_score_their_overlap(
-    monkeypatch: pytest.MonkeyPatch, sample_dataset: Dataset, drawn_masks: np.ndarray, dx: int, dy: int
+    monkeypatch: pytest.MonkeyPatch,
+    sample_dataset: Dataset,
+    drawn_masks: np.ndarray,
+    dx: int,
+    dy: int,
 ) -> None:
     moved = np.roll(drawn_masks, (dy, dx), axis=(1, 2))
     with_maps(monkeypatch, moved)
@@ -216,9 +266,13 @@ def test_on_the_sample_data_shifted_masks_score_their_overlap(
         pixels = [(y, x) for y, x in np.argwhere(moved[row]).tolist()]
         expected[row] = sum(y0 <= y <= y1 and x0 <= x <= x1 for y, x in pixels) / len(pixels)
     found = scored(sample_dataset)
-    assert {line["row"]: line["energy_predicted"] for line in found.table} == pytest.approx(expected)
+    assert {line["row"]: line["energy_predicted"] for line in found.table} == pytest.approx(
+        expected
+    )
     assert {line["row"]: line["hit_actual"] for line in found.table} == pytest.approx(expected)
-    assert found.summary["groups"][0]["energy"]["mean"] == pytest.approx(np.mean(list(expected.values())))
+    assert found.summary["groups"][0]["energy"]["mean"] == pytest.approx(
+        np.mean(list(expected.values()))
+    )
     assert found.summary["groups"][0]["energy"]["high"] < 1
 
 
@@ -242,7 +296,9 @@ def test_on_the_sample_data_uniform_maps_score_the_area(
     assert max(map(abs, nothing.values())) < 1e-12
 
 
-def test_few_images_are_held_as_floats(monkeypatch: pytest.MonkeyPatch, sample_dataset: Dataset) -> None:
+def test_few_images_are_held_as_floats(
+    monkeypatch: pytest.MonkeyPatch, sample_dataset: Dataset
+) -> None:
     with_maps(monkeypatch, np.ones((600, 8, 8), np.float32))
     asked = []
     scored(sample_dataset, normalise=lambda images: asked.append(len(images)) or images)
@@ -253,11 +309,13 @@ def test_few_images_are_held_as_floats(monkeypatch: pytest.MonkeyPatch, sample_d
 def test_right_answers_have_one_map_and_wrong_ones_two(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
-    def counted(network: nn.Module, inputs: torch.Tensor, classes: torch.Tensor, *rest, **options) -> dict:
+    def counted(
+        network: nn.Module, inputs: torch.Tensor, classes: torch.Tensor, *rest, **options
+    ) -> dict:
         asked.extend(classes.tolist())
         return gradcam(network, inputs, classes, *rest, **options)
 
-    monkeypatch.setattr("tinylab.localisation.gradcam", counted)
+    monkeypatch.setattr("tinylab.explain.localisation.gradcam", counted)
     localise(ColourNetwork(), **painted())
     assert sorted(asked) == [0] * 7 + [2] * 4
 
@@ -279,10 +337,14 @@ def test_batches_change_nothing(monkeypatch: pytest.MonkeyPatch, sample_dataset:
     model = Exact(10, width=4).eval()
     rows = np.arange(0, 600, 17)
     logits = np.random.default_rng(0).normal(size=(len(rows), 10)).astype(np.float16)
-    what = {"images": sample_dataset.images, "labels": sample_dataset.labels, "boxes": sample_dataset.boxes}
+    what = {
+        "images": sample_dataset.images,
+        "labels": sample_dataset.labels,
+        "boxes": sample_dataset.boxes,
+    }
     what |= {"rows": rows, "logits": logits, "normalise": lambda images: normalise(images, smoke())}
     whole = localise(model, **what, method="layercam", stage="layer3")
-    monkeypatch.setattr("tinylab.localisation.BATCH", 7)
+    monkeypatch.setattr("tinylab.explain.localisation.BATCH", 7)
     pieces = localise(model, **what, method="layercam", stage="layer3")
     assert pieces.summary["native_size"] == [16, 16]
     for one, other in zip(whole.table, pieces.table, strict=True):
@@ -290,7 +352,9 @@ def test_batches_change_nothing(monkeypatch: pytest.MonkeyPatch, sample_dataset:
 
 
 def test_unknown_layers_and_methods_are_refused() -> None:
-    with pytest.raises(UserError, match="unknown layer 'layer5'; there are: layer1, layer2, layer3, layer4"):
+    with pytest.raises(
+        UserError, match="unknown layer 'layer5'; there are: layer1, layer2, layer3, layer4"
+    ):
         localise(ColourNetwork(), **painted(), stage="layer5")
     with pytest.raises(UserError, match="unknown method 'telepathy'"):
         localise(ColourNetwork(), **painted(), method="telepathy")

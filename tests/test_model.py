@@ -13,8 +13,11 @@ import torch
 import torchvision
 from torch import nn
 
-from tinylab.model import BasicBlock, ResNet18, build_model, load_weights, summary, weights_file
-from tinylab.recipe import RECIPES, Recipe, UserError, accurate, named, published
+from tinylab.exceptions import UserError
+from tinylab.model import BasicBlock, ResNet18, build_model, summary
+from tinylab.recipe import Recipe
+from tinylab.recipes import RECIPES, accurate, named, published
+from tinylab.run.weights import load_weights, weights_file
 
 WNIDS, NAMES = ("n1", "n2", "n3"), ("cat", "dog", "hen, biddy")
 
@@ -56,7 +59,9 @@ def test_logits_equal_torchvisions_with_the_same_weights() -> None:
 def test_stage_four_still_sees_eight_by_eight() -> None:
     model, shapes = ResNet18(classes=3, width=2), []
     for stage in (model.layer1, model.layer2, model.layer3, model.layer4):
-        stage.register_forward_hook(lambda _module, _inputs, output: shapes.append(tuple(output.shape[1:])))
+        stage.register_forward_hook(
+            lambda _module, _inputs, output: shapes.append(tuple(output.shape[1:]))
+        )
     assert model(torch.randn(2, 3, 64, 64)).shape == (2, 3)
     assert shapes == [(2, 64, 64), (4, 32, 32), (8, 16, 16), (16, 8, 8)]
 
@@ -86,7 +91,9 @@ def test_published_weights_are_pytorchs_own_to_the_last_bit(narrow: Recipe) -> N
     expected = ResNet18(classes=3, width=16).state_dict()
     model = build_model(narrow, classes=3, seed=5)
     assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
-    assert {module.momentum for module in model.modules() if isinstance(module, nn.BatchNorm2d)} == {0.1}
+    assert {
+        module.momentum for module in model.modules() if isinstance(module, nn.BatchNorm2d)
+    } == {0.1}
     bound = (3 * 3 * 16) ** -0.5  # uniform by fan-in, written by hand
     weights = model.layer1[0].conv1.weight
     assert 0.98 * bound < weights.abs().max() <= bound
@@ -101,7 +108,9 @@ def test_he_initialisation_is_normal_by_fan_out(narrow: Recipe) -> None:
             convolutions += 1
             weights, (height, width) = module.weight, module.kernel_size
             expected = (2 / (module.out_channels * height * width)) ** 0.5
-            spread = 5 / (2 * weights.numel()) ** 0.5  # five standard errors of a standard deviation
+            spread = (
+                5 / (2 * weights.numel()) ** 0.5
+            )  # five standard errors of a standard deviation
             assert weights.std().item() == pytest.approx(expected, rel=spread), name
             assert abs(weights.mean().item()) < 5 * expected / weights.numel() ** 0.5, name
             assert weights.is_contiguous(memory_format=torch.channels_last), name
@@ -115,8 +124,12 @@ def test_he_initialisation_is_normal_by_fan_out(narrow: Recipe) -> None:
 def test_every_block_can_start_as_its_shortcut(narrow: Recipe) -> None:
     model = build_model(replace(narrow, zero_init_residual=True), classes=3, seed=5)
     plain = build_model(narrow, classes=3, seed=5).state_dict()
-    different = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, plain[name])}
-    assert different == {f"layer{stage}.{block}.bn2.weight" for stage in (1, 2, 3, 4) for block in (0, 1)}
+    different = {
+        name for name, tensor in model.state_dict().items() if not torch.equal(tensor, plain[name])
+    }
+    assert different == {
+        f"layer{stage}.{block}.bn2.weight" for stage in (1, 2, 3, 4) for block in (0, 1)
+    }
     blocks = [module for module in model.modules() if isinstance(module, BasicBlock)]
     for block in blocks:
         images = torch.randn(2, block.conv1.in_channels, 8, 8)
@@ -131,25 +144,33 @@ def test_batch_norm_takes_its_momentum_from_the_recipe(narrow: Recipe) -> None:
     assert {layer.momentum for layer in layers} == {0.3}
     images = torch.randn(4, 3, 16, 16) + 5
     model(images)
-    assert torch.allclose(layers[0].running_mean, 0.3 * model.conv1(images).mean((0, 2, 3)), atol=1e-6)
+    assert torch.allclose(
+        layers[0].running_mean, 0.3 * model.conv1(images).mean((0, 2, 3)), atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("name", sorted(RECIPES))
 def test_weights_of_every_recipe_can_be_loaded(tmp_path: Path, name: str) -> None:
     recipe = replace(named(name), width=16)
     model = build_model(recipe, classes=3, seed=0)
-    loaded, metadata = load_weights(write_weights(tmp_path / "model.safetensors", model, recipe), WNIDS)
+    loaded, metadata = load_weights(
+        write_weights(tmp_path / "model.safetensors", model, recipe), WNIDS
+    )
     expected = model.state_dict()
     assert all(torch.equal(tensor, expected[key]) for key, tensor in loaded.state_dict().items())
     assert metadata["recipe"]["name"] == name
 
 
-def test_weights_whose_recipe_is_older_or_newer_than_this_version_can_be_loaded(tmp_path: Path, narrow: Recipe) -> None:
+def test_weights_whose_recipe_is_older_or_newer_than_this_version_can_be_loaded(
+    tmp_path: Path, narrow: Recipe
+) -> None:
     path = write_weights(tmp_path / "whole", build_model(narrow, 3, seed=0), narrow)
     with safetensors.safe_open(path, framework="pt") as file:
         metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     for known in ({"width": 16}, json.loads(metadata["recipe"]) | {"unheard_of": 1}):
-        safetensors.torch.save_file(tensors, tmp_path / "other", metadata | {"recipe": json.dumps(known)})
+        safetensors.torch.save_file(
+            tensors, tmp_path / "other", metadata | {"recipe": json.dumps(known)}
+        )
         assert load_weights(tmp_path / "other", WNIDS)[1]["recipe"] == known
 
 
@@ -167,14 +188,18 @@ def test_the_model_computes_in_channels_last_memory(narrow: Recipe) -> None:
     model, layouts = build_model(narrow, classes=3, seed=0), []
     assert model.layer2[0].conv1.weight.is_contiguous(memory_format=torch.channels_last)
     model.layer4.register_forward_hook(
-        lambda _module, _inputs, output: layouts.append(output.is_contiguous(memory_format=torch.channels_last))
+        lambda _module, _inputs, output: layouts.append(
+            output.is_contiguous(memory_format=torch.channels_last)
+        )
     )
     for images in (torch.randn(2, 3, 64, 64), torch.randn(2, 64, 64, 3).permute(0, 3, 1, 2)):
         model(images)
     assert layouts == [True, True]
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="what may crash does so in a fork of this process")
+@pytest.mark.skipif(
+    not hasattr(os, "fork"), reason="what may crash does so in a fork of this process"
+)
 @pytest.mark.parametrize("width", [1, 4, 8, 13, 16])
 def test_a_narrow_network_trains_without_crashing(width: int) -> None:
     """oneDNN's channels-last kernels for fewer than 16 channels write where they should not (torch 2.15, fp32)."""
@@ -200,7 +225,9 @@ def test_the_summary_prints_nothing(capsys: pytest.CaptureFixture[str]) -> None:
 def test_weights_survive_the_file(tmp_path: Path, narrow: Recipe) -> None:
     model = build_model(narrow, classes=3, seed=0)
     model(torch.randn(4, 3, 64, 64))  # moves the batch-norm statistics
-    loaded, metadata = load_weights(write_weights(tmp_path / "model.safetensors", model, narrow), WNIDS)
+    loaded, metadata = load_weights(
+        write_weights(tmp_path / "model.safetensors", model, narrow), WNIDS
+    )
     assert not loaded.training
     expected = model.state_dict()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in loaded.state_dict().items())
@@ -221,7 +248,9 @@ def test_others_can_read_the_file_without_this_project(tmp_path: Path, narrow: R
 
 
 @pytest.mark.parametrize("wnids", [("n2", "n1", "n3"), ("n1", "n2"), ("n1", "n2", "n3", "n4")])
-def test_other_classes_or_another_order_are_refused(tmp_path: Path, narrow: Recipe, wnids: tuple[str, ...]) -> None:
+def test_other_classes_or_another_order_are_refused(
+    tmp_path: Path, narrow: Recipe, wnids: tuple[str, ...]
+) -> None:
     path = write_weights(tmp_path / "model.safetensors", build_model(narrow, 3, seed=0), narrow)
     with pytest.raises(UserError, match="other classes, or in another order"):
         load_weights(path, wnids)

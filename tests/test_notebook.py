@@ -40,16 +40,28 @@ def test_committed_notebook_is_its_source(committed: nbformat.NotebookNode) -> N
     assert content(committed) == content(builder.build())
 
 
-def test_committed_notebook_ran_from_top_to_bottom_without_errors(committed: nbformat.NotebookNode) -> None:
+def test_committed_notebook_ran_from_top_to_bottom_without_errors(
+    committed: nbformat.NotebookNode,
+) -> None:
     cells = code_cells(committed)
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
-    assert not [output for cell in cells for output in cell.outputs if output.output_type == "error"]
-    kinds = [kind for cell in cells for output in cell.outputs for kind in output.get("data", {}) if "image/" in kind]
+    assert not [
+        output for cell in cells for output in cell.outputs if output.output_type == "error"
+    ]
+    kinds = [
+        kind
+        for cell in cells
+        for output in cell.outputs
+        for kind in output.get("data", {})
+        if "image/" in kind
+    ]
     assert len(kinds) == 15
     assert set(kinds) == {"image/png", "image/jpeg"}
 
 
-def test_committed_notebook_renders_on_github_and_tells_nothing_of_a_machine(committed: nbformat.NotebookNode) -> None:
+def test_committed_notebook_renders_on_github_and_tells_nothing_of_a_machine(
+    committed: nbformat.NotebookNode,
+) -> None:
     text = NOTEBOOK.read_text()
     assert "widgets" not in committed.metadata
     assert "application/vnd.jupyter.widget" not in text
@@ -61,8 +73,12 @@ def test_committed_notebook_renders_on_github_and_tells_nothing_of_a_machine(com
 
 def test_committed_log_is_the_published_record(committed: nbformat.NotebookNode) -> None:
     """The accuracy shown in the notebook is that of the record in results/ that its run folder names."""
-    printed = "".join(output.get("text", "") for cell in code_cells(committed) for output in cell.outputs)
-    name = re.search(r"runs/([\w.-]+) is finished", printed) or re.search(r"bytes  ([\w.-]+)/summary.json", printed)
+    printed = "".join(
+        output.get("text", "") for cell in code_cells(committed) for output in cell.outputs
+    )
+    name = re.search(r"runs/([\w.-]+) is finished", printed) or re.search(
+        r"bytes  ([\w.-]+)/summary.json", printed
+    )
     summary = json.loads((ROOT / "results" / name[1] / "summary.json").read_text())
     shown = float(re.search(r"top-1 ([\d.]+) %, top-5", printed)[1])
     assert shown == pytest.approx(summary["test_top1"], abs=0.005)
@@ -72,7 +88,17 @@ def test_parameters_are_one_tagged_cell_and_unknown_ones_are_refused() -> None:
     notebook = builder.build()
     tagged = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
     assert len(tagged) == 1
-    for name in ("RECIPE", "EPOCHS", "SOURCE", "RUN", "IMAGE", "UPLOAD", "ONNX", "DRIVE", "REPOSITORY"):
+    for name in (
+        "RECIPE",
+        "EPOCHS",
+        "SOURCE",
+        "RUN",
+        "IMAGE",
+        "UPLOAD",
+        "ONNX",
+        "DRIVE",
+        "REPOSITORY",
+    ):
         assert f"{name} = " in tagged[0].source
     with pytest.raises(KeyError, match="EPOCS"):
         builder.inject(notebook, {"EPOCS": 3})
@@ -92,14 +118,20 @@ def test_large_pictures_become_light_and_small_ones_stay() -> None:
     rng = np.random.default_rng(0)
     for side, kind in ((300, "image/jpeg"), (100, "image/png")):
         png = io.BytesIO()
-        smooth = Image.fromarray(rng.integers(0, 256, (side // 10, side // 10, 3), dtype=np.uint8)).resize((side, side))
+        smooth = Image.fromarray(
+            rng.integers(0, 256, (side // 10, side // 10, 3), dtype=np.uint8)
+        ).resize((side, side))
         smooth.save(png, "PNG", compress_level=0)
         data = {"image/png": base64.b64encode(png.getvalue()).decode()}
-        output = nbformat.v4.new_output("display_data", data, metadata={"image/png": {"width": 900}})
+        output = nbformat.v4.new_output(
+            "display_data", data, metadata={"image/png": {"width": 900}}
+        )
         builder.lighten(output)
         assert list(output.data) == [kind]
         assert output.metadata == {kind: {"width": 900}}
-        shown = np.asarray(Image.open(io.BytesIO(base64.b64decode(output.data[kind]))).convert("RGB"), float)
+        shown = np.asarray(
+            Image.open(io.BytesIO(base64.b64decode(output.data[kind]))).convert("RGB"), float
+        )
         assert np.abs(shown - np.asarray(smooth, float)).mean() < 3
         assert len(output.data[kind]) <= len(data["image/png"]) / (3 if kind == "image/jpeg" else 1)
 
@@ -130,7 +162,9 @@ def test_colab_rehearsed(tmp_path: Path) -> None:
     (colab / "drive.py").write_text(
         "import os\ndef mount(path):\n    print('mounted', path)\n    os.makedirs(path + '/MyDrive', exist_ok=True)\n"
     )
-    (tmp_path / "packages" / "sitecustomize.py").write_text("import google.colab\n")  # Colab has it imported, too
+    (tmp_path / "packages" / "sitecustomize.py").write_text(
+        "import google.colab\n"
+    )  # Colab has it imported, too
     content = tmp_path / "content"
     content.mkdir()
     drive = tmp_path / "drive" / "MyDrive" / "tinylab"
@@ -145,25 +179,46 @@ def test_colab_rehearsed(tmp_path: Path) -> None:
     printed = []
     for attempt in ("first", "second"):
         out = tmp_path / f"{attempt}.ipynb"
-        arguments = [sys.executable, "-c", script, str(ROOT / "notebooks"), origin.as_uri(), str(out), str(drive)]
+        arguments = [
+            sys.executable,
+            "-c",
+            script,
+            str(ROOT / "notebooks"),
+            origin.as_uri(),
+            str(out),
+            str(drive),
+        ]
         subprocess.run(arguments, cwd=content, env=environment, check=True, timeout=550)
         notebook = nbformat.read(out, as_version=4)
-        printed.append("".join(output.get("text", "") for cell in code_cells(notebook) for output in cell.outputs))
+        printed.append(
+            "".join(
+                output.get("text", "") for cell in code_cells(notebook) for output in cell.outputs
+            )
+        )
         shutil.rmtree(content / "tinylab")  # the machine is gone, Drive is not
         kept = drive / "smoke-merged-s0-e1"
-        if attempt == "first":  # as if it had gone before the end: only the checkpoints had been copied
+        if (
+            attempt == "first"
+        ):  # as if it had gone before the end: only the checkpoints had been copied
             shutil.copytree(kept, tmp_path / "finished")
             (kept / "summary.json").unlink()
-    assert {path.name for path in (kept / "checkpoints").iterdir()} <= {"last.ckpt", "previous.ckpt"}
+    assert {path.name for path in (kept / "checkpoints").iterdir()} <= {
+        "last.ckpt",
+        "previous.ckpt",
+    }
     assert (kept / "summary.json").exists()
     assert (kept / "figures" / "curves.png").exists()
     for text in printed:
         assert f"mounted {tmp_path}/drive" in text
-        assert str(content / "tinylab" / "src" / "tinylab") in text  # the fetched code ran, not this checkout
+        assert (
+            str(content / "tinylab" / "src" / "tinylab") in text
+        )  # the fetched code ran, not this checkout
         assert "epoch 1/1" in text
     assert "continuing from the mirror" not in printed[0]
     assert "continuing from the mirror" in printed[1]
-    assert (kept / "predictions.npz").read_bytes() == (tmp_path / "finished" / "predictions.npz").read_bytes()
+    assert (kept / "predictions.npz").read_bytes() == (
+        tmp_path / "finished" / "predictions.npz"
+    ).read_bytes()
 
 
 @pytest.mark.slow
@@ -172,11 +227,24 @@ def test_colab_rehearsed(tmp_path: Path) -> None:
 def test_a_signal_while_the_notebook_trains_saves_and_the_same_command_continues(
     tmp_path: Path, number: signal.Signals
 ) -> None:
-    values = ["SOURCE=sample", "RECIPE=smoke", "EPOCHS=2", f"DATA={tmp_path}/data", f"RUN={tmp_path}/run"]
-    command = [sys.executable, str(ROOT / "notebooks" / "run.py"), str(tmp_path / "out.ipynb"), *values]
+    values = [
+        "SOURCE=sample",
+        "RECIPE=smoke",
+        "EPOCHS=2",
+        f"DATA={tmp_path}/data",
+        f"RUN={tmp_path}/run",
+    ]
+    command = [
+        sys.executable,
+        str(ROOT / "notebooks" / "run.py"),
+        str(tmp_path / "out.ipynb"),
+        *values,
+    ]
     stderr = tmp_path / "stderr"
     with open(stderr, "w") as file:
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=file, start_new_session=True)
+        process = subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=file, start_new_session=True
+        )
         deadline = time.monotonic() + 300
         while not (tmp_path / "run" / "checkpoints" / "last.ckpt").exists():
             assert time.monotonic() < deadline

@@ -10,9 +10,11 @@ from torch import nn
 from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.flop_counter import FlopCounterMode
 
+from tinylab.exceptions import UserError
 from tinylab.model import ResNet18, build_model
-from tinylab.optim import Muon, make_optimizer, muon_petaflop, orthogonalise, schedule
-from tinylab.recipe import Recipe, UserError, accurate, official, published, speedrun
+from tinylab.recipe import Recipe
+from tinylab.recipes import accurate, official, published, speedrun
+from tinylab.training.optim import Muon, make_optimizer, muon_petaflop, orthogonalise, schedule
 
 STEPS = 8
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -33,10 +35,14 @@ def with_gradients(model: nn.Module, seed: int) -> None:
     """Random gradients in the memory format of each parameter, as backward passes leave them."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
-        parameter.grad = torch.empty_like(parameter).copy_(torch.randn(parameter.shape, generator=generator) / 10)
+        parameter.grad = torch.empty_like(parameter).copy_(
+            torch.randn(parameter.shape, generator=generator) / 10
+        )
 
 
-def walk(model: nn.Module, optimizer: torch.optim.Optimizer, scheduler: OneCycleLR, steps: range) -> None:
+def walk(
+    model: nn.Module, optimizer: torch.optim.Optimizer, scheduler: OneCycleLR, steps: range
+) -> None:
     for step in steps:
         with_gradients(model, seed=step)
         optimizer.step()
@@ -65,11 +71,17 @@ def shapes(group: dict) -> set[int]:
 
 
 @pytest.mark.parametrize("momentum", [(0.85, 0.95, True), (0.9, 0.9, False), (0.0, 0.0, False)])
-def test_the_published_updates_are_pytorchs_bit_for_bit(model: ResNet18, momentum: tuple[float, float, bool]) -> None:
+def test_the_published_updates_are_pytorchs_bit_for_bit(
+    model: ResNet18, momentum: tuple[float, float, bool]
+) -> None:
     base, most, nesterov = momentum
-    recipe = replace(published(), base_momentum=base, max_momentum=most, nesterov=nesterov, weight_decay=0.01)
+    recipe = replace(
+        published(), base_momentum=base, max_momentum=most, nesterov=nesterov, weight_decay=0.01
+    )
     plain = copy.deepcopy(model)
-    theirs = torch.optim.SGD(plain.parameters(), lr=0.02, momentum=most, nesterov=nesterov, weight_decay=0.01)
+    theirs = torch.optim.SGD(
+        plain.parameters(), lr=0.02, momentum=most, nesterov=nesterov, weight_decay=0.01
+    )
     their_schedule = OneCycleLR(
         theirs,
         max_lr=0.02,
@@ -86,7 +98,9 @@ def test_the_published_updates_are_pytorchs_bit_for_bit(model: ResNet18, momentu
     walk(plain, theirs, their_schedule, range(STEPS - 1))
     walk(model, ours, our_schedule, range(STEPS - 1))
     assert_equal_weights(model, plain)
-    assert not any(torch.equal(a, b) for a, b in zip(model.parameters(), before.parameters(), strict=True))
+    assert not any(
+        torch.equal(a, b) for a, b in zip(model.parameters(), before.parameters(), strict=True)
+    )
 
 
 def test_the_published_optimizer_has_one_group_in_the_networks_order(model: ResNet18) -> None:
@@ -99,7 +113,9 @@ def test_the_published_optimizer_has_one_group_in_the_networks_order(model: ResN
 @pytest.mark.parametrize("kind", ["sgd", "muon"])
 @pytest.mark.parametrize("decay_1d", [False, True])
 def test_every_parameter_is_in_one_group(model: ResNet18, kind: str, decay_1d: bool) -> None:
-    optimizer, _ = make_optimizer(model, replace(accurate(), optimizer=kind, decay_1d=decay_1d), STEPS)
+    optimizer, _ = make_optimizer(
+        model, replace(accurate(), optimizer=kind, decay_1d=decay_1d), STEPS
+    )
     found = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
     assert sorted(found) == sorted(id(parameter) for parameter in model.parameters())
     assert all(group["params"] for group in optimizer.param_groups)
@@ -126,7 +142,9 @@ def test_scales_shifts_and_biases_do_not_decay(model: ResNet18) -> None:
             assert 0.9 < now.norm() / first.norm() < 0.9999
 
 
-@pytest.mark.parametrize("recipe", [published(), accurate(), muon()], ids=["published", "accurate", "muon"])
+@pytest.mark.parametrize(
+    "recipe", [published(), accurate(), muon()], ids=["published", "accurate", "muon"]
+)
 def test_momentum_starts_at_zero_and_is_there(model: ResNet18, recipe: Recipe) -> None:
     optimizer, _ = make_optimizer(model, recipe, STEPS)
     for parameter in model.parameters():
@@ -210,7 +228,9 @@ def test_convolutions_move_as_written_by_hand(nesterov: bool, channels_last: boo
         assert torch.allclose(parameter.double().flatten(1), matrix, atol=2e-5)
 
 
-@pytest.mark.parametrize("shape", [(3, 8, 8), (2, 16, 50), (2, 50, 16), (1, 64, 576), (1, 1, 9), (1, 1, 1)])
+@pytest.mark.parametrize(
+    "shape", [(3, 8, 8), (2, 16, 50), (2, 50, 16), (1, 64, 576), (1, 1, 9), (1, 1, 1)]
+)
 def test_singular_values_become_about_one_and_vectors_stay(shape: tuple[int, ...]) -> None:
     generator = torch.Generator().manual_seed(2)
     matrices = torch.randn(shape, generator=generator) * 1e-3
@@ -234,19 +254,26 @@ def newton_schulz(matrix: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("condition", [1.0, 1e2, 1e4, 1e6])
-@pytest.mark.parametrize("shape", [(64, 27), (64, 576), (576, 64), (512, 4608), (256, 256), (16, 27)])
+@pytest.mark.parametrize(
+    "shape", [(64, 27), (64, 576), (576, 64), (512, 4608), (256, 256), (16, 27)]
+)
 def test_the_small_square_matrix_gives_the_same(shape: tuple[int, int], condition: float) -> None:
     """Wide, tall and square, well and badly conditioned: singular values evenly spread, or one or all but one small."""
     generator = torch.Generator().manual_seed(3)
     rank = min(shape)
-    u, v = (torch.linalg.qr(torch.randn(size, rank, generator=generator, dtype=torch.float64))[0] for size in shape)
+    u, v = (
+        torch.linalg.qr(torch.randn(size, rank, generator=generator, dtype=torch.float64))[0]
+        for size in shape
+    )
     spread = condition ** -torch.linspace(0, 1, rank, dtype=torch.float64)
     one_small, all_but_one_small = torch.ones(rank), torch.full((rank,), 1 / condition)
     one_small[-1], all_but_one_small[0] = 1 / condition, 1
     for values in (spread, one_small, all_but_one_small):
         matrix = ((u * values) @ v.mT).float()
         expected = newton_schulz(matrix)
-        error = torch.linalg.matrix_norm(orthogonalise(matrix[None])[0] - expected) / torch.linalg.matrix_norm(expected)
+        error = torch.linalg.matrix_norm(
+            orthogonalise(matrix[None])[0] - expected
+        ) / torch.linalg.matrix_norm(expected)
         assert error < 2e-3
 
 
@@ -255,7 +282,9 @@ def test_the_arithmetic_of_muon_is_what_its_products_take(model: ResNet18) -> No
         for parameter in model.parameters():
             if parameter.ndim == 4:
                 orthogonalise(parameter.detach().flatten(1)[None])
-    assert muon_petaflop(model, steps=1000) == pytest.approx(counter.get_total_flops() * 1000 / 1e15, rel=1e-3)
+    assert muon_petaflop(model, steps=1000) == pytest.approx(
+        counter.get_total_flops() * 1000 / 1e15, rel=1e-3
+    )
 
 
 def test_matrices_of_zeros_and_tiny_ones_do_not_explode() -> None:
@@ -275,9 +304,13 @@ def test_a_layer_without_gradient_decays_and_stays_finite(model: ResNet18) -> No
     kept = 1 - optimizer.param_groups[-1]["lr"] * 0.5
     optimizer.step()
     assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
-    assert torch.allclose(model.layer1[0].conv1.weight, before.layer1[0].conv1.weight * kept, rtol=1e-6)
+    assert torch.allclose(
+        model.layer1[0].conv1.weight, before.layer1[0].conv1.weight * kept, rtol=1e-6
+    )
     assert torch.equal(model.layer1[0].conv2.weight, before.layer1[0].conv2.weight)
-    assert not torch.allclose(model.layer1[1].conv1.weight, before.layer1[1].conv1.weight, rtol=1e-2)
+    assert not torch.allclose(
+        model.layer1[1].conv1.weight, before.layer1[1].conv1.weight, rtol=1e-2
+    )
 
 
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this PyTorch has no Muon")
@@ -326,7 +359,9 @@ def test_a_closure_is_called_once_and_its_gradients_count(model: ResNet18) -> No
 # --- What both can do -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("recipe", [published(), accurate(), muon()], ids=["published", "accurate", "muon"])
+@pytest.mark.parametrize(
+    "recipe", [published(), accurate(), muon()], ids=["published", "accurate", "muon"]
+)
 def test_a_saved_optimizer_continues_bit_for_bit(model: ResNet18, recipe: Recipe) -> None:
     twin = copy.deepcopy(model)
     walk(twin, *make_optimizer(twin, recipe, STEPS), range(STEPS - 1))
@@ -334,7 +369,14 @@ def test_a_saved_optimizer_continues_bit_for_bit(model: ResNet18, recipe: Recipe
     optimizer, scheduler = make_optimizer(model, recipe, STEPS)
     walk(model, optimizer, scheduler, range(3))
     file = io.BytesIO()
-    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": scheduler.last_epoch}, file)
+    torch.save(
+        {
+            "model": model.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "step": scheduler.last_epoch,
+        },
+        file,
+    )
     file.seek(0)
     saved = torch.load(file, weights_only=True)
     continued = ResNet18(classes=3, width=4)
@@ -347,7 +389,9 @@ def test_a_saved_optimizer_continues_bit_for_bit(model: ResNet18, recipe: Recipe
 
 
 @pytest.mark.parametrize("recipe", [accurate(), muon()], ids=["sgd", "muon"])
-def test_loss_scaling_changes_nothing_but_skips_what_overflowed(model: ResNet18, recipe: Recipe) -> None:
+def test_loss_scaling_changes_nothing_but_skips_what_overflowed(
+    model: ResNet18, recipe: Recipe
+) -> None:
     """The scale is a power of two: what it multiplies and divides keeps its digits."""
     twin = copy.deepcopy(model)
     walk(twin, *make_optimizer(twin, recipe, STEPS), range(2))
@@ -376,7 +420,9 @@ def test_loss_scaling_changes_nothing_but_skips_what_overflowed(model: ResNet18,
 @pytest.mark.parametrize("kind", ["sgd", "muon"])
 def test_a_network_learns_to_tell_two_colours(kind: str, narrow: Recipe) -> None:
     """The whole of it: initialisation, groups, schedule, a forward and a backward pass."""
-    recipe = replace(accurate(), optimizer=kind, width=narrow.width, max_learning_rate=0.1, label_smoothing=0.0)
+    recipe = replace(
+        accurate(), optimizer=kind, width=narrow.width, max_learning_rate=0.1, label_smoothing=0.0
+    )
     network = build_model(recipe, classes=2, seed=0)
     optimizer, scheduler = make_optimizer(network, recipe, 12)
     generator = torch.Generator().manual_seed(4)
@@ -397,7 +443,9 @@ def test_a_network_learns_to_tell_two_colours(kind: str, narrow: Recipe) -> None
 # --- The schedule -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("recipe", [accurate(), speedrun(), official()], ids=["accurate", "speedrun", "official"])
+@pytest.mark.parametrize(
+    "recipe", [accurate(), speedrun(), official()], ids=["accurate", "speedrun", "official"]
+)
 def test_the_target_schedules_rise_and_fall_as_the_study_has_it(recipe: Recipe) -> None:
     images, warm, first, last = {
         "accurate": (77_000, 3.0, 0.1, 0.01),
@@ -409,14 +457,20 @@ def test_the_target_schedules_rise_and_fall_as_the_study_has_it(recipe: Recipe) 
     per_epoch = images // recipe.batch_size
     assert len(steps) == recipe.epochs * per_epoch
     assert rates.index(max(rates)) == pytest.approx(warm * per_epoch, abs=1)
-    assert (rates[0], max(rates), rates[-1]) == (pytest.approx(first), pytest.approx(1, abs=1e-3), pytest.approx(last))
+    assert (rates[0], max(rates), rates[-1]) == (
+        pytest.approx(first),
+        pytest.approx(1, abs=1e-3),
+        pytest.approx(last),
+    )
     assert {momentum for _, _, momentum in steps} == {0.9}
 
 
 def test_the_schedule_is_the_optimizers(model: ResNet18) -> None:
     recipe = replace(accurate(), epochs=2, batch_size=10)
     optimizer, scheduler = make_optimizer(model, recipe, 6)
-    for number, (step, learning_rate, momentum) in enumerate(schedule(recipe, 39)):  # 3 batches and 9 images left out
+    for number, (step, learning_rate, momentum) in enumerate(
+        schedule(recipe, 39)
+    ):  # 3 batches and 9 images left out
         group = optimizer.param_groups[0]
         assert (step, learning_rate, momentum) == (number, group["lr"], group["momentum"])
         optimizer.step()
@@ -425,7 +479,9 @@ def test_the_schedule_is_the_optimizers(model: ResNet18) -> None:
     assert number == 5
 
 
-@pytest.mark.parametrize(("warmup_share", "steps"), [(0.1, 10), (0.025, 40), (1 / 3, 3), (0.5, 2), (0.125, 8)])
+@pytest.mark.parametrize(
+    ("warmup_share", "steps"), [(0.1, 10), (0.025, 40), (1 / 3, 3), (0.5, 2), (0.125, 8)]
+)
 def test_a_rise_of_exactly_one_step_has_a_schedule(warmup_share: float, steps: int) -> None:
     recipe = replace(accurate(), epochs=1, warmup_share=warmup_share, optimizer="muon")
     rows = list(schedule(recipe, 512 * steps))
@@ -455,7 +511,9 @@ def test_global_randomness_is_left_alone(model: ResNet18) -> None:
 @pytest.mark.gpu
 @needs_gpu
 @pytest.mark.parametrize("recipe", [accurate(), muon()], ids=["sgd", "muon"])
-def test_a_gpu_takes_the_same_steps_without_being_waited_for(model: ResNet18, recipe: Recipe) -> None:
+def test_a_gpu_takes_the_same_steps_without_being_waited_for(
+    model: ResNet18, recipe: Recipe
+) -> None:
     there = copy.deepcopy(model).cuda()
     walk(model, *make_optimizer(model, recipe, STEPS), range(3))
     optimizer, scheduler = make_optimizer(there, recipe, STEPS, fused=True)
@@ -468,7 +526,9 @@ def test_a_gpu_takes_the_same_steps_without_being_waited_for(model: ResNet18, re
         finally:
             torch.cuda.set_sync_debug_mode("default")
         scheduler.step()
-    for ours, theirs, before in zip(model.parameters(), there.parameters(), start.parameters(), strict=True):
+    for ours, theirs, before in zip(
+        model.parameters(), there.parameters(), start.parameters(), strict=True
+    ):
         went = (theirs - before).norm().item()
         assert (ours - theirs.cpu()).norm() < 0.04 * went + 1e-6
     assert isinstance(optimizer, Muon) == (recipe.optimizer == "muon")

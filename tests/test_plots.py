@@ -16,7 +16,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.text import Text
 from PIL import Image
 
-from tinylab import plots
+from tinylab.figures import plots
 
 PLAIN = ["one", "two", "three", "four"]
 IMAGES = np.random.default_rng(0).integers(0, 256, (4, 64, 64, 3), dtype=np.uint8)
@@ -29,7 +29,8 @@ MAPS = {
 def entries(names: list[str]) -> list[dict]:
     answers = [{"name": name, "probability": 0.625} for name in names]
     return [
-        {"predicted": answer, "actual": answer | {"probability": 0.0625}, "box": [8, 16, 31, 47]} for answer in answers
+        {"predicted": answer, "actual": answer | {"probability": 0.0625}, "box": [8, 16, 31, 47]}
+        for answer in answers
     ]
 
 
@@ -71,7 +72,10 @@ def square(classes: int) -> np.ndarray:
 
 
 def pairs(names: list[str]) -> list[dict]:
-    one, other = ({"index": i, "wnid": f"n{i}", "name": name, "images": 165} for i, name in enumerate(names[:2]))
+    one, other = (
+        {"index": i, "wnid": f"n{i}", "name": name, "images": 165}
+        for i, name in enumerate(names[:2])
+    )
     pair = {"one": one, "other": other, "one_as_other": 12, "other_as_one": 0, "count": 12}
     return [pair, pair | {"one_as_other": 0, "other_as_one": 7, "count": 7}]
 
@@ -80,14 +84,30 @@ def calibration(counts: list[int], note: str | None = None) -> dict:
     """Bins that are 20 points surer than right, before, and right as often as sure, after."""
     bins = len(counts)
     middles = [(i + 0.5) / bins if count else None for i, count in enumerate(counts)]
-    shared = {"nll": 1.0, "mean_confidence": 0.75, "accuracy_overall": 0.5, "confidence": middles, "count": counts}
+    shared = {
+        "nll": 1.0,
+        "mean_confidence": 0.75,
+        "accuracy_overall": 0.5,
+        "confidence": middles,
+        "count": counts,
+    }
     below = [None if middle is None else max(middle - 0.2, 0) for middle in middles]
-    before, after = shared | {"ece": 0.2, "accuracy": below}, shared | {"ece": 0.0, "accuracy": middles}
-    return {"bins": bins, "folds": 2, "temperature": 1.5, "note": note, "before": before, "after": after}
+    before, after = (
+        shared | {"ece": 0.2, "accuracy": below},
+        shared | {"ece": 0.0, "accuracy": middles},
+    )
+    return {
+        "bins": bins,
+        "folds": 2,
+        "temperature": 1.5,
+        "note": note,
+        "before": before,
+        "after": after,
+    }
 
 
 def located(method: str = "gradcam") -> dict:
-    """As `tinylab.localisation` sums it up; of the wrong answers with small boxes there is none."""
+    """As `tinylab.explain.localisation` sums it up; of the wrong answers with small boxes there is none."""
     groups = []
     for boxes, shift in (("all", 0.0), ("below half", -0.25)):
         for answers, kind in (
@@ -102,10 +122,19 @@ def located(method: str = "gradcam") -> dict:
             values = {key: value + shift for key, value in values.items()}
             values |= {"hit_minus_centre": 0.1, "energy_minus_uniform": -0.03}
             estimates = {
-                key: {"mean": v, "low": v - 0.02, "high": v + 0.02} if images else None for key, v in values.items()
+                key: {"mean": v, "low": v - 0.02, "high": v + 0.02} if images else None
+                for key, v in values.items()
             }
-            groups.append({"boxes": boxes, "answers": answers, "class": kind, "images": images} | estimates)
-    return {"method": method, "stage": "layer4", "native_size": [4, 8], "scored": 1234, "groups": groups}
+            groups.append(
+                {"boxes": boxes, "answers": answers, "class": kind, "images": images} | estimates
+            )
+    return {
+        "method": method,
+        "stage": "layer4",
+        "native_size": [4, 8],
+        "scored": 1234,
+        "groups": groups,
+    }
 
 
 def road(method: str = "gradcam") -> dict:
@@ -115,8 +144,14 @@ def road(method: str = "gradcam") -> dict:
         "method": method,
         "stage": "layer4",
         "percentiles": [20, 90, 50],
-        "map": {"most_relevant_first": [-0.4, -0.2, -0.3], "least_relevant_first": [None, 0.01, -0.1]},
-        "random": {"most_relevant_first": [-0.4, -0.1, -0.2], "least_relevant_first": [-0.4, -0.1, -0.2]},
+        "map": {
+            "most_relevant_first": [-0.4, -0.2, -0.3],
+            "least_relevant_first": [None, 0.01, -0.1],
+        },
+        "random": {
+            "most_relevant_first": [-0.4, -0.1, -0.2],
+            "least_relevant_first": [-0.4, -0.1, -0.2],
+        },
         "combined": estimate,
         "random_combined": {"mean": None, "low": None, "high": None},
         "difference": estimate,
@@ -133,7 +168,12 @@ def thumbnails() -> list[tuple[np.ndarray, np.ndarray]]:
 
 def class_maps(names: list[str]) -> Figure:
     return plots.class_maps(
-        IMAGES, MAPS["layer4"], MAPS["layer4"][::-1], entries(names), method=names[0], title=names[0]
+        IMAGES,
+        MAPS["layer4"],
+        MAPS["layer4"][::-1],
+        entries(names),
+        method=names[0],
+        title=names[0],
     )
 
 
@@ -141,23 +181,31 @@ LOSSES = [5.0, 5.1, 5.0, 4.0, 3.0, 2.0, 2.5, 4.0, 9.0, math.inf]
 RATES = [10.0**power for power in range(-6, 4)]
 
 FIGURES = {
-    "curves": lambda names: plots.accuracy_and_loss(history(3), REFERENCE, title=names[0], label=names[0]),
+    "curves": lambda names: plots.accuracy_and_loss(
+        history(3), REFERENCE, title=names[0], label=names[0]
+    ),
     "schedule": lambda names: plots.learning_rate_curve([0.1, 0.2, 0.1], [0.9, 0.8, 0.9], 1),
     "grid": lambda names: plots.image_grid(IMAGES, names, [[0, 0, 63, 63]] * 4, title=names[0]),
     "augmentation": lambda names: plots.before_after(IMAGES, 255 - IMAGES, names, title=names[0]),
     "classes": lambda names: plots.class_accuracy(names, [0, 40, 70, 100], [50] * 4),
     "mistakes": lambda names: plots.misclassified(IMAGES, entries(names), title=names[0]),
-    "gradcam": lambda names: plots.gradcam_stages(IMAGES, {"layer4": MAPS["layer4"]}, entries(names), names[0]),
+    "gradcam": lambda names: plots.gradcam_stages(
+        IMAGES, {"layer4": MAPS["layer4"]}, entries(names), names[0]
+    ),
     "confusion": lambda names: plots.confusion(square(4), names, [2, 3, 0, 1]),
     "pairs": lambda names: plots.confused_pairs(pairs(names), thumbnails(), title=names[0]),
     "answers": lambda names: plots.confident(IMAGES, entries(names), title=names[0]),
-    "twins": lambda names: plots.label_conflicts(IMAGES[:2], [{"names": names[:2], "tested": [True, False]}] * 2),
+    "twins": lambda names: plots.label_conflicts(
+        IMAGES[:2], [{"names": names[:2], "tested": [True, False]}] * 2
+    ),
     "reliability": lambda names: plots.reliability(calibration([0, 3, 5, 0, 9], note=names[0])),
     "class maps": class_maps,
     "localisation": lambda names: plots.localisation(located(names[0])),
     "faithfulness": lambda names: plots.faithfulness(road(names[0])),
     "range test": lambda names: plots.learning_rate_test(RATES, LOSSES, LOSSES, 0.1),
-    "prediction": lambda names: plots.prediction(IMAGES[0], top(names), MAPS["layer4"][0], title=names[0]),
+    "prediction": lambda names: plots.prediction(
+        IMAGES[0], top(names), MAPS["layer4"][0], title=names[0]
+    ),
     "message": lambda names: plots.message(names[0]),
 }
 
@@ -167,11 +215,13 @@ def texts(figure: Figure) -> list[Text]:
     undrawn = set()
     for axis in [axis for ax in figure.axes for axis in (ax.xaxis, ax.yaxis)]:
         low, high = sorted(axis.get_view_interval())
-        for tick, place in zip(axis.get_major_ticks(), axis.get_majorticklocs(), strict=False):
-            if not axis.axes.axison or not low <= place <= high:
+        for tick, compute in zip(axis.get_major_ticks(), axis.get_majorticklocs(), strict=False):
+            if not axis.axes.axison or not low <= compute <= high:
                 undrawn |= {tick.label1, tick.label2}
         undrawn |= set(axis.findobj(Text)) if not axis.axes.axison else set()
-    return [text for text in figure.findobj(Text) if text.get_text().strip() and text not in undrawn]
+    return [
+        text for text in figure.findobj(Text) if text.get_text().strip() and text not in undrawn
+    ]
 
 
 def words(figure: Figure) -> str:
@@ -187,7 +237,9 @@ def draw(figure: Figure) -> FigureCanvasAgg:
 
 
 def image_axes(figure: Figure) -> list:
-    return [ax for ax in figure.axes if ax.images and ax.images[0].get_array().shape[:2] == (64, 64)]
+    return [
+        ax for ax in figure.axes if ax.images and ax.images[0].get_array().shape[:2] == (64, 64)
+    ]
 
 
 LONG = ["W" * 300, "$\\frac{$ \ud800 \n\x1b[31m", "金魚 " * 50, ""]
@@ -234,7 +286,9 @@ def test_settings_of_others_change_nothing_nor_are_changed(name: str, tmp_path: 
         "lines.marker": "x",
     }
     with matplotlib.rc_context(others):
-        assert plots.save(FIGURES[name](PLAIN), tmp_path / "styled.png", dpi=40).read_bytes() == plain
+        assert (
+            plots.save(FIGURES[name](PLAIN), tmp_path / "styled.png", dpi=40).read_bytes() == plain
+        )
 
 
 def test_saved_file_is_whole_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -305,7 +359,9 @@ def test_published_test_loss_is_a_mean_cross_entropy() -> None:
 @pytest.mark.parametrize("values", [(50.0, 50.0), (50.0, 50.5), (99.0, 100.0), (0.0, 0.1)])
 def test_labels_at_the_ends_never_overlap(values: tuple[float, float]) -> None:
     run = [row | {"train_top1": values[0], "test_top1": values[0]} for row in history(30)]
-    reference = [row | {"train_accuracy_pct": values[1], "test_accuracy_pct": values[1]} for row in REFERENCE]
+    reference = [
+        row | {"train_accuracy_pct": values[1], "test_accuracy_pct": values[1]} for row in REFERENCE
+    ]
     figure = plots.accuracy_and_loss(run, reference)
     renderer = draw(figure).get_renderer()
     for ax in figure.axes:
@@ -347,12 +403,16 @@ def test_learning_rate_in_steps_or_epochs() -> None:
 
 
 def test_grid_shows_the_pixels_and_the_whole_box() -> None:
-    figure = plots.image_grid(IMAGES[:3], ["one", "two", "three"], np.array([[8, 16, 31, 47]] * 3), columns=2)
+    figure = plots.image_grid(
+        IMAGES[:3], ["one", "two", "three"], np.array([[8, 16, 31, 47]] * 3), columns=2
+    )
     axes = image_axes(figure)
     assert np.array_equal([ax.images[0].get_array() for ax in axes], IMAGES[:3])
     assert all(ax.images[0].get_interpolation() == "nearest" for ax in axes)
     (box,) = (patch for patch in axes[0].patches if isinstance(patch, Rectangle))
-    assert box.get_bbox().bounds == (7.5, 15.5, 24, 32), "both ends of an inclusive box are inside the frame"
+    assert box.get_bbox().bounds == (7.5, 15.5, 24, 32), (
+        "both ends of an inclusive box are inside the frame"
+    )
     assert axes[0].get_position().y0 == axes[1].get_position().y0 > axes[2].get_position().y0
     assert "No images" in words(plots.image_grid(IMAGES[:0], []))
 
@@ -401,7 +461,9 @@ def test_gallery_names_both_classes() -> None:
 
 
 def test_gradcam_row_is_image_then_heat_map_and_overlay_of_every_stage() -> None:
-    figure = plots.gradcam_stages(IMAGES[:3], {stage: maps[:3] for stage, maps in MAPS.items()}, entries(["cat"] * 3))
+    figure = plots.gradcam_stages(
+        IMAGES[:3], {stage: maps[:3] for stage, maps in MAPS.items()}, entries(["cat"] * 3)
+    )
     assert len(image_axes(figure)) == 27
     rows = [image_axes(figure)[i : i + 9] for i in range(0, 27, 9)]
     for i, (first, *cells) in enumerate(rows):
@@ -421,7 +483,15 @@ def test_gradcam_row_is_image_then_heat_map_and_overlay_of_every_stage() -> None
         lefts = [cell.get_position().x0 for cell in (first, *cells)]
         assert lefts == sorted(lefts)
     shown = words(figure)
-    for word in ("layer1 (64 × 64)", "layer4 (8 × 8)", "heat map", "overlay", "62.5 %", "6.2 %", "scaled to itself"):
+    for word in (
+        "layer1 (64 × 64)",
+        "layer4 (8 × 8)",
+        "heat map",
+        "overlay",
+        "62.5 %",
+        "6.2 %",
+        "scaled to itself",
+    ):
         assert word in shown
     assert shown.count("predicted cat") == 3
 
@@ -429,7 +499,9 @@ def test_gradcam_row_is_image_then_heat_map_and_overlay_of_every_stage() -> None
 def test_gradcam_figure_says_when_there_is_nothing_to_show() -> None:
     assert "there is nothing to explain" in words(plots.gradcam_stages(IMAGES[:0], {}, []))
     nothing = {"layer4": np.zeros((1, 8, 8), np.float32)}
-    assert "nothing speaks for the class" in words(plots.gradcam_stages(IMAGES[:1], nothing, entries(["cat"])))
+    assert "nothing speaks for the class" in words(
+        plots.gradcam_stages(IMAGES[:1], nothing, entries(["cat"]))
+    )
 
 
 def matrices(figure: Figure) -> tuple[np.ma.MaskedArray, np.ma.MaskedArray]:
@@ -442,18 +514,33 @@ def test_confusions_are_shares_of_the_row_in_the_order_given() -> None:
     matrix = np.array([[30, 10, 0], [1, 4, 0], [0, 0, 0]])
     figure = plots.confusion(matrix, ["cat", "dog", "emu"], [2, 1, 0])
     right, wrong = matrices(figure)
-    assert right.mask.tolist() == [[True, True, True], [True, False, True], [True, True, False]], "emu was not tested"
+    assert right.mask.tolist() == [[True, True, True], [True, False, True], [True, True, False]], (
+        "emu was not tested"
+    )
     assert right.diagonal()[1:].tolist() == [80, 75]
     assert (wrong[1, 2], wrong[2, 1], wrong[1, 0]) == (20, 25, 0)
     assert wrong.mask[0].all()
     assert wrong.mask.diagonal().all()
-    for word in ("80", "75", "20", "25", "75.6 % of 45 answers are right", "White rows: no test images"):
+    for word in (
+        "80",
+        "75",
+        "20",
+        "25",
+        "75.6 % of 45 answers are right",
+        "White rows: no test images",
+    ):
         assert word in words(figure)
     upright = {
-        t.get_text(): t.get_position()[1] for t in texts(figure) if t.get_ha() == "right" and not t.get_rotation()
+        t.get_text(): t.get_position()[1]
+        for t in texts(figure)
+        if t.get_ha() == "right" and not t.get_rotation()
     }
     assert upright["emu"] > upright["dog"] > upright["cat"], "rows from the top"
-    slanted = {text.get_text(): text.get_position()[0] for text in texts(figure) if text.get_rotation() == 45}
+    slanted = {
+        text.get_text(): text.get_position()[0]
+        for text in texts(figure)
+        if text.get_rotation() == 45
+    }
     assert slanted["emu"] < slanted["dog"] < slanted["cat"], "columns from the left"
 
 
@@ -465,7 +552,9 @@ def test_right_answers_do_not_drown_the_mistakes() -> None:
     assert wrong.get_clim() == (0, 50), "30 % is the most frequent mistake"
     assert wrong.norm(1) > 0.1, "one of a hundred images can be seen"
     position, (width, height) = ax.get_position(), 100 * figure.get_size_inches()
-    assert position.width * width == pytest.approx(600), "every cell has the same whole number of pixels"
+    assert position.width * width == pytest.approx(600), (
+        "every cell has the same whole number of pixels"
+    )
     assert position.height * height == pytest.approx(600)
     assert position.y0 * height == pytest.approx(round(position.y0 * height))
 
@@ -482,7 +571,9 @@ def test_confusions_of_few_and_many_classes(classes: int) -> None:
 
 
 def test_confusion_matrix_of_extremes() -> None:
-    assert "No class has test images" in words(plots.confusion(np.zeros((3, 3), int), PLAIN[:3], [0, 1, 2]))
+    assert "No class has test images" in words(
+        plots.confusion(np.zeros((3, 3), int), PLAIN[:3], [0, 1, 2])
+    )
     figure = plots.confusion(np.diag([5, 10**9]), ["a", "b"], [0, 1])
     assert_apart(figure)
     assert "100.0 % of 1,000,000,005 answers are right" in words(figure)
@@ -494,7 +585,9 @@ def test_confusion_matrix_of_extremes() -> None:
 def test_confused_pairs_show_counts_and_images_of_either_mistake() -> None:
     figure = plots.confused_pairs(pairs(["cat", "dog"]), thumbnails())
     shown = [ax.images[0].get_array() for ax in image_axes(figure)]
-    assert np.array_equal(shown, IMAGES), "three of the first pair's one way, one of the second's other way"
+    assert np.array_equal(shown, IMAGES), (
+        "three of the first pair's one way, one of the second's other way"
+    )
     assert all(ax.images[0].get_interpolation() == "nearest" for ax in image_axes(figure))
     captions = [(text.get_text(), text.get_color()) for text in texts(figure)]
     for name, color, number in (("dog", plots.VERMILION, "12"), ("cat", plots.BLUE, "of 165")):
@@ -506,7 +599,11 @@ def test_confused_pairs_show_counts_and_images_of_either_mistake() -> None:
     many = plots.confused_pairs(pairs(PLAIN) * 10, [(np.repeat(IMAGES, 3, axis=0), IMAGES)] * 20)
     assert len(image_axes(many)) == 20 * 6, "at most three each way"
     assert_apart(many)
-    huge = pairs(["W" * 121, "W" * 121])[0] | {"one_as_other": 123_456, "other_as_one": 123_456, "count": 246_912}
+    huge = pairs(["W" * 121, "W" * 121])[0] | {
+        "one_as_other": 123_456,
+        "other_as_one": 123_456,
+        "count": 246_912,
+    }
     assert_apart(plots.confused_pairs([huge] * 4, [(IMAGES, IMAGES)] * 4))
     assert "No class was taken for another" in words(plots.confused_pairs([], []))
 
@@ -522,7 +619,9 @@ def test_gallery_names_a_right_answer_once() -> None:
     mistake = right | {"actual": answer | {"wnid": "n2"}}
     mixed = plots.confident(IMAGES[:2], [right, mistake])
     colors = [text.get_color() for text in texts(mixed) if text.get_text() == "cat"]
-    assert colors == [plots.INK, plots.VERMILION, plots.BLUE], "two classes of one name are a mistake"
+    assert colors == [plots.INK, plots.VERMILION, plots.BLUE], (
+        "two classes of one name are a mistake"
+    )
     for word in ("predicted", "actual", "right answer"):
         assert word in words(mixed)
     assert "Hesitant: there is none" in words(plots.confident(IMAGES[:0], [], "Hesitant"))
@@ -557,8 +656,14 @@ def test_reliability_shows_accuracy_against_confidence_in_every_bin() -> None:
     intervals = [line.get_ydata() for line in before.lines[1:4]]
     assert np.allclose(intervals[2], (65.3, 74.3), atol=0.1), "Wilson's interval for 280 of 400"
     assert [bar.get_height() for bar in counts.patches] == [0, 3, 0, 1, 400]
-    assert np.allclose([bar.get_x() + bar.get_width() / 2 for bar in counts.patches], [10, 30, 50, 70, 90])
-    for word in ("As trained: ECE 20.0 %", "(T = 1.50): ECE 0.0 %", "75.0 on average, 50.0 % are right"):
+    assert np.allclose(
+        [bar.get_x() + bar.get_width() / 2 for bar in counts.patches], [10, 30, 50, 70, 90]
+    )
+    for word in (
+        "As trained: ECE 20.0 %",
+        "(T = 1.50): ECE 0.0 %",
+        "75.0 on average, 50.0 % are right",
+    ):
         assert word in words(figure)
     noted = plots.reliability(calibration([1], note="no temperature is best"))
     assert_apart(noted)
@@ -574,15 +679,32 @@ def test_maps_of_the_predicted_and_the_actual_class_stand_side_by_side() -> None
     for i, (first, *cells) in enumerate([axes[i : i + 5] for i in range(0, 15, 5)]):
         assert np.array_equal(first.images[0].get_array(), IMAGES[i])
         assert len(first.patches) == 1, "the box"
-        for cell, values in zip(cells, (predicted[i], predicted[i], actual[i], actual[i]), strict=True):
+        for cell, values in zip(
+            cells, (predicted[i], predicted[i], actual[i], actual[i]), strict=True
+        ):
             picture, heat = cell.images
             assert np.array_equal(picture.get_array(), IMAGES[i])
             assert np.array_equal(heat.get_array(), values)
-            assert (picture.get_interpolation(), heat.get_interpolation()) == ("nearest", "bilinear")
-        assert [np.max(cell.images[1].get_alpha()) == 1 for cell in cells] == [True, False, True, False]
+            assert (picture.get_interpolation(), heat.get_interpolation()) == (
+                "nearest",
+                "bilinear",
+            )
+        assert [np.max(cell.images[1].get_alpha()) == 1 for cell in cells] == [
+            True,
+            False,
+            True,
+            False,
+        ]
         lefts = [cell.get_position().x0 for cell in (first, *cells)]
         assert lefts == sorted(lefts)
-    for word in ("62.5 %", "6.2 %", "Grad-CAM of layer4, for either class", "scaled to itself", "8 × 8", "bilinearly"):
+    for word in (
+        "62.5 %",
+        "6.2 %",
+        "Grad-CAM of layer4, for either class",
+        "scaled to itself",
+        "8 × 8",
+        "bilinearly",
+    ):
         assert word in words(figure)
     colors = [text.get_color() for text in texts(figure) if text.get_text() == "dog"]
     assert colors == [plots.VERMILION, plots.BLUE]
@@ -590,10 +712,14 @@ def test_maps_of_the_predicted_and_the_actual_class_stand_side_by_side() -> None
 
 def test_class_maps_say_what_they_cannot_show() -> None:
     one = entries(["cat"])
-    same = plots.class_maps(IMAGES[:1], MAPS["layer4"][:1], MAPS["layer4"][:1], one, method="Eigen-CAM")
+    same = plots.class_maps(
+        IMAGES[:1], MAPS["layer4"][:1], MAPS["layer4"][:1], one, method="Eigen-CAM"
+    )
     assert "Eigen-CAM of layer4, whatever the class" in words(same)
     nothing = np.zeros((1, 8, 8), np.float32)
-    assert "nothing speaks for the class" in words(plots.class_maps(IMAGES[:1], MAPS["layer4"][:1], nothing, one))
+    assert "nothing speaks for the class" in words(
+        plots.class_maps(IMAGES[:1], MAPS["layer4"][:1], nothing, one)
+    )
     del one[0]["box"]
     assert not image_axes(plots.class_maps(IMAGES[:1], MAPS["layer4"][:1], nothing, one))[0].patches
     empty = plots.class_maps(IMAGES[:0], MAPS["layer4"][:0], MAPS["layer4"][:0], [])
@@ -632,7 +758,9 @@ def test_faithfulness_shows_how_many_pixels_are_removed() -> None:
     figure = plots.faithfulness(road())
     most, least = figure.axes
     random, ours = most.lines
-    assert np.allclose(ours.get_data(), ([10, 50, 80], [-20, -30, -40])), "above the 90th percentile lie 10 % of pixels"
+    assert np.allclose(ours.get_data(), ([10, 50, 80], [-20, -30, -40])), (
+        "above the 90th percentile lie 10 % of pixels"
+    )
     assert np.allclose(random.get_data(), ([10, 50, 80], [-10, -20, -40]))
     assert random.get_linestyle() != ours.get_linestyle()
     assert np.allclose(least.lines[1].get_ydata(), [1, -10]), "the third is not known"
@@ -664,7 +792,9 @@ def test_range_test_marks_the_suggestion_and_cuts_what_explodes() -> None:
     assert "0.001" in words(figure), "ticks are plain numbers"
 
 
-@pytest.mark.parametrize("rates", [RATES, [0.01 * 1.05**i for i in range(10)], [0.1] * 10, [1e-300] * 9 + [1e300]])
+@pytest.mark.parametrize(
+    "rates", [RATES, [0.01 * 1.05**i for i in range(10)], [0.1] * 10, [1e-300] * 9 + [1e300]]
+)
 @pytest.mark.parametrize("losses", [LOSSES, [0.0] * 10, [1e-12] * 10, [math.nan] * 9 + [2.0]])
 def test_range_test_of_any_curve(rates: list[float], losses: list[float]) -> None:
     figure = plots.learning_rate_test(rates, losses, losses)
@@ -685,7 +815,9 @@ def test_prediction_shows_the_image_the_map_and_bars() -> None:
     assert len(plain.images) == 1
     assert np.array_equal(overlay.images[1].get_array(), MAPS["layer4"][0])
     widths = [
-        patch.get_width() for patch in figure.findobj(Rectangle) if patch.get_transform() and patch in figure.artists
+        patch.get_width()
+        for patch in figure.findobj(Rectangle)
+        if patch.get_transform() and patch in figure.artists
     ]
     assert np.allclose(np.array(widths)[[1, 3]] / np.array(widths)[[0, 2]], [0.75, 0])
     for word in (

@@ -22,14 +22,17 @@ import torchvision
 from PIL import Image, ImageCms, PngImagePlugin
 from torch import nn
 
-from tinylab import predict as module
-from tinylab.archive import open_archive
-from tinylab.augment import normalise, resize
-from tinylab.dataset import Dataset
-from tinylab.model import ResNet18, weights_file
-from tinylab.predict import export_onnx, load, normalised, predict, read_image
-from tinylab.recipe import Recipe, UserError, published, smoke
-from tinylab.record import Run
+from tinylab.data.archive import open_archive
+from tinylab.data.augment import normalise, resize
+from tinylab.data.dataset import Dataset
+from tinylab.exceptions import UserError
+from tinylab.model import ResNet18
+from tinylab.recipe import Recipe
+from tinylab.recipes import published, smoke
+from tinylab.run.folder import Run
+from tinylab.run.weights import weights_file
+from tinylab.share import predict as module
+from tinylab.share.predict import export_onnx, load, normalised, predict, read_image
 
 WNIDS, NAMES = tuple(f"n{i:08d}" for i in range(6)), ("one", "two", "three", "four", "five", "six")
 TILES = np.array([[[200, 30, 10], [20, 180, 40]], [[15, 25, 210], [240, 230, 60]]], np.uint8)
@@ -42,7 +45,9 @@ def tiles(width: int = 64, height: int = 64) -> Image.Image:
 
 
 def noise(width: int = 64, height: int = 64, seed: int = 0) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+    return Image.fromarray(
+        np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    )
 
 
 def saved(path: Path, image: Image.Image, **options: object) -> Path:
@@ -69,7 +74,9 @@ def refusal(path: Path) -> str:
 
 @pytest.mark.parametrize("suffix", ["png", "bmp", "webp"])
 def test_pictures_of_64_pixels_go_through_unchanged(tmp_path: Path, suffix: str) -> None:
-    path = saved(tmp_path / f"a.{suffix}", noise(), **({"lossless": True} if suffix == "webp" else {}))
+    path = saved(
+        tmp_path / f"a.{suffix}", noise(), **({"lossless": True} if suffix == "webp" else {})
+    )
     pixels = read_image(path)
     assert pixels.dtype == np.uint8
     np.testing.assert_array_equal(pixels, np.asarray(noise()))
@@ -98,7 +105,9 @@ def test_every_new_pixel_is_the_mean_of_those_that_it_covers(tmp_path: Path) -> 
     assert np.abs(pixels - means).max() <= 1
 
 
-@pytest.mark.parametrize("size", [(192, 128), (128, 192), (4001, 100), (100, 4001), (20_000, 64), (65, 64)])
+@pytest.mark.parametrize(
+    "size", [(192, 128), (128, 192), (4001, 100), (100, 4001), (20_000, 64), (65, 64)]
+)
 def test_the_middle_square_is_kept(tmp_path: Path, size: tuple[int, int]) -> None:
     side, image = min(size), Image.new("RGB", size, (255, 0, 0))
     image.paste(tiles(side, side), ((size[0] - side) // 2, (size[1] - side) // 2))
@@ -114,7 +123,9 @@ def test_small_pictures_are_enlarged(tmp_path: Path) -> None:
     np.testing.assert_array_equal(corners(pixels), TILES)
 
 
-@pytest.mark.parametrize("size", [(64, 64), (97, 64), (64, 97), (193, 128), (131, 200), (1200, 1601)])
+@pytest.mark.parametrize(
+    "size", [(64, 64), (97, 64), (64, 97), (193, 128), (131, 200), (1200, 1601)]
+)
 @pytest.mark.parametrize("suffix", ["png", "jpg", "webp"])
 def test_pictures_are_turned_upright(tmp_path: Path, size: tuple[int, int], suffix: str) -> None:
     image = tiles(*size)
@@ -130,7 +141,9 @@ def test_pictures_are_turned_upright(tmp_path: Path, size: tuple[int, int], suff
     }
     # A JPEG's blocks lie differently in a turned picture; of a side that is no multiple of 64 pixels are shared out.
     exact = suffix != "jpg" and min(size) % 64 == 0
-    upright = read_image(saved(tmp_path / f"a.{suffix}", image, **({"lossless": True} if suffix == "webp" else {})))
+    upright = read_image(
+        saved(tmp_path / f"a.{suffix}", image, **({"lossless": True} if suffix == "webp" else {}))
+    )
     for orientation, turned in stored.items():
         exif = Image.Exif()
         exif[0x0112] = orientation
@@ -145,11 +158,18 @@ def test_pictures_are_turned_upright(tmp_path: Path, size: tuple[int, int], suff
 def test_an_orientation_that_does_not_exist_is_none(tmp_path: Path, orientation: int) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
-    np.testing.assert_array_equal(read_image(saved(tmp_path / "a.png", noise(), exif=exif)), np.asarray(noise()))
+    np.testing.assert_array_equal(
+        read_image(saved(tmp_path / "a.png", noise(), exif=exif)), np.asarray(noise())
+    )
 
 
 def test_damaged_exif_is_none(tmp_path: Path) -> None:
-    for exif in (b"Exif\0\0", b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12", b"x" * 50):
+    for exif in (
+        b"Exif\0\0",
+        b"Exif\0\0II*\0\xff\xff\xff\xff",
+        b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12",
+        b"x" * 50,
+    ):
         path = saved(tmp_path / "a.jpg", tiles(), exif=exif, quality=95)
         assert np.abs(corners(read_image(path)) - TILES).max() < 12
 
@@ -170,7 +190,12 @@ def test_transparent_parts_are_white(tmp_path: Path) -> None:
 
 def test_the_colour_under_transparent_pixels_is_not_mixed_in(tmp_path: Path) -> None:
     stripes = np.zeros((128, 128, 4), np.uint8)
-    stripes[:, ::2] = 0, 200, 0, 255  # every other column opaque green, the others black and not there
+    stripes[:, ::2] = (
+        0,
+        200,
+        0,
+        255,
+    )  # every other column opaque green, the others black and not there
     pixels = read_image(saved(tmp_path / "a.png", Image.fromarray(stripes)))
     assert np.abs(pixels[32, 32].astype(int) - [127, 227, 127]).max() <= 1  # half green, half white
 
@@ -225,7 +250,15 @@ def test_16_bits_of_colour_are_scaled_not_clipped(tmp_path: Path, channels: int,
     values = np.random.default_rng(0).integers(0, 65536, (64, 64, channels))
     values[..., 3:] = 65535
     path = tmp_path / "a.png"
-    path.write_bytes(png(64, 64, b"".join(b"\0" + row.astype(">u2").tobytes() for row in values), depth=16, kind=kind))
+    path.write_bytes(
+        png(
+            64,
+            64,
+            b"".join(b"\0" + row.astype(">u2").tobytes() for row in values),
+            depth=16,
+            kind=kind,
+        )
+    )
     np.testing.assert_array_equal(read_image(path), values[..., :3] >> 8)
 
 
@@ -238,7 +271,9 @@ def test_cmyk_is_read_as_the_data_set_would_be(tmp_path: Path) -> None:
 
 def test_progressive_jpegs_and_profiles_change_nothing(tmp_path: Path) -> None:
     plain = read_image(saved(tmp_path / "a.jpg", tiles(), quality=90))
-    np.testing.assert_array_equal(read_image(saved(tmp_path / "b.jpg", tiles(), quality=90, progressive=True)), plain)
+    np.testing.assert_array_equal(
+        read_image(saved(tmp_path / "b.jpg", tiles(), quality=90, progressive=True)), plain
+    )
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
     for icc in (profile, b"no profile at all"):
         path = saved(tmp_path / "c.jpg", tiles(), quality=90, icc_profile=icc)
@@ -249,13 +284,26 @@ def test_progressive_jpegs_and_profiles_change_nothing(tmp_path: Path) -> None:
 def test_of_an_animation_the_first_picture_is_taken(tmp_path: Path, name: str) -> None:
     others = [Image.new("RGB", (128, 128), colour) for colour in ("red", "blue")]
     options = {"lossless": True} if name == "a.webp" else {}
-    path = saved(tmp_path / name, tiles(128, 128), save_all=True, append_images=others, duration=50, **options)
+    path = saved(
+        tmp_path / name,
+        tiles(128, 128),
+        save_all=True,
+        append_images=others,
+        duration=50,
+        **options,
+    )
     assert Image.open(path).n_frames == 3
     np.testing.assert_array_equal(corners(read_image(path)), TILES)
 
 
 def test_a_telephone_s_file_of_several_pictures(tmp_path: Path) -> None:
-    path = saved(tmp_path / "a.jpg", tiles(1024, 1024), format="MPO", save_all=True, append_images=[noise(64, 64)])
+    path = saved(
+        tmp_path / "a.jpg",
+        tiles(1024, 1024),
+        format="MPO",
+        save_all=True,
+        append_images=[noise(64, 64)],
+    )
     assert Image.open(path).format == "MPO"
     assert np.abs(corners(read_image(path)) - TILES).max() < 12
 
@@ -274,7 +322,9 @@ def test_large_jpegs_are_shrunk_while_they_are_decoded(
     path = saved(tmp_path / "a.jpg", image, quality=90, progressive=progressive)
     decoded = []
     real = module._prepared
-    monkeypatch.setattr(module, "_prepared", lambda opened: (decoded.append(opened.size), real(opened))[1])
+    monkeypatch.setattr(
+        module, "_prepared", lambda opened: (decoded.append(opened.size), real(opened))[1]
+    )
     pixels = read_image(path).astype(int)
     assert decoded == [(1500, 1000)]
     whole = Image.open(path).resize((64, 64), Image.Resampling.BOX, box=(500, 0, 2500, 2000))
@@ -290,10 +340,17 @@ def png(width: int, height: int, raw: bytes, depth: int = 8, kind: int = 2) -> b
     """A PNG file of any size and content, made by hand."""
 
     def chunk(name: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        return (
+            struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        )
 
     header = struct.pack(">IIBBBBB", width, height, depth, kind, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(raw)) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(raw))
+        + chunk(b"IEND", b"")
+    )
 
 
 @pytest.mark.parametrize(
@@ -325,7 +382,9 @@ def test_what_is_no_picture_is_refused(tmp_path: Path, content: bytes, reason: s
 def test_kinds_that_are_not_read_are_named(tmp_path: Path) -> None:
     assert "TIFF" in refusal(saved(tmp_path / "a.tif", noise()))
     for suffix in ("ppm", "ico", "tga", "pcx", "sgi", "dds", "eps", "jp2"):
-        assert "is not a picture, or of a kind that cannot be read" in refusal(saved(tmp_path / f"a.{suffix}", noise()))
+        assert "is not a picture, or of a kind that cannot be read" in refusal(
+            saved(tmp_path / f"a.{suffix}", noise())
+        )
 
 
 @pytest.mark.parametrize("side", [100_000, 12_000, 2**31 - 1, 0])
@@ -348,7 +407,9 @@ def test_bombs_of_other_kinds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         jpg = bytearray(saved(tmp_path / name, tiles(), progressive=progressive).read_bytes())
         at = jpg.index(b"\xff\xc2" if progressive else b"\xff\xc0")
         # Held whole 81 million pixels are too many; a plain JPEG may have 128, and not the 170 million here.
-        jpg[at + 5 : at + 9] = struct.pack(">HH", 9000, 9000) if progressive else struct.pack(">HH", 13_000, 13_100)
+        jpg[at + 5 : at + 9] = (
+            struct.pack(">HH", 9000, 9000) if progressive else struct.pack(">HH", 13_000, 13_100)
+        )
         (tmp_path / name).write_bytes(jpg)
     for name in ("a.gif", "a.bmp", "a.jpg", "b.jpg"):
         assert "too large" in refusal(tmp_path / name)
@@ -375,7 +436,10 @@ def test_pictures_of_hardly_any_pixel_are_refused(tmp_path: Path, size: tuple[in
                                      {"suffix": "webp"}, {"suffix": "gif"}, {"suffix": "bmp"}])  # fmt: skip
 @pytest.mark.parametrize("side", [64, 700])
 def test_what_was_cut_short_is_refused(tmp_path: Path, options: dict, side: int) -> None:
-    suffix, others = options["suffix"], {name: value for name, value in options.items() if name != "suffix"}
+    suffix, others = (
+        options["suffix"],
+        {name: value for name, value in options.items() if name != "suffix"},
+    )
     whole = saved(tmp_path / f"whole.{suffix}", noise(side, side), **others).read_bytes()
     path = tmp_path / f"a.{suffix}"
     for share in (0.02, 0.3, 0.6, 0.9):
@@ -391,8 +455,8 @@ def test_flipped_bits_give_a_picture_or_one_line(tmp_path: Path) -> None:
             content = bytearray(whole)
             # Half of the damage is in the head, where it tells of the form.
             end = len(content) if rng.random() < 0.5 else 200
-            for place in rng.integers(0, end, 3):
-                content[place] ^= 1 << int(rng.integers(8))
+            for compute in rng.integers(0, end, 3):
+                content[compute] ^= 1 << int(rng.integers(8))
             path = tmp_path / f"a.{suffix}"
             path.write_bytes(content)
             try:
@@ -479,7 +543,9 @@ def coloured() -> Recipe:
 
 
 def written(path: Path, model: ResNet18, recipe: Recipe, wnids: tuple[str, ...] = WNIDS) -> Path:
-    path.write_bytes(weights_file(model, recipe, wnids, NAMES[: len(wnids)], {"test_top1": 50.0}, "c0" * 32))
+    path.write_bytes(
+        weights_file(model, recipe, wnids, NAMES[: len(wnids)], {"test_top1": 50.0}, "c0" * 32)
+    )
     return path
 
 
@@ -531,7 +597,10 @@ def test_a_file_and_a_folder_that_was_handed_over(weights: Path, network: ResNet
     for path in (weights, str(weights), weights.parent):
         model, about = load(path)
         assert about["names"] == list(NAMES)
-        assert all(torch.equal(value, network.state_dict()[name]) for name, value in model.state_dict().items())
+        assert all(
+            torch.equal(value, network.state_dict()[name])
+            for name, value in model.state_dict().items()
+        )
 
 
 def test_runs_that_are_not_finished_are_refused(run: Run) -> None:
@@ -544,7 +613,9 @@ def test_runs_without_weights_or_with_damaged_ones_are_refused(run: Run) -> None
     content = bytearray(run.weights.read_bytes())
     content[-3] ^= 1
     run.weights.write_bytes(content)
-    with pytest.raises(UserError, match=r"missing or damaged: it is not the file that the run's summary names"):
+    with pytest.raises(
+        UserError, match=r"missing or damaged: it is not the file that the run's summary names"
+    ):
         load(run.folder)
     run.weights.unlink()
     with pytest.raises(UserError, match="missing or damaged"):
@@ -569,10 +640,15 @@ def test_what_is_neither_a_run_nor_weights_is_refused(tmp_path: Path, run: Run) 
 
 
 @pytest.mark.parametrize("known", [True, False])
-def test_other_classes_and_another_order_are_refused(run: Run, tmp_path: Path, narrow: Recipe, known: bool) -> None:
+def test_other_classes_and_another_order_are_refused(
+    run: Run, tmp_path: Path, narrow: Recipe, known: bool
+) -> None:
     wnids = tuple(load(run.folder)[1]["wnids"])
     if not known:  # as in runs of before there was this field
-        run.write("run.json", {key: value for key, value in run.identity.items() if key != "class_order_sha256"})
+        run.write(
+            "run.json",
+            {key: value for key, value in run.identity.items() if key != "class_order_sha256"},
+        )
     one_more = ResNet18(4, 16)
     put(run, written(tmp_path / "a", one_more, narrow, (*wnids, "n99999999")))
     with pytest.raises(UserError, match="other classes, or another order") as caught:
@@ -588,7 +664,9 @@ def test_other_classes_and_another_order_are_refused(run: Run, tmp_path: Path, n
 
 @pytest.mark.parametrize("change", [{"width": 8}, {"mean": (0.1, 0.2, 0.3)}, {"std": (1.0, 1.0, 1.0)},
                                     {"test_resolution": 32}])  # fmt: skip
-def test_another_network_or_normalisation_is_refused(run: Run, tmp_path: Path, narrow: Recipe, change: dict) -> None:
+def test_another_network_or_normalisation_is_refused(
+    run: Run, tmp_path: Path, narrow: Recipe, change: dict
+) -> None:
     wnids = tuple(load(run.folder)[1]["wnids"])
     recipe = replace(narrow, **change)
     put(run, written(tmp_path / "a", ResNet18(3, recipe.width), recipe, wnids))
@@ -640,7 +718,9 @@ def test_answers_come_best_first_and_add_up(weights: Path) -> None:
         assert found == sorted(found, reverse=True)
         assert sum(found) == pytest.approx(1, abs=1e-12)
     with torch.inference_mode():
-        expected = torch.softmax(model(normalised(about)(torch.from_numpy(pictures(70)))).double(), 1).numpy()
+        expected = torch.softmax(
+            model(normalised(about)(torch.from_numpy(pictures(70)))).double(), 1
+        ).numpy()
     for answer, each in zip(answers, expected, strict=True):
         assert {one["wnid"]: pytest.approx(one["probability"], abs=1e-6) for one in answer} == dict(
             zip(WNIDS, each, strict=True)
@@ -672,7 +752,11 @@ def test_the_caller_s_state_changes_nothing_and_stays(weights: Path) -> None:
 
 def test_arrays_of_another_form_are_errors(weights: Path) -> None:
     model, about = load(weights)
-    for images in (pictures(1)[0], pictures(1).astype(np.float32), pictures(1).transpose(0, 3, 1, 2)):
+    for images in (
+        pictures(1)[0],
+        pictures(1).astype(np.float32),
+        pictures(1).transpose(0, 3, 1, 2),
+    ):
         with pytest.raises(ValueError, match="uint8"):
             predict(model, about, images)
     with pytest.raises(ValueError, match="top"):
@@ -686,7 +770,9 @@ def narrow_torchvision(width: int, classes: int) -> torchvision.models.ResNet:
     """torchvision's ResNet-18, all its stages thinner: the library has no parameter for that."""
 
     class Thin(torchvision.models.ResNet):
-        def _make_layer(self, block: type, planes: int, *rest: object, **options: object) -> nn.Sequential:
+        def _make_layer(
+            self, block: type, planes: int, *rest: object, **options: object
+        ) -> nn.Sequential:
             if planes == 64:
                 self.inplanes = width
             return super()._make_layer(block, planes * width // 64, *rest, **options)
@@ -706,9 +792,13 @@ def test_the_weights_answer_alike_in_a_narrow_torchvision(weights: Path, size: i
     with safetensors.safe_open(weights, "pt") as file:
         said = {name: torch.tensor(json.loads(file.metadata()[name])) for name in ("mean", "std")}
     images = torch.from_numpy(pictures(size))
-    scaled = (images.permute(0, 3, 1, 2) / 255 - said["mean"].view(3, 1, 1)) / said["std"].view(3, 1, 1)
+    scaled = (images.permute(0, 3, 1, 2) / 255 - said["mean"].view(3, 1, 1)) / said["std"].view(
+        3, 1, 1
+    )
     with torch.inference_mode():
-        torch.testing.assert_close(theirs(scaled), model(normalised(about)(images)), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            theirs(scaled), model(normalised(about)(images)), atol=1e-5, rtol=1e-5
+        )
 
 
 @pytest.mark.slow
@@ -725,7 +815,9 @@ def test_the_readme_s_lines_load_the_weights_into_torchvision(
     exec(lines, found)
     inputs = normalised(about)(torch.from_numpy(pictures(3)))
     with torch.inference_mode():
-        torch.testing.assert_close(found["model"].eval()(inputs), model(inputs), atol=1e-4, rtol=1e-5)
+        torch.testing.assert_close(
+            found["model"].eval()(inputs), model(inputs), atol=1e-4, rtol=1e-5
+        )
     assert found["names"] == list(NAMES)
 
 
@@ -739,7 +831,11 @@ def onnx_file(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict, Res
     model, about = load(written(folder / "model.safetensors", random_network(16), recipe))
     model.train()
     printed = io.StringIO()
-    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed), warnings.catch_warnings():
+    with (
+        contextlib.redirect_stdout(printed),
+        contextlib.redirect_stderr(printed),
+        warnings.catch_warnings(),
+    ):
         warnings.simplefilter("error")
         said = export_onnx(model, about, folder / "new" / "model.onnx")
     assert printed.getvalue() == ""
@@ -786,7 +882,9 @@ def test_the_onnx_file_says_what_it_is(onnx_file: tuple) -> None:
     assert said["largest_difference"] <= 1e-5 * said["largest_logit"]
     assert said["same_top1"] is True
     json.dumps(said)
-    assert [each.name for each in path.parent.iterdir()] == [path.name]  # one file, and nothing half-written
+    assert [each.name for each in path.parent.iterdir()] == [
+        path.name
+    ]  # one file, and nothing half-written
 
 
 def test_the_onnx_file_names_no_folder_and_no_source(onnx_file: tuple) -> None:
@@ -796,7 +894,13 @@ def test_the_onnx_file_names_no_folder_and_no_source(onnx_file: tuple) -> None:
     for tensor in program.graph.initializer:
         tensor.ClearField("raw_data")  # numbers may spell anything
     text = program.SerializeToString()
-    for word in (b"site-packages", b"stack_trace", b'.py"', b"/src/", str(Path.home()).encode() + b"/"):
+    for word in (
+        b"site-packages",
+        b"stack_trace",
+        b'.py"',
+        b"/src/",
+        str(Path.home()).encode() + b"/",
+    ):
         assert word not in text
 
 
@@ -823,7 +927,11 @@ def test_a_missing_package_is_named(
     weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing: str
 ) -> None:
     real = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == missing else real(name, *rest))
+    monkeypatch.setattr(
+        importlib.util,
+        "find_spec",
+        lambda name, *rest: None if name == missing else real(name, *rest),
+    )
     with pytest.raises(UserError, match=rf'needs {missing}\b.*pip install "tinylab\[export\]"'):
         export_onnx(*load(weights), tmp_path / "a.onnx")
     assert not (tmp_path / "a.onnx").exists()

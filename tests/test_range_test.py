@@ -11,20 +11,22 @@ import pytest
 import torch
 from conftest import assert_same
 
-from tinylab import range_test as module
-from tinylab.dataset import Dataset
-from tinylab.device import Placement, choose
-from tinylab.loader import Batch
-from tinylab.range_test import RangeTest, find_lr, range_test, smooth, suggest
-from tinylab.recipe import Recipe, UserError, smoke
-from tinylab.step import TrainState, new_state, train_step
+from tinylab.data.dataset import Dataset
+from tinylab.data.loader import Batch
+from tinylab.exceptions import UserError
+from tinylab.recipe import Recipe
+from tinylab.recipes import smoke
+from tinylab.run.environment import Compute, choose
+from tinylab.training import lr_finder as module
+from tinylab.training.lr_finder import RangeTest, find_lr, range_test, smooth, suggest
+from tinylab.training.step import TrainState, new_state, train_step
 
 CLASSES = 3
 RATES = np.geomspace(1e-5, 10, 100)
 
 
 @pytest.fixture(scope="module")
-def place() -> Placement:
+def compute() -> Compute:
     return choose("cpu", "fp32")
 
 
@@ -41,7 +43,12 @@ def made_batches(count: int | None = None, seed: int = 0) -> Iterator[Batch]:
 def curve(lowest: float = 1e-2, noise: float = 0.0, seed: int = 0) -> np.ndarray:
     """2.3 nats that fall by 0.4 over a decade and a half up to the learning rate `lowest`, then rise."""
     decades = np.log10(RATES / lowest)
-    return 1.9 + 0.4 * np.clip(-decades / 1.5, 0, 1) + np.clip(decades, 0, None) + noise_of(noise, seed)
+    return (
+        1.9
+        + 0.4 * np.clip(-decades / 1.5, 0, 1)
+        + np.clip(decades, 0, None)
+        + noise_of(noise, seed)
+    )
 
 
 def noise_of(size: float, seed: int) -> np.ndarray:
@@ -70,7 +77,12 @@ def test_chance_is_no_fall(rises: bool) -> None:
     rising = np.clip(np.log10(RATES) + 2, 0, None) / 2 if rises else 0
     found = [suggest(RATES, 2.3 + rising + noise_of(0.1, seed)) for seed in range(200)]
     assert sum(each[0] is not None for each in found) <= 6
-    assert sum("chance" in each[1] or "no fall" in each[1] or "to the end" in each[1] for each in found) >= 194
+    assert (
+        sum(
+            "chance" in each[1] or "no fall" in each[1] or "to the end" in each[1] for each in found
+        )
+        >= 194
+    )
 
 
 def test_a_curve_that_only_rises_or_only_falls_suggests_nothing() -> None:
@@ -104,21 +116,25 @@ def test_smoothing_keeps_a_constant_and_averages_noise() -> None:
     assert smoothed.argmax() == 50
     assert smoothed[49] == pytest.approx(smoothed[51], rel=1e-6)
     # Half as high after 0.15 sqrt(2 ln 2) decades, of which a step has 6 / 99.
-    assert smoothed[53] / smoothed[50] == pytest.approx(math.exp(-((3 * 6 / 99 / 0.15) ** 2) / 2), rel=1e-3)
+    assert smoothed[53] / smoothed[50] == pytest.approx(
+        math.exp(-((3 * 6 / 99 / 0.15) ** 2) / 2), rel=1e-3
+    )
 
 
 # --- What the steps are -----------------------------------------------------------------------------------------------
 
 
-def state_of(recipe: Recipe, place: Placement) -> TrainState:
-    return new_state(recipe, CLASSES, seed=0, steps_per_epoch=3, place=place)
+def state_of(recipe: Recipe, compute: Compute) -> TrainState:
+    return new_state(recipe, CLASSES, seed=0, steps_per_epoch=3, compute=compute)
 
 
-def run_on(losses: list[float], recipe: Recipe, place: Placement, monkeypatch: pytest.MonkeyPatch) -> tuple:
+def run_on(
+    losses: list[float], recipe: Recipe, compute: Compute, monkeypatch: pytest.MonkeyPatch
+) -> tuple:
     """A range test whose steps have these losses, NaN for one that is skipped; and what each step saw."""
     seen = []
 
-    def step(state: TrainState, _recipe: Recipe, _place: Placement, batch: Batch) -> None:
+    def step(state: TrainState, _recipe: Recipe, _place: Compute, batch: Batch) -> None:
         loss = losses[len(seen)]
         seen.append([(group["lr"], group["momentum"]) for group in state.optimizer.param_groups])
         if math.isfinite(loss):
@@ -126,18 +142,20 @@ def run_on(losses: list[float], recipe: Recipe, place: Placement, monkeypatch: p
         state.scheduler.step()
 
     monkeypatch.setattr(module, "train_step", step)
-    found = range_test(state_of(recipe, place), recipe, place, made_batches(len(losses)), steps=len(losses))
+    found = range_test(
+        state_of(recipe, compute), recipe, compute, made_batches(len(losses)), steps=len(losses)
+    )
     return found, seen
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "muon"])
 def test_a_known_curve_gives_the_known_suggestion(
-    narrow: Recipe, place: Placement, monkeypatch: pytest.MonkeyPatch, optimizer: str
+    narrow: Recipe, compute: Compute, monkeypatch: pytest.MonkeyPatch, optimizer: str
 ) -> None:
     recipe = replace(narrow, optimizer=optimizer, decay_1d=False)
     if optimizer == "muon":
         recipe = replace(recipe, muon_learning_rate=0.05)  # of the first group it is 0.02
-    found, seen = run_on(curve().tolist(), recipe, place, monkeypatch)
+    found, seen = run_on(curve().tolist(), recipe, compute, monkeypatch)
     assert 0.005 < found.suggestion < 0.01
     np.testing.assert_allclose(found.learning_rates, RATES)
     np.testing.assert_allclose(found.losses, curve(), rtol=1e-6)
@@ -150,44 +168,50 @@ def test_a_known_curve_gives_the_known_suggestion(
             assert groups[2][0] / groups[0][0] == pytest.approx(2.5)
 
 
-def test_it_ends_when_the_loss_explodes(narrow: Recipe, place: Placement, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_ends_when_the_loss_explodes(
+    narrow: Recipe, compute: Compute, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The mean of five exceeds 4 x 2.0 with the second of these; a single outlier of 15 does not end it."""
     losses = [2.0] * 20 + [15.0] + [2.0] * 9 + [20.0] * 30
-    found, seen = run_on(losses, narrow, place, monkeypatch)
+    found, seen = run_on(losses, narrow, compute, monkeypatch)
     assert len(seen) == len(found.losses) == len(found.learning_rates) == len(found.smoothed) == 32
 
 
-def test_it_ends_when_a_loss_is_not_finite(narrow: Recipe, place: Placement, monkeypatch: pytest.MonkeyPatch) -> None:
-    found, seen = run_on([2.0] * 20 + [math.nan] + [2.0] * 9, narrow, place, monkeypatch)
+def test_it_ends_when_a_loss_is_not_finite(
+    narrow: Recipe, compute: Compute, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found, seen = run_on([2.0] * 20 + [math.nan] + [2.0] * 9, narrow, compute, monkeypatch)
     assert (len(seen), len(found.losses)) == (21, 20)
     assert np.isfinite(found.losses).all()
-    found, seen = run_on([math.nan] * 20, narrow, place, monkeypatch)
+    found, seen = run_on([math.nan] * 20, narrow, compute, monkeypatch)
     assert (len(seen), len(found.losses), found.suggestion) == (1, 0, None)
 
 
-def test_it_ends_when_ten_updates_in_a_row_are_not_finite(narrow: Recipe, place: Placement) -> None:
-    state = state_of(narrow, place)
+def test_it_ends_when_ten_updates_in_a_row_are_not_finite(narrow: Recipe, compute: Compute) -> None:
+    state = state_of(narrow, compute)
     state.model.fc.weight.register_hook(lambda gradient: gradient * math.nan)
-    found = range_test(state, narrow, place, made_batches(), steps=30)
+    found = range_test(state, narrow, compute, made_batches(), steps=30)
     assert len(found.losses) == 9
 
 
-def test_it_ends_with_the_batches(narrow: Recipe, place: Placement) -> None:
-    found = range_test(state_of(narrow, place), narrow, place, made_batches(12), steps=20)
+def test_it_ends_with_the_batches(narrow: Recipe, compute: Compute) -> None:
+    found = range_test(state_of(narrow, compute), narrow, compute, made_batches(12), steps=20)
     assert len(found.losses) == 12
     np.testing.assert_allclose(found.learning_rates, np.geomspace(1e-5, 10, 20)[:12])
 
 
-def test_it_learns_as_training_does(narrow: Recipe, place: Placement) -> None:
+def test_it_learns_as_training_does(narrow: Recipe, compute: Compute) -> None:
     """The losses are those of plain steps at the same learning rates."""
     recipe = replace(narrow, epochs=4, base_momentum=0.9, max_momentum=0.9)
-    found = range_test(state_of(recipe, place), recipe, place, made_batches(), start=0.001, stop=0.1, steps=10)
-    state, losses = state_of(recipe, place), []
+    found = range_test(
+        state_of(recipe, compute), recipe, compute, made_batches(), start=0.001, stop=0.1, steps=10
+    )
+    state, losses = state_of(recipe, compute), []
     for rate, batch in zip(found.learning_rates, made_batches(10), strict=True):
         for group in state.optimizer.param_groups:
             group["lr"] = float(rate)
         state.totals.zero_()
-        train_step(state, recipe, place, batch)
+        train_step(state, recipe, compute, batch)
         losses.append(state.totals[0].item() / 4)
     assert found.losses.tolist() == losses
     assert len({round(loss, 3) for loss in losses}) == 10
@@ -204,9 +228,11 @@ def test_it_learns_as_training_does(narrow: Recipe, place: Placement) -> None:
         ({"steps": 2001}, "10 to 2,000"),
     ],
 )
-def test_ranges_that_cannot_be_are_refused(narrow: Recipe, place: Placement, options: dict, said: str) -> None:
+def test_ranges_that_cannot_be_are_refused(
+    narrow: Recipe, compute: Compute, options: dict, said: str
+) -> None:
     with pytest.raises(UserError, match=said):
-        range_test(state_of(narrow, place), narrow, place, made_batches(), **options)
+        range_test(state_of(narrow, compute), narrow, compute, made_batches(), **options)
 
 
 # --- Nothing is left of it --------------------------------------------------------------------------------------------
@@ -214,9 +240,12 @@ def test_ranges_that_cannot_be_are_refused(narrow: Recipe, place: Placement, opt
 
 def everything(state: TrainState) -> dict:
     groups = [
-        {name: value for name, value in each.items() if name != "params"} for each in state.optimizer.param_groups
+        {name: value for name, value in each.items() if name != "params"}
+        for each in state.optimizer.param_groups
     ]
-    schedule = {name: value for name, value in state.scheduler.state_dict().items() if not callable(value)}
+    schedule = {
+        name: value for name, value in state.scheduler.state_dict().items() if not callable(value)
+    }
     return copy.deepcopy(state.to_checkpoint() | {"groups": groups, "schedule": schedule})
 
 
@@ -243,29 +272,32 @@ def dark(state: TrainState) -> None:
 
 @pytest.mark.parametrize("optimizer", ["sgd", "muon"])
 @pytest.mark.parametrize(
-    ("trouble", "before"), [("none", 0), ("none", 2), ("exception", 2), ("interrupt", 2), ("nan", 2)]
+    ("trouble", "before"),
+    [("none", 0), ("none", 2), ("exception", 2), ("interrupt", 2), ("nan", 2)],
 )
-def test_the_state_is_as_before(narrow: Recipe, place: Placement, optimizer: str, trouble: str, before: int) -> None:
+def test_the_state_is_as_before(
+    narrow: Recipe, compute: Compute, optimizer: str, trouble: str, before: int
+) -> None:
     """At a run's start and in its middle, however the test ends; and the run goes on as if there had been none."""
     recipe = replace(narrow, epochs=4, optimizer=optimizer, ema_decay=0.6)
-    state, other = state_of(recipe, place), state_of(recipe, place)
+    state, other = state_of(recipe, compute), state_of(recipe, compute)
     for each in (state, other):
         each.model.train()
         for batch in made_batches(before, seed=5):
-            train_step(each, recipe, place, batch)
+            train_step(each, recipe, compute, batch)
     saved = everything(state)
     error = {"exception": Trouble(), "interrupt": KeyboardInterrupt()}.get(trouble)
     if trouble == "nan":
         dark(state)
     with pytest.raises(type(error)) if error else contextlib.nullcontext():
-        found = range_test(state, recipe, place, interrupted(error), start=0.1, steps=10)
+        found = range_test(state, recipe, compute, interrupted(error), start=0.1, steps=10)
         assert len(found.losses) == {"none": 4, "nan": 2}[trouble]
     assert_same(everything(state), saved)
     assert all(parameter.grad is None for parameter in state.model.parameters())
     state.model.fc._forward_hooks.clear()
     for each in (state, other):
         for batch in made_batches(2, seed=9):
-            train_step(each, recipe, place, batch)
+            train_step(each, recipe, compute, batch)
     assert_same(everything(state), everything(other))
 
 
@@ -279,7 +311,8 @@ def find(tmp_path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., RangeTest]:
 
     def call(*arguments, **options) -> RangeTest:
         found = find_lr(
-            *arguments, **{"split": "merged", "device": "cpu", "precision": "fp32", "quiet": True} | options
+            *arguments,
+            **{"split": "merged", "device": "cpu", "precision": "fp32", "quiet": True} | options,
         )
         assert list(tmp_path.iterdir()) == []
         return found
@@ -297,18 +330,25 @@ def test_on_three_classes_and_the_same_again(
     assert list(tiny_dataset.folder.iterdir()) == []
 
 
-def test_recipes_with_everything_in_them(find: Callable[..., RangeTest], tiny_dataset: Dataset, rich: Recipe) -> None:
+def test_recipes_with_everything_in_them(
+    find: Callable[..., RangeTest], tiny_dataset: Dataset, rich: Recipe
+) -> None:
     for recipe in (rich, replace(rich, optimizer="muon")):
         assert len(find(recipe, tiny_dataset, steps=10, stop=1.0).losses) == 10
 
 
 def test_only_training_images_are_looked_at(
-    find: Callable[..., RangeTest], tiny_dataset: Dataset, narrow: Recipe, monkeypatch: pytest.MonkeyPatch
+    find: Callable[..., RangeTest],
+    tiny_dataset: Dataset,
+    narrow: Recipe,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     seen = []
     make_loader = module.make_loader
     monkeypatch.setattr(
-        module, "make_loader", lambda dataset, rows, *rest: seen.append(rows) or make_loader(dataset, rows, *rest)
+        module,
+        "make_loader",
+        lambda dataset, rows, *rest: seen.append(rows) or make_loader(dataset, rows, *rest),
     )
     for split in ("merged", "official"):
         find(narrow, tiny_dataset, split=split, steps=10, limit_classes=2)
@@ -323,7 +363,10 @@ def test_on_the_sample_data(find: Callable[..., RangeTest], sample_dataset: Data
 
 
 def test_what_cannot_be_trained_is_refused(
-    find: Callable[..., RangeTest], tiny_dataset: Dataset, narrow: Recipe, monkeypatch: pytest.MonkeyPatch
+    find: Callable[..., RangeTest],
+    tiny_dataset: Dataset,
+    narrow: Recipe,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     with pytest.raises(UserError, match="batch-size 13 is more than the 12"):
         find(replace(narrow, batch_size=13), tiny_dataset)
@@ -339,7 +382,10 @@ def test_what_cannot_be_trained_is_refused(
 
 
 def test_running_out_of_memory_is_one_line(
-    find: Callable[..., RangeTest], tiny_dataset: Dataset, narrow: Recipe, monkeypatch: pytest.MonkeyPatch
+    find: Callable[..., RangeTest],
+    tiny_dataset: Dataset,
+    narrow: Recipe,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def fail(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory.")

@@ -11,21 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from tinylab.optim import schedule
-from tinylab.recipe import (
-    BATCHED_ONLY,
-    RECIPES,
-    Recipe,
-    UserError,
-    accurate,
-    cpu,
-    named,
-    official,
-    published,
-    smoke,
-    speedrun,
-    training_petaflop,
-)
+from tinylab.exceptions import UserError
+from tinylab.recipe import BATCHED_ONLY, Recipe, training_petaflop
+from tinylab.recipes import RECIPES, accurate, cpu, named, official, published, smoke, speedrun
+from tinylab.training.optim import schedule
 
 PUBLISHED = {
     "name": "published",
@@ -292,10 +281,14 @@ IMPOSSIBLE = [
 BATCHED = replace(published(), augmentation="batched")
 
 
-def one_cycle(step: int, total: int, share: float, start: float, peak: float, end: float, cosine: bool) -> float:
+def one_cycle(
+    step: int, total: int, share: float, start: float, peak: float, end: float, cosine: bool
+) -> float:
     """A value that moves from start to peak and on to end, written out by hand."""
     top, last = share * total - 1, total - 1
-    share_done, here, there = (step / top, start, peak) if step <= top else ((step - top) / (last - top), peak, end)
+    share_done, here, there = (
+        (step / top, start, peak) if step <= top else ((step - top) / (last - top), peak, end)
+    )
     if cosine:
         share_done = (1 - math.cos(math.pi * share_done)) / 2
     return here + (there - here) * share_done
@@ -306,35 +299,50 @@ def test_the_published_recipe_has_the_published_numbers() -> None:
 
 
 @pytest.mark.parametrize(
-    ("recipe", "expected"), [(accurate, ACCURATE), (speedrun, SPEEDRUN), (official, OFFICIAL)], ids=lambda each: ""
+    ("recipe", "expected"),
+    [(accurate, ACCURATE), (speedrun, SPEEDRUN), (official, OFFICIAL)],
+    ids=lambda each: "",
 )
-def test_the_target_recipes_have_the_numbers_of_the_study(recipe: Callable[[], Recipe], expected: dict) -> None:
+def test_the_target_recipes_have_the_numbers_of_the_study(
+    recipe: Callable[[], Recipe], expected: dict
+) -> None:
     assert dataclasses.asdict(recipe()) == expected
 
 
 def test_the_cpu_recipe_keeps_to_its_budget() -> None:
     """A quarter of a million images of 64 x 64 pixels, which are 3.33 PFLOP; `published` takes 30.8."""
     assert training_petaflop(cpu(), 77_000) <= 250_000 * 13.33 / 1e6
-    assert training_petaflop(published(), 77_000) == pytest.approx(30 * 77_000 * 13.33 / 1e6, rel=1e-3)
+    assert training_petaflop(published(), 77_000) == pytest.approx(
+        30 * 77_000 * 13.33 / 1e6, rel=1e-3
+    )
     assert training_petaflop(replace(cpu(), width=32), 77_000) == pytest.approx(
         training_petaflop(cpu(), 77_000) / 4, rel=1e-3
     )
 
 
 def test_smoke_is_the_published_recipe_shrunk() -> None:
-    changed = {name for name, value in dataclasses.asdict(smoke()).items() if value != PUBLISHED[name]}
+    changed = {
+        name for name, value in dataclasses.asdict(smoke()).items() if value != PUBLISHED[name]
+    }
     assert changed == {"name", "epochs", "batch_size", "width"}
 
 
 def test_recipes_go_by_their_own_names() -> None:
-    assert {name: recipe().name for name, recipe in RECIPES.items()} == {name: name for name in RECIPES}
+    assert {name: recipe().name for name, recipe in RECIPES.items()} == {
+        name: name for name in RECIPES
+    }
     with pytest.raises(UserError, match=r"'nope'.*published.*smoke"):
         named("nope")
 
 
 def test_importing_recipes_loads_no_torch(subprocess_environment: dict[str, str]) -> None:
     code = "import sys, tinylab.recipe; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], env=subprocess_environment, timeout=120).returncode == 0
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], env=subprocess_environment, timeout=120
+        ).returncode
+        == 0
+    )
 
 
 @pytest.mark.parametrize(("field", "value"), IMPOSSIBLE)
@@ -345,7 +353,9 @@ def test_an_impossible_value_is_refused_by_name(field: str, value: object) -> No
 
 
 def test_every_field_has_an_impossible_value() -> None:
-    assert {field for field, _ in IMPOSSIBLE} == {field.name for field in dataclasses.fields(Recipe)}
+    assert {field for field, _ in IMPOSSIBLE} == {
+        field.name for field in dataclasses.fields(Recipe)
+    }
 
 
 @pytest.mark.parametrize(
@@ -373,7 +383,9 @@ def test_a_possible_value_is_taken(field: str, value: object) -> None:
 @pytest.mark.parametrize("field", BATCHED_ONLY)
 def test_what_albumentations_would_ignore_is_refused(field: str) -> None:
     change = {field: True if field == "alternating_flip" else 0.25}
-    with pytest.raises(UserError, match=rf"^{field} must be left alone unless augmentation is 'batched'"):
+    with pytest.raises(
+        UserError, match=rf"^{field} must be left alone unless augmentation is 'batched'"
+    ):
         replace(published(), **change)
     assert getattr(replace(BATCHED, **change), field) == change[field]
 
@@ -397,12 +409,16 @@ def test_a_recipe_cannot_be_changed() -> None:
         published().epochs = 1  # type: ignore[misc]
 
 
-@pytest.mark.parametrize(("images", "steps"), [(77_000, 301), (76_800, 300), (76_801, 301), (1, 1), (256, 1)])
+@pytest.mark.parametrize(
+    ("images", "steps"), [(77_000, 301), (76_800, 300), (76_801, 301), (1, 1), (256, 1)]
+)
 def test_the_last_smaller_batch_is_a_step(images: int, steps: int) -> None:
     assert published().steps_per_epoch(images) == steps
 
 
-@pytest.mark.parametrize(("images", "steps"), [(77_000, 150), (76_800, 150), (1023, 1), (512, 1), (511, 0)])
+@pytest.mark.parametrize(
+    ("images", "steps"), [(77_000, 150), (76_800, 150), (1023, 1), (512, 1), (511, 0)]
+)
 def test_a_last_smaller_batch_that_is_left_out_is_no_step(images: int, steps: int) -> None:
     assert accurate().steps_per_epoch(images) == steps
 
@@ -452,7 +468,9 @@ def test_momentum_falls_while_the_learning_rate_rises() -> None:
         lambda recipe: recipe,
         lambda recipe: replace(recipe, epochs=50),
         lambda recipe: replace(recipe, anneal="cos", warmup_share=0.2, epochs=3),
-        lambda recipe: replace(recipe, start_divisor=25.0, final_divisor=1e4, base_momentum=0.5, epochs=2),
+        lambda recipe: replace(
+            recipe, start_divisor=25.0, final_divisor=1e4, base_momentum=0.5, epochs=2
+        ),
     ],
     ids=["published", "50 epochs", "cosine", "other ends"],
 )
@@ -465,11 +483,19 @@ def test_every_step_is_on_the_curve(change: Callable) -> None:
     for step, learning_rate, momentum in schedule(recipe, 77_000):
         assert step == count
         expected = one_cycle(
-            step, start=start, peak=recipe.max_learning_rate, end=start / recipe.final_divisor, **shape
+            step,
+            start=start,
+            peak=recipe.max_learning_rate,
+            end=start / recipe.final_divisor,
+            **shape,
         )
         assert learning_rate == pytest.approx(expected, rel=1e-9, abs=1e-12)
         expected = one_cycle(
-            step, start=recipe.max_momentum, peak=recipe.base_momentum, end=recipe.max_momentum, **shape
+            step,
+            start=recipe.max_momentum,
+            peak=recipe.base_momentum,
+            end=recipe.max_momentum,
+            **shape,
         )
         assert momentum == pytest.approx(expected, rel=1e-9)
         count += 1

@@ -15,11 +15,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from tinylab import record
-from tinylab import train as train_module
-from tinylab.device import choose
-from tinylab.recipe import Recipe, UserError, published
-from tinylab.record import (
+from tinylab.exceptions import UserError
+from tinylab.recipe import Recipe
+from tinylab.recipes import published
+from tinylab.run import folder as record
+from tinylab.run.environment import choose
+from tinylab.run.folder import (
     Run,
     compile_cache,
     copy_run,
@@ -28,6 +29,7 @@ from tinylab.record import (
     enter_run,
     relative_to_here,
 )
+from tinylab.training import train as train_module
 
 IDENTITY = {
     "protocol": "merged",
@@ -57,7 +59,11 @@ def entered(tmp_path: Path, narrow: Recipe) -> Run:
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 def test_a_run_folder_remembers_what_the_run_is(entered: Run, narrow: Recipe) -> None:
@@ -75,11 +81,16 @@ def test_the_same_run_may_enter_again(entered: Run, narrow: Recipe) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("protocol", "official"), ("classes", 2), ("seed", 1), ("content_sha256", "d")]
+    ("name", "value"),
+    [("protocol", "official"), ("classes", 2), ("seed", 1), ("content_sha256", "d")],
 )
-def test_another_run_is_refused_naming_what_differs(entered: Run, narrow: Recipe, name: str, value: object) -> None:
+def test_another_run_is_refused_naming_what_differs(
+    entered: Run, narrow: Recipe, name: str, value: object
+) -> None:
     before = files(entered.folder)
-    with pytest.raises(UserError, match=rf"another run \({name} {IDENTITY[name]} -> {value}\).*--run"):
+    with pytest.raises(
+        UserError, match=rf"another run \({name} {IDENTITY[name]} -> {value}\).*--run"
+    ):
         enter_run(entered, narrow, IDENTITY | {name: value}, ENVIRONMENT)
     assert files(entered.folder) == before
 
@@ -154,7 +165,9 @@ def test_a_start_that_was_cut_short_can_be_repeated(
 
 def test_an_unfinished_run_says_so(entered: Run) -> None:
     for name in ("summary", "predictions"):
-        with pytest.raises(UserError, match="not finished: `tinylab train` with the same arguments continues it"):
+        with pytest.raises(
+            UserError, match="not finished: `tinylab train` with the same arguments continues it"
+        ):
             getattr(entered, name)
 
 
@@ -176,7 +189,9 @@ def test_a_damaged_record_is_named(entered: Run, text: str) -> None:
 @pytest.mark.parametrize("change", [{"unknown": 1}, {"epochs": None}])
 def test_a_recipe_of_another_version_is_refused(entered: Run, narrow: Recipe, change: dict) -> None:
     fields = dataclasses.asdict(narrow) | change
-    entered.write("recipe.json", {name: value for name, value in fields.items() if value is not None})
+    entered.write(
+        "recipe.json", {name: value for name, value in fields.items() if value is not None}
+    )
     with pytest.raises(UserError, match=r"recipe\.json is not a recipe of this version"):
         _ = entered.recipe
 
@@ -282,7 +297,9 @@ def test_a_copy_of_a_run_is_whole_or_no_finished_run(
         copy_run(copied, tmp_path / "another")
 
 
-def test_a_finished_run_comes_back_and_what_is_of_no_use_is_told(finished_run: Run, tmp_path: Path) -> None:
+def test_a_finished_run_comes_back_and_what_is_of_no_use_is_told(
+    finished_run: Run, tmp_path: Path
+) -> None:
     kept = copy_run(finished_run, tmp_path / "drive")
     assert record.restore_run(Run(tmp_path / "run"), kept.folder) is None
     assert Run(tmp_path / "run").summary == finished_run.summary
@@ -298,11 +315,16 @@ def test_a_run_of_before_the_class_order_was_noted_is_still_shown(
 ) -> None:
     shutil.copytree(finished_run.folder, tmp_path / "run")
     run = Run(tmp_path / "run")
-    run.write("run.json", {name: value for name, value in run.identity.items() if name != "class_order_sha256"})
+    run.write(
+        "run.json",
+        {name: value for name, value in run.identity.items() if name != "class_order_sha256"},
+    )
     assert train_tiny(tmp_path / "run").finished
 
 
-def test_a_compiled_run_that_is_finished_is_shown_by_whoever_asks(entered: Run, narrow: Recipe) -> None:
+def test_a_compiled_run_that_is_finished_is_shown_by_whoever_asks(
+    entered: Run, narrow: Recipe
+) -> None:
     compiled = Run(entered.folder.with_name("compiled"))
     compiled.folder.mkdir()
     enter_run(compiled, narrow, IDENTITY | {"compiled": True}, dict(ENVIRONMENT))
@@ -312,7 +334,9 @@ def test_a_compiled_run_that_is_finished_is_shown_by_whoever_asks(entered: Run, 
     assert enter_run(compiled, narrow, IDENTITY, dict(ENVIRONMENT)) == []
 
 
-def test_compiled_code_that_is_there_already_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_code_that_is_there_already_is_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
     assert compile_cache() == "empty"
     (tmp_path / "cache" / "aa").mkdir(parents=True)
@@ -331,7 +355,7 @@ def test_code_without_its_history_may_be_told_its_commit(monkeypatch: pytest.Mon
     monkeypatch.setenv("TINYLAB_COMMIT", "0123456789ab")
     told = describe_environment(choose("cpu", "fp32"))["commit"]
     assert told != "0123456789ab" or not (Path(record.__file__).parents[2] / ".git").exists()
-    monkeypatch.setattr("tinylab.record.subprocess.run", no_git)
+    monkeypatch.setattr("tinylab.run.folder.subprocess.run", no_git)
     assert describe_environment(choose("cpu", "fp32"))["commit"] == "0123456789ab"
     monkeypatch.delenv("TINYLAB_COMMIT")
     assert describe_environment(choose("cpu", "fp32"))["commit"] is None
@@ -354,7 +378,9 @@ def test_an_unsaved_run_may_begin_anew_in_smaller_pieces(
     assert train_tiny(tmp_path / "run", recipe).finished
 
 
-@pytest.mark.parametrize("damage", [{"muon_learning_rate": 0}, {"muon_learning_rate": "1"}, {"base_momentum": 1.0}])
+@pytest.mark.parametrize(
+    "damage", [{"muon_learning_rate": 0}, {"muon_learning_rate": "1"}, {"base_momentum": 1.0}]
+)
 def test_an_older_muon_recipe_that_is_damaged_is_refused(
     train_tiny: Callable[..., Run], narrow: Recipe, tmp_path: Path, damage: dict
 ) -> None:

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from tinylab import report
-from tinylab.recipe import UserError
-from tinylab.record import Run
-from tinylab.report import page, wilson
+from tinylab.exceptions import UserError
+from tinylab.run.folder import Run
+from tinylab.share import report
+from tinylab.share.report import page, wilson
 
 PNG = base64.b64decode(
     "iVBORw0KGgoAAAANSUhEUgAAAAMAAAACCAIAAAASFvFNAAAAEElEQVR4nGP4z8AARwzIHAB9mgf5Y1jP4AAAAABJRU5ErkJggg=="
@@ -59,8 +59,15 @@ class Page(HTMLParser):
         assert not self.open, [element["tag"] for element in self.open]
 
     def handle_starttag(self, tag: str, attributes: list) -> None:
-        assert len({name for name, _ in attributes}) == len(attributes), f"an attribute twice: {tag} {attributes}"
-        element = {"tag": tag, "text": "", "in": [each["tag"] for each in self.open], **dict(attributes)}
+        assert len({name for name, _ in attributes}) == len(attributes), (
+            f"an attribute twice: {tag} {attributes}"
+        )
+        element = {
+            "tag": tag,
+            "text": "",
+            "in": [each["tag"] for each in self.open],
+            **dict(attributes),
+        }
         self.elements.append(element)
         if tag not in VOID:
             self.open.append(element)
@@ -107,7 +114,9 @@ def interval(mean: float, width: float = 0.02) -> dict:
 
 def analysis(names: list[str]) -> dict:
     """What explain.json holds, in the shapes of `errors`, `localisation` and `faithfulness`."""
-    named = [{"index": i, "wnid": f"n{i:08d}", "name": name, "images": 9} for i, name in enumerate(names)]
+    named = [
+        {"index": i, "wnid": f"n{i:08d}", "name": name, "images": 9} for i, name in enumerate(names)
+    ]
     first, second = named[0], named[1]
     classes = [
         each
@@ -129,10 +138,19 @@ def analysis(names: list[str]) -> dict:
         for answers, which in (("all", "predicted"), ("all", "actual"), ("right", "both"), ("wrong", "predicted"),
                                ("wrong", "actual"))
     ]  # fmt: skip
-    measures = ("hit", "energy", "centre_hit", "uniform", "hit_minus_centre", "energy_minus_uniform")
+    measures = (
+        "hit",
+        "energy",
+        "centre_hit",
+        "uniform",
+        "hit_minus_centre",
+        "energy_minus_uniform",
+    )
     groups[-1] |= dict.fromkeys(measures) | {"images": 0}
     curves = {"most_relevant_first": [-0.1, -0.4], "least_relevant_first": [None, -0.2]}
-    answer = [{**{k: each[k] for k in ("wnid", "name")}, "probability": 0.6} for each in (first, second)]
+    answer = [
+        {**{k: each[k] for k in ("wnid", "name")}, "probability": 0.6} for each in (first, second)
+    ]
     return {
         "tested": 90, "wrong": 27, "seed": 0, "method": "gradcam", "explained_class": "predicted",
         "images": [{"row": 71234, "predicted": answer[0], "actual": answer[1]}],
@@ -160,7 +178,9 @@ def analysis(names: list[str]) -> dict:
 
 @pytest.fixture
 def explanation(finished_run: Run) -> dict:
-    return analysis(["red", "green", "blue"]) | {"model_sha256": finished_run.summary["model_sha256"]}
+    return analysis(["red", "green", "blue"]) | {
+        "model_sha256": finished_run.summary["model_sha256"]
+    }
 
 
 @pytest.fixture
@@ -170,7 +190,11 @@ def figures() -> dict[str, bytes]:
 
 def changed(run: Run, folder: Path, file: str, **fields: object) -> Run:
     """A copy of the run with other fields in one of its records."""
-    copied = Run(shutil.copytree(run.folder, folder / "changed", ignore=shutil.ignore_patterns("checkpoints")))
+    copied = Run(
+        shutil.copytree(
+            run.folder, folder / "changed", ignore=shutil.ignore_patterns("checkpoints")
+        )
+    )
     content = json.loads((copied.folder / file).read_text())
     copied.write(file, content | fields)
     return copied
@@ -186,7 +210,16 @@ def assert_sound(text: str) -> Page:
     for element in found.elements:
         assert not [name for name in element if name.startswith("on")], element
         assert "style" not in element, "the security policy forbids it"
-        for name in ("src", "srcset", "href", "action", "data", "poster", "background", "xlink:href"):
+        for name in (
+            "src",
+            "srcset",
+            "href",
+            "action",
+            "data",
+            "poster",
+            "background",
+            "xlink:href",
+        ):
             target = element.get(name)
             inside = target is None or target.startswith(("#", "data:image/png;base64,"))
             assert inside, f"{element['tag']} {name} loads something"
@@ -205,8 +238,12 @@ def assert_accessible(found: Page) -> None:
     levels = [int(element["tag"][1]) for element in found.all("h1", "h2", "h3")]
     assert levels.count(1) == 1
     assert levels[0] == 1
-    assert all(after <= before + 1 for before, after in itertools.pairwise(levels)), "a level is left out"
-    assert all(element["text"].strip() for element in found.all("h1", "h2", "h3", "summary", "a", "title"))
+    assert all(after <= before + 1 for before, after in itertools.pairwise(levels)), (
+        "a level is left out"
+    )
+    assert all(
+        element["text"].strip() for element in found.all("h1", "h2", "h3", "summary", "a", "title")
+    )
     assert all(len(element["alt"]) > 20 for element in found.all("img"))
     for header in found.all("th"):
         assert header["scope"] == ("col" if "thead" in header["in"] else "row")
@@ -216,7 +253,9 @@ def assert_accessible(found: Page) -> None:
     assert labelled <= {element.get("id") for element in found.all("h2")}
 
 
-def test_the_page_is_sound_and_tells_the_result(finished_run: Run, explanation: dict, figures: dict) -> None:
+def test_the_page_is_sound_and_tells_the_result(
+    finished_run: Run, explanation: dict, figures: dict
+) -> None:
     found = assert_sound(page(finished_run, explanation, figures))
     assert "Missing" not in found.text
     assert len(found.all("img")) == len(FIGURES)
@@ -232,7 +271,13 @@ def test_equal_inputs_make_equal_pages(finished_run: Run, explanation: dict, fig
 
 def test_the_caveats_are_there(finished_run: Run, explanation: dict) -> None:
     text = assert_sound(page(finished_run, explanation, {})).text
-    for caveat in ("One run, seed 0", "3 classes, not 200", "Computed on a CPU", "The last epoch", "Split “merged”"):
+    for caveat in (
+        "One run, seed 0",
+        "3 classes, not 200",
+        "Computed on a CPU",
+        "The last epoch",
+        "Split “merged”",
+    ):
         assert caveat in text, caveat
     assert "33.3\u00a0%" in text.replace(" %", "\u00a0%"), "what guessing would be worth"
     assert "of other weights" not in text
@@ -240,7 +285,9 @@ def test_the_caveats_are_there(finished_run: Run, explanation: dict) -> None:
 
 
 def test_what_went_otherwise_is_said(finished_run: Run, explanation: dict, tmp_path: Path) -> None:
-    run = changed(finished_run, tmp_path, "summary.json", skipped_steps=3, stops=2, model_sha256="0" * 64)
+    run = changed(
+        finished_run, tmp_path, "summary.json", skipped_steps=3, stops=2, model_sha256="0" * 64
+    )
     text = assert_sound(page(run, explanation, {})).text
     assert "3 steps were skipped" in text
     assert "continued 2 times" in text
@@ -265,7 +312,9 @@ def test_a_changed_recipe_is_told_apart_from_the_named_one(
     assert re.search(r"changed in \d fields: epochs 2 \(usually 12\)", text)
 
 
-def test_every_field_of_recipe_and_environment_is_there(finished_run: Run, explanation: dict) -> None:
+def test_every_field_of_recipe_and_environment_is_there(
+    finished_run: Run, explanation: dict
+) -> None:
     found = assert_sound(page(finished_run, explanation, {}))
     recipe = dict(found.rows("What each field means"))
     assert recipe.keys() == json.loads((finished_run.folder / "recipe.json").read_text()).keys()
@@ -325,7 +374,9 @@ def test_a_difference_counts_only_beyond_its_interval(
     assert said in text.split("All boxes (40 images)")[1].split("Of the map")[0]
 
 
-def test_a_method_that_knows_no_class_is_said_to_be_one(finished_run: Run, explanation: dict) -> None:
+def test_a_method_that_knows_no_class_is_said_to_be_one(
+    finished_run: Run, explanation: dict
+) -> None:
     assert "knows no class" not in page(finished_run, explanation, {})
     assert "knows no class" in page(finished_run, explanation | {"method": "eigencam"}, {})
 
@@ -333,19 +384,28 @@ def test_a_method_that_knows_no_class_is_said_to_be_one(finished_run: Run, expla
 def test_a_page_without_anything_says_what_makes_it(finished_run: Run) -> None:
     bare = {"tested": 90, "wrong": 27, "method": "gradcam", "images": []}
     found = assert_sound(page(finished_run, bare, {}))
-    for part in ("accuracy by class", "the confused pairs", "the calibration", "the search for identical images"):
+    for part in (
+        "accuracy by class",
+        "the confused pairs",
+        "the calibration",
+        "the search for identical images",
+    ):
         assert f"Missing: {part}" in found.text
     assert "tinylab explain RUN --sample 2000" in found.text
     assert "tinylab explain RUN --faithfulness 200" in found.text
     assert "Missing: a draw of the mistakes" in found.text
     assert not found.all("img")
-    whole = assert_sound(page(finished_run, analysis(["red", "green", "blue"]), dict.fromkeys(FIGURES, PNG)))
+    whole = assert_sound(
+        page(finished_run, analysis(["red", "green", "blue"]), dict.fromkeys(FIGURES, PNG))
+    )
     assert [each["id"] for each in found.all("h2")] == [each["id"] for each in whole.all("h2")]
 
 
 @pytest.mark.parametrize("part", ["errors", "label_conflicts", "localisation", "faithfulness"])
 @pytest.mark.parametrize("absent", [True, False])
-def test_each_part_may_be_missing(finished_run: Run, explanation: dict, figures: dict, part: str, absent: bool) -> None:
+def test_each_part_may_be_missing(
+    finished_run: Run, explanation: dict, figures: dict, part: str, absent: bool
+) -> None:
     explanation[part] = None
     if absent:
         del explanation[part]
@@ -353,21 +413,37 @@ def test_each_part_may_be_missing(finished_run: Run, explanation: dict, figures:
 
 
 @pytest.mark.parametrize("name", FIGURES)
-def test_each_figure_may_be_missing_or_damaged(finished_run: Run, explanation: dict, figures: dict, name: str) -> None:
+def test_each_figure_may_be_missing_or_damaged(
+    finished_run: Run, explanation: dict, figures: dict, name: str
+) -> None:
     for data in ({}, {name: b"no picture"}):
-        found = assert_sound(page(finished_run, explanation, {key: PNG for key in figures if key != name} | data))
+        found = assert_sound(
+            page(finished_run, explanation, {key: PNG for key in figures if key != name} | data)
+        )
         assert f"Missing: the figure “{name}”" in found.text
         assert len(found.all("img")) == len(FIGURES) - 1
 
 
-def test_without_a_mistake_nothing_is_missing(finished_run: Run, explanation: dict, figures: dict) -> None:
+def test_without_a_mistake_nothing_is_missing(
+    finished_run: Run, explanation: dict, figures: dict
+) -> None:
     explanation |= {"wrong": 0, "images": []}
     explanation["errors"]["pairs"] = []
-    explanation["label_conflicts"] |= {"pairs": [], "found": 0, "tested": 0, "wrong": 0, "share_of_error": None}
+    explanation["label_conflicts"] |= {
+        "pairs": [],
+        "found": 0,
+        "tested": 0,
+        "wrong": 0,
+        "share_of_error": None,
+    }
     shows_mistakes = (
         "misclassified", "confident_mistakes", "class_maps", "gradcam", "confused_pairs", "label_conflicts",
     )  # fmt: skip
-    found = assert_sound(page(finished_run, explanation, {k: v for k, v in figures.items() if k not in shows_mistakes}))
+    found = assert_sound(
+        page(
+            finished_run, explanation, {k: v for k, v in figures.items() if k not in shows_mistakes}
+        )
+    )
     assert "Missing" not in found.text
     assert "There is no mistake to show" in found.text
     assert "every test image was answered right" in found.text
@@ -382,10 +458,14 @@ def test_a_long_history_is_thinned(finished_run: Run, explanation: dict, tmp_pat
     assert [rows[0][0], rows[1][0], rows[-1][0]] == ["1", "5", "1001"]
 
 
-def test_an_epoch_without_a_test_has_dashes(finished_run: Run, explanation: dict, tmp_path: Path) -> None:
+def test_an_epoch_without_a_test_has_dashes(
+    finished_run: Run, explanation: dict, tmp_path: Path
+) -> None:
     run = changed(finished_run, tmp_path, "summary.json")
     first, last = finished_run.history
-    run.write_history([{name: value for name, value in first.items() if not name.startswith("test_")}, last])
+    run.write_history(
+        [{name: value for name, value in first.items() if not name.startswith("test_")}, last]
+    )
     rows = assert_sound(page(run, explanation, {})).rows("Losses in nats")
     assert [rows[0][column] for column in (3, 5, 6)] == ["–", "–", "–"]
     assert "–" not in rows[1]
@@ -397,7 +477,9 @@ def test_figures_are_inside_with_their_size(finished_run: Run, explanation: dict
     assert (image["width"], image["height"]) == ("3", "2")
 
 
-def test_the_security_policy_allows_the_style_and_nothing_else(finished_run: Run, explanation: dict) -> None:
+def test_the_security_policy_allows_the_style_and_nothing_else(
+    finished_run: Run, explanation: dict
+) -> None:
     text = page(finished_run, explanation, {})
     (policy,) = re.findall(r'http-equiv="Content-Security-Policy" content="([^"]*)"', text)
     (style,) = re.findall(r"<style>(.*?)</style>", text, re.DOTALL)
@@ -415,10 +497,14 @@ def test_the_security_policy_allows_the_style_and_nothing_else(finished_run: Run
 
 
 def test_hostile_names_stay_text(finished_run: Run, figures: dict, tmp_path: Path) -> None:
-    harmless = assert_sound(page(finished_run, analysis([f"name {i}" for i in range(len(HOSTILE))]), figures))
+    harmless = assert_sound(
+        page(finished_run, analysis([f"name {i}" for i in range(len(HOSTILE))]), figures)
+    )
     text = page(finished_run, analysis(HOSTILE), figures)
     found = assert_sound(text)
-    assert [element["tag"] for element in found.elements] == [element["tag"] for element in harmless.elements]
+    assert [element["tag"] for element in found.elements] == [
+        element["tag"] for element in harmless.elements
+    ]
     assert not re.search("[\u202a-\u202e\u2066-\u2069\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]", text)
     shown = [element["text"] for element in found.all("bdi")]
     assert "<script>alert(1)</script>" in shown
@@ -432,12 +518,26 @@ def test_hostile_names_stay_text(finished_run: Run, figures: dict, tmp_path: Pat
 def test_hostile_records_stay_text(finished_run: Run, explanation: dict, tmp_path: Path) -> None:
     attack = '"><script>alert(1)</script>\u202e'
     run = changed(
-        finished_run, tmp_path, "environment.json", device=attack, odd={attack: [attack]}, earlier=[{"x": attack}]
+        finished_run,
+        tmp_path,
+        "environment.json",
+        device=attack,
+        odd={attack: [attack]},
+        earlier=[{"x": attack}],
     )
-    for file, field in (("summary.json", "protocol"), ("run.json", "protocol"), ("summary.json", "flip_tta_top1")):
+    for file, field in (
+        ("summary.json", "protocol"),
+        ("run.json", "protocol"),
+        ("summary.json", "flip_tta_top1"),
+    ):
         run.write(file, json.loads((run.folder / file).read_text()) | {field: attack})
-    run.write("environment.json", json.loads((run.folder / "environment.json").read_text()) | {attack: attack})
-    explanation["method"] = explanation["localisation"]["method"] = explanation["faithfulness"]["stage"] = attack
+    run.write(
+        "environment.json",
+        json.loads((run.folder / "environment.json").read_text()) | {attack: attack},
+    )
+    explanation["method"] = explanation["localisation"]["method"] = explanation["faithfulness"][
+        "stage"
+    ] = attack
     text = page(run, explanation, {"curves": PNG, attack: PNG})
     found = assert_sound(text)
     assert "\u202e" not in text
@@ -509,7 +609,8 @@ def test_text_stands_out_in_light_and_dark() -> None:
     assert contrast("#ffffff", "#767676") == pytest.approx(4.54, abs=0.01)
     style = (Path(report.__file__).parent / report.STYLE).read_text()
     themes = [
-        dict(re.findall(r"--(\w+): (#[0-9a-f]{6})", block)) for block in re.findall(r":root \{(.*?)\}", style, re.S)
+        dict(re.findall(r"--(\w+): (#[0-9a-f]{6})", block))
+        for block in re.findall(r":root \{(.*?)\}", style, re.S)
     ]
     light, dark = themes[:2]
     for theme in (light, light | dark):

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tinylab.recipe import RECIPES, UserError, named
-from tinylab.record import Run
+from tinylab.exceptions import UserError
+from tinylab.recipes import RECIPES, named
 from tinylab.results import (
     GROUP_NUMBERS,
     IMAGES,
@@ -31,6 +31,7 @@ from tinylab.results import (
     throughput_part,
     with_group_numbers,
 )
+from tinylab.run.folder import Run
 
 PARTS = ("results", "targets", "paired", "throughput", "figures", "maps")
 PAGE = "".join(f"<!-- {part} -->\n<!-- /{part} -->\n" for part in PARTS)
@@ -49,7 +50,11 @@ def row(recipe: str = "accurate", seed: int = 0, top1: float = 60.0, **fields: o
         "time_to_accuracy_seconds": 363.0, "cold_time_to_accuracy_seconds": 393.0, "median_last10_top1": top1 - 0.5,
         "content_sha256": "c", "split_sha256": "s", "device": "NVIDIA H100", "precision": "fp16", "torch": "2.11",
     }  # fmt: skip
-    return found | {f"recipe.{name}": value for name, value in dataclasses.asdict(chosen).items()} | fields
+    return (
+        found
+        | {f"recipe.{name}": value for name, value in dataclasses.asdict(chosen).items()}
+        | fields
+    )
 
 
 def seeds(recipe: str, *top1: float, **fields: object) -> list[dict]:
@@ -70,7 +75,10 @@ def here(rows: list[dict], name: str) -> str:
 
 
 def test_only_runs_that_differ_in_seed_share_a_line() -> None:
-    first, again = row(top1=50.0), row(seed=1, top1=52.0, processes=1)  # older records do not say how many
+    first, again = (
+        row(top1=50.0),
+        row(seed=1, top1=52.0, processes=1),
+    )  # older records do not say how many
     table = results_table([first, again], [])
     (line,) = [line for line in table.splitlines() if "results/accurate" in line]
     assert "| 51.00 ± 1.41 | 80.00 ± 0.00 | 2 | 30.8 | 6.0 min | 6.0 min (6.5 min) |" in line
@@ -116,8 +124,9 @@ def test_a_seed_that_was_run_again_counts_once() -> None:
     runs = [again, *seeds("accurate", 50.0, 52.0)]
     assert group_numbers(runs)["n"] == 2
     assert group_numbers(runs)["mean_top1"] == 51.0
-    assert "| 51.00 ± 1.41 | 80.00 ± 0.00 | 2 (3 runs) | 30.8 | 6.0 min | 6.0 min (6.5 min) |" in results_table(
-        runs, []
+    assert (
+        "| 51.00 ± 1.41 | 80.00 ± 0.00 | 2 (3 runs) | 30.8 | 6.0 min | 6.0 min (6.5 min) |"
+        in results_table(runs, [])
     )
 
 
@@ -131,17 +140,26 @@ def test_a_seed_that_was_run_again_counts_once() -> None:
         ({"compiled": True, "compile_cache": "filled"}, "8.0 min, n = 1"),
     ],
 )
-def test_a_cold_clock_counts_only_where_the_run_began_with_nothing(fields: dict, shown: str) -> None:
+def test_a_cold_clock_counts_only_where_the_run_began_with_nothing(
+    fields: dict, shown: str
+) -> None:
     warm, cold = seeds("accurate", 50.0, 52.0, **fields)
     if fields and fields != {"earlier_runs": 0}:
-        cold |= {"earlier_runs": 0, "stops": 0, "compile_cache": "empty", "cold_time_to_accuracy_seconds": 480.0}
+        cold |= {
+            "earlier_runs": 0,
+            "stops": 0,
+            "compile_cache": "empty",
+            "cold_time_to_accuracy_seconds": 480.0,
+        }
     assert f"6.0 min ({shown}) |" in results_table([warm, cold], [])
     if shown.endswith("n = 1"):
         assert "6.0 min (not recorded) |" in results_table([warm], [])
 
 
 def test_what_was_not_recorded_is_not_made_up() -> None:
-    line = results_table([row(time_to_accuracy_seconds=None, cold_time_to_accuracy_seconds=None)], [])
+    line = results_table(
+        [row(time_to_accuracy_seconds=None, cold_time_to_accuracy_seconds=None)], []
+    )
     assert "| not recorded (not recorded) |" in line
 
 
@@ -190,13 +208,20 @@ def test_without_records_nothing_is_measured() -> None:
 def test_the_published_recipe_beside_its_target() -> None:
     cell = here(seeds("published", 57.0, 58.0, compiled=True), "published")
     link = "[`published-merged-s0`](results/published-merged-s0)"
-    assert cell == f"57.50 ± 0.71 (n = 2), 6.0 min of training, NVIDIA H100, fp16, compiled, torch 2.11, {link}"
+    assert (
+        cell
+        == f"57.50 ± 0.71 (n = 2), 6.0 min of training, NVIDIA H100, fp16, compiled, torch 2.11, {link}"
+    )
 
 
 def test_fewer_seeds_than_accurate_asks_for_are_said() -> None:
     assert here(seeds("accurate", 64.0), "accurate").startswith("64.00 (1 of 3 seeds), ")
-    assert here(seeds("accurate", 64.0, 65.0), "accurate").startswith("64.50 ± 0.71 (2 of 3 seeds), ")
-    assert here(seeds("accurate", 64.0, 65.0, 66.0), "accurate").startswith("65.00 ± 1.00 (n = 3), ")
+    assert here(seeds("accurate", 64.0, 65.0), "accurate").startswith(
+        "64.50 ± 0.71 (2 of 3 seeds), "
+    )
+    assert here(seeds("accurate", 64.0, 65.0, 66.0), "accurate").startswith(
+        "65.00 ± 1.00 (n = 3), "
+    )
 
 
 def test_the_rule_of_the_speedrun() -> None:
@@ -206,30 +231,53 @@ def test_the_rule_of_the_speedrun() -> None:
     assert not reached(seeds("speedrun", *[60.0] * 4))
     assert not reached([*seeds("speedrun", *[60.0] * 4), row("speedrun", 0, run="speedrun-again")])
     assert reached(seeds("speedrun", 56.0, 57.0, 58.0, 59.0, 60.0))
-    clock = {"train_seconds": 48.0, "time_to_accuracy_seconds": 49.5, "cold_time_to_accuracy_seconds": 80.25}
+    clock = {
+        "train_seconds": 48.0,
+        "time_to_accuracy_seconds": 49.5,
+        "cold_time_to_accuracy_seconds": 80.25,
+    }
     cell = here(seeds("speedrun", *[58.0] * 5, **clock), "speedrun")
     assert cell.startswith(
         "58.00 ± 0.00 (n = 5), 48.0 s of training, to accuracy, warm (cold): 49.5 s (80.2 s), NVIDIA H100"
     )
-    assert here(seeds("speedrun", *[58.0] * 4, **clock), "speedrun").startswith("58.00 (4 of 5 seeds), NVIDIA")
-    assert here(seeds("speedrun", *[57.5] * 6, **clock), "speedrun").startswith("not reached: 57.50 (n = 6), NVIDIA")
+    assert here(seeds("speedrun", *[58.0] * 4, **clock), "speedrun").startswith(
+        "58.00 (4 of 5 seeds), NVIDIA"
+    )
+    assert here(seeds("speedrun", *[57.5] * 6, **clock), "speedrun").startswith(
+        "not reached: 57.50 (n = 6), NVIDIA"
+    )
 
 
 def test_the_official_recipe_has_the_median_of_the_last_ten_beside() -> None:
     cell = here(seeds("official", 69.0, 70.0), "official")
-    assert cell.startswith("69.50 ± 0.71 (n = 2), median of the last 10 epochs 69.00, 6.0 min of training, ")
-    assert "fewer than 10 epochs recorded" in here([row("official", median_last10_top1=None)], "official")
+    assert cell.startswith(
+        "69.50 ± 0.71 (n = 2), median of the last 10 epochs 69.00, 6.0 min of training, "
+    )
+    assert "fewer than 10 epochs recorded" in here(
+        [row("official", median_last10_top1=None)], "official"
+    )
 
 
 def test_of_several_groups_the_one_with_most_seeds_counts_then_the_fastest() -> None:
-    slow, fast = seeds("accurate", 64.0, 64.0), seeds("accurate", 63.0, 63.0, compiled=True, train_seconds=100.0)
+    slow, fast = (
+        seeds("accurate", 64.0, 64.0),
+        seeds("accurate", 63.0, 63.0, compiled=True, train_seconds=100.0),
+    )
     many = seeds("accurate", 62.0, 62.0, 62.0, device="another", train_seconds=9000.0)
     assert here([*slow, *fast], "accurate").startswith("63.00")
-    assert here([*slow, *fast, *many], "accurate").startswith("62.00 ± 0.00 (n = 3), 150.0 min of training, another")
+    assert here([*slow, *fast, *many], "accurate").startswith(
+        "62.00 ± 0.00 (n = 3), 150.0 min of training, another"
+    )
 
 
 @pytest.mark.parametrize(
-    "other", [{"classes": 199}, {"protocol": "select"}, {"recipe.epochs": 31}, {"recipe.mean": (0.5, 0.5, 0.5)}]
+    "other",
+    [
+        {"classes": 199},
+        {"protocol": "select"},
+        {"recipe.epochs": 31},
+        {"recipe.mean": (0.5, 0.5, 0.5)},
+    ],
 )
 def test_another_task_or_recipe_is_not_beside_the_targets(other: dict) -> None:
     assert here([row("published") | other], "published") == "not yet measured"
@@ -239,7 +287,10 @@ def test_the_published_run_s_curve_is_compared_from_epoch_ten_on() -> None:
     from tinylab.results import _largest_gap
 
     published = [{"test_accuracy_pct": str(float(epoch))} for epoch in range(1, 31)]
-    ours = [{"test_top1": epoch + (40.0 if epoch < 10 else -1.25 if epoch == 10 else 0.5)} for epoch in range(1, 31)]
+    ours = [
+        {"test_top1": epoch + (40.0 if epoch < 10 else -1.25 if epoch == 10 else 0.5)}
+        for epoch in range(1, 31)
+    ]
     assert _largest_gap(ours, published) == 1.25
     assert _largest_gap(ours[:29], published) is None
     text = here([row("published", largest_gap_to_published=1.25)], "published")
@@ -256,7 +307,10 @@ def both(published: list[float], accurate: list[float], **fields: object) -> lis
 
 def test_two_recipes_are_compared_seed_by_seed() -> None:
     text = paired_part(both([57.0, 58.0, 50.0], [64.0, 63.0]))
-    assert text.splitlines()[0] == "merged, 200 classes, 30 epochs, 77,000 / 33,000 images, NVIDIA H100, fp16:"
+    assert (
+        text.splitlines()[0]
+        == "merged, 200 classes, 30 epochs, 77,000 / 33,000 images, NVIDIA H100, fp16:"
+    )
     assert [line for line in text.splitlines() if re.match(r"\| \d", line)] == [
         "| 0 | [57.00 %](results/published-merged-s0) (18,810 / 33,000) "
         "| [64.00 %](results/accurate-merged-s0) (21,120 / 33,000) | +7.00 |",
@@ -296,13 +350,21 @@ def test_a_pair_in_two_number_formats_says_so() -> None:
 
 
 def test_only_the_number_of_epochs_may_differ_from_the_recipes() -> None:
-    few = {"epochs": 10, "recipe.epochs": 10, "classes": 10, "train_images": 3850, "test_images": 1650}
+    few = {
+        "epochs": 10,
+        "recipe.epochs": 10,
+        "classes": 10,
+        "train_images": 3850,
+        "test_images": 1650,
+    }
     text = paired_part([*both([57.0], [64.0]), *both([48.0], [58.0], **few)])
     assert [line for line in text.splitlines() if line.endswith(":")] == [
         "merged, 200 classes, 30 epochs, 77,000 / 33,000 images, NVIDIA H100, fp16:",
         "merged, first 10 classes, 10 epochs, 3,850 / 1,650 images, NVIDIA H100, fp16:",
     ]
-    assert "Optimiser steps: 160 and 70." in text  # the last batch of 10 and of no image in each epoch
+    assert (
+        "Optimiser steps: 160 and 70." in text
+    )  # the last batch of 10 and of no image in each epoch
 
 
 def test_of_several_groups_those_are_paired_that_share_most_seeds() -> None:
@@ -317,12 +379,25 @@ def test_of_several_groups_those_are_paired_that_share_most_seeds() -> None:
 
 def speed(rate: float | str = 1000.0, **fields: object) -> dict:
     found = dict(
-        zip(THROUGHPUT, ("NVIDIA H100", "2.11", "abc", "2026-12-01", "bf16", "NHWC", "yes", 512, 64), strict=False)
+        zip(
+            THROUGHPUT,
+            ("NVIDIA H100", "2.11", "abc", "2026-12-01", "bf16", "NHWC", "yes", 512, 64),
+            strict=False,
+        )
     )
-    return found | {"images_per_second": rate, "share_of_peak": 0.25, "peak_tflops": 640.0, "status": "ok"} | fields
+    return (
+        found
+        | {"images_per_second": rate, "share_of_peak": 0.25, "peak_tflops": 640.0, "status": "ok"}
+        | fields
+    )
 
 
-FAILED = {"images_per_second": "", "share_of_peak": "", "peak_tflops": "", "status": "out of memory"}
+FAILED = {
+    "images_per_second": "",
+    "share_of_peak": "",
+    "peak_tflops": "",
+    "status": "out of memory",
+}
 
 
 def written(path: Path, rows: list[dict], columns: tuple[str, ...] = THROUGHPUT) -> Path:
@@ -351,7 +426,10 @@ def test_the_table_of_throughput(tmp_path: Path) -> None:
         "| bf16 | NHWC | eager | 512 | 64 | 500 |  |",
         "| bf16 | NHWC | compiled | 512 | 40 | 30,000 | 25 % of 640 TFLOP/s |",
     ]
-    assert text.splitlines()[-1] == "3 of 7 settings gave no number: out of memory (2), no such format (1)."
+    assert (
+        text.splitlines()[-1]
+        == "3 of 7 settings gave no number: out of memory (2), no such format (1)."
+    )
 
 
 def test_only_the_fastest_rows_are_shown(tmp_path: Path) -> None:
@@ -371,7 +449,13 @@ def test_nothing_measured_on_a_gpu_says_so(tmp_path: Path) -> None:
 
 
 def test_the_fastest_step_on_a_gpu_stands_beside_its_target(tmp_path: Path) -> None:
-    rows = [speed(), speed(1500.0), speed(9e4, gpu="CPU (a processor)"), speed(9e4, resolution=40), speed(**FAILED)]
+    rows = [
+        speed(),
+        speed(1500.0),
+        speed(9e4, gpu="CPU (a processor)"),
+        speed(9e4, resolution=40),
+        speed(**FAILED),
+    ]
     found = read_throughput(written(tmp_path / "throughput.csv", rows))
     cell = lines_of(targets_table([], found))["a full training step"]
     assert cell == "1,500 images/s, NVIDIA H100, bf16, NHWC, compiled, batch 512"
@@ -396,7 +480,9 @@ def test_the_fastest_step_on_a_gpu_stands_beside_its_target(tmp_path: Path) -> N
 )
 def test_a_malformed_table_of_throughput_is_named(tmp_path: Path, text: str) -> None:
     (tmp_path / "throughput.csv").write_text(text)
-    with pytest.raises(UserError, match=r"throughput\.csv is not what benchmarks/gpu_suite\.py writes: "):
+    with pytest.raises(
+        UserError, match=r"throughput\.csv is not what benchmarks/gpu_suite\.py writes: "
+    ):
         read_throughput(tmp_path / "throughput.csv")
     (tmp_path / "throughput.csv").write_bytes(b"\xff")
     with pytest.raises(UserError, match=r"throughput\.csv cannot be read"):
@@ -407,10 +493,18 @@ def test_what_files_say_is_shown_as_text(tmp_path: Path) -> None:
     bad = "<b> | [x](http://x) `"
     fields = ("gpu", "torch", "commit", "date", "precision", "layout", "compiled")
     speeds = read_throughput(
-        written(tmp_path / "throughput.csv", [speed(**dict.fromkeys(fields, bad)), speed(**FAILED | {"status": bad})])
+        written(
+            tmp_path / "throughput.csv",
+            [speed(**dict.fromkeys(fields, bad)), speed(**FAILED | {"status": bad})],
+        )
     )
     rows = both([57.0], [64.0], device=bad, precision=bad, torch=bad, run=bad)
-    for text in (throughput_part(speeds), paired_part(rows), targets_table(rows, speeds), results_table(rows, [])):
+    for text in (
+        throughput_part(speeds),
+        paired_part(rows),
+        targets_table(rows, speeds),
+        results_table(rows, []),
+    ):
         assert "<b>" not in text
         assert "](http://x" not in text
         tables = [line for line in text.splitlines() if line.startswith("|")]
@@ -440,29 +534,50 @@ def test_a_published_run_has_its_line(home: Path, finished_run: Run) -> None:
     columns, summary = list(line), run.summary
     assert columns[: 1 + len(summary)] == ["run", *summary]
     assert tuple(columns[1 + len(summary) :][: len(GROUP_NUMBERS)]) == GROUP_NUMBERS
-    assert {"recipe.name", "recipe.bn_momentum", "split_sha256", "torch", "device", "commit"} <= set(columns)
+    assert {
+        "recipe.name",
+        "recipe.bn_momentum",
+        "split_sha256",
+        "torch",
+        "device",
+        "commit",
+    } <= set(columns)
     assert (line["n"], line["mean_top1"], line["sd_top1"]) == ("1", str(summary["test_top1"]), "")
-    assert float(line["mean_time_to_accuracy_seconds"]) == pytest.approx(summary["time_to_accuracy_seconds"])
+    assert float(line["mean_time_to_accuracy_seconds"]) == pytest.approx(
+        summary["time_to_accuracy_seconds"]
+    )
     assert float(line["median_last10_top1"]) == statistics.median(range(52, 62))
     assert line["device"] == run.environment["device"]
 
 
 def test_the_environment_does_not_speak_for_the_result(home: Path, finished_run: Run) -> None:
-    shutil.copytree(finished_run.folder, home / "results" / "run", ignore=shutil.ignore_patterns("*.ckpt"))
+    shutil.copytree(
+        finished_run.folder, home / "results" / "run", ignore=shutil.ignore_patterns("*.ckpt")
+    )
     run = Run(home / "results" / "run")
-    run.write("environment.json", run.environment | {"test_top1": "100", "run": "x", "recipe.width": 1})
+    run.write(
+        "environment.json", run.environment | {"test_top1": "100", "run": "x", "recipe.width": 1}
+    )
     rewrite_tables(home / "results", home / "README.md")
     with open(home / "results" / "results.csv", newline="") as file:
         (line,) = csv.DictReader(file)
     assert line["test_top1"] == str(run.summary["test_top1"])
-    assert (line["run"], line["recipe.width"], line["median_last10_top1"]) == ("run", "16", "")  # it has two epochs
+    assert (line["run"], line["recipe.width"], line["median_last10_top1"]) == (
+        "run",
+        "16",
+        "",
+    )  # it has two epochs
 
 
 @pytest.mark.parametrize("part", PARTS)
-def test_a_readme_without_a_place_is_refused_and_nothing_is_written(home: Path, finished_run: Run, part: str) -> None:
+def test_a_readme_without_a_place_is_refused_and_nothing_is_written(
+    home: Path, finished_run: Run, part: str
+) -> None:
     (home / "README.md").write_text(PAGE.replace(f"<!-- {part} -->", ""))
     before = {path: path.read_bytes() for path in home.rglob("*") if path.is_file()}
-    with pytest.raises(UserError, match=rf"README\.md must hold <!-- {part} --> and <!-- /{part} --> once each"):
+    with pytest.raises(
+        UserError, match=rf"README\.md must hold <!-- {part} --> and <!-- /{part} --> once each"
+    ):
         publish_run(finished_run, home / "results", home / "README.md")
     with pytest.raises(UserError, match="once each"):
         rewrite_tables(home / "results", home / "README.md")
@@ -492,7 +607,9 @@ def lacks_its_result(docstring: str, rows: list[dict], name: str) -> bool:
     numbers = [group_numbers(runs) for runs in measured(rows, name)]
     if not numbers:
         return "not yet measured" not in said
-    return not any(f"{each['mean_top1']:.2f} %" in said and f"n = {each['n']}" in said for each in numbers)
+    return not any(
+        f"{each['mean_top1']:.2f} %" in said and f"n = {each['n']}" in said for each in numbers
+    )
 
 
 @pytest.mark.parametrize("name", PROTOCOLS)
@@ -516,8 +633,12 @@ def test_a_docstring_that_lacks_its_result_is_found() -> None:
 def test_only_runs_of_all_classes_are_compared_with_the_published_curve(
     home: Path, finished_run: Run, repository: Path
 ) -> None:
-    shutil.copytree(repository / "results" / "reference", home / "results" / "reference", dirs_exist_ok=True)
-    shutil.copytree(finished_run.folder, home / "results" / "run", ignore=shutil.ignore_patterns("*.ckpt"))
+    shutil.copytree(
+        repository / "results" / "reference", home / "results" / "reference", dirs_exist_ok=True
+    )
+    shutil.copytree(
+        finished_run.folder, home / "results" / "run", ignore=shutil.ignore_patterns("*.ckpt")
+    )
     run = Run(home / "results" / "run")
     run.write_history([finished_run.history[-1] | {"test_top1": 60.0}] * 30)
     for classes, shown in ((3, None), (200, pytest.approx(60.0 - 36.06, abs=2.0))):

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tinylab.recipe import UserError
-from tinylab.sample import KINDS, Drawing, draw_numbered, write_sample
+from tinylab.data.synthetic import KINDS, Drawing, draw_numbered, write_sample
+from tinylab.exceptions import UserError
 
 ROOT = "tiny-imagenet-200/"
 
@@ -29,7 +29,9 @@ def archive(sample_zip: Path):
 def real_archive(repository: Path):
     path = Path(os.environ.get("TINY_IMAGENET") or repository / "data" / "tiny-imagenet-200.zip")
     if not zipfile.is_zipfile(path):
-        pytest.skip("no Tiny ImageNet zip here: set TINY_IMAGENET or put data/tiny-imagenet-200.zip in place")
+        pytest.skip(
+            "no Tiny ImageNet zip here: set TINY_IMAGENET or put data/tiny-imagenet-200.zip in place"
+        )
     with zipfile.ZipFile(path) as opened:
         yield opened
 
@@ -55,7 +57,11 @@ def picture(archive: zipfile.ZipFile, name: str) -> Image.Image:
 
 def labelled(archive: zipfile.ZipFile) -> list[str]:
     """The members that are training or validation images, without the first folder."""
-    return [name[len(ROOT) :] for name in archive.namelist() if name.endswith(".JPEG") and "/test/" not in name]
+    return [
+        name[len(ROOT) :]
+        for name in archive.namelist()
+        if name.endswith(".JPEG") and "/test/" not in name
+    ]
 
 
 def forms(names: list[str]) -> Counter:
@@ -79,10 +85,16 @@ def test_members_and_their_counts(archive: zipfile.ZipFile) -> None:
 
 
 @pytest.mark.archive
-def test_layout_is_that_of_the_real_archive(archive: zipfile.ZipFile, real_archive: zipfile.ZipFile) -> None:
+def test_layout_is_that_of_the_real_archive(
+    archive: zipfile.ZipFile, real_archive: zipfile.ZipFile
+) -> None:
     # test/ may be missing from the real one, and the public zip also lists its folders.
     def members(opened: zipfile.ZipFile) -> set[str]:
-        return {name for name in forms(opened.namelist()) if "/test/" not in name and not name.endswith("/")}
+        return {
+            name
+            for name in forms(opened.namelist())
+            if "/test/" not in name and not name.endswith("/")
+        }
 
     assert members(archive) == members(real_archive)
     for name in ("wnids.txt", "val/val_annotations.txt"):
@@ -91,7 +103,9 @@ def test_layout_is_that_of_the_real_archive(archive: zipfile.ZipFile, real_archi
     box_files = f"train/{first}/{first}_boxes.txt", f"train/{real_first}/{real_first}_boxes.txt"
     assert set(forms(lines(archive, box_files[0]))) == set(forms(lines(real_archive, box_files[1])))
     word = re.compile(r"n\d{8}\t[^\t]+")
-    assert all(word.fullmatch(row) for name in (archive, real_archive) for row in lines(name, "words.txt"))
+    assert all(
+        word.fullmatch(row) for name in (archive, real_archive) for row in lines(name, "words.txt")
+    )
     real_wnids = {row.split("\t")[0] for row in lines(real_archive, "words.txt")}
     assert real_wnids.isdisjoint(lines(archive, "wnids.txt")), "a made-up wnid exists in WordNet"
 
@@ -111,7 +125,9 @@ def test_classes_are_unsorted_named_and_not_all_there_is_in_words(archive: zipfi
     assert set(names) > set(wnids)
 
 
-def test_every_image_is_annotated_once_and_validation_mixes_the_classes(archive: zipfile.ZipFile) -> None:
+def test_every_image_is_annotated_once_and_validation_mixes_the_classes(
+    archive: zipfile.ZipFile,
+) -> None:
     wnids = sorted(lines(archive, "wnids.txt"))
     rows = [row.split("\t") for row in lines(archive, "val/val_annotations.txt")]
     annotated = {f"val/images/{row[0]}" for row in rows}
@@ -122,16 +138,22 @@ def test_every_image_is_annotated_once_and_validation_mixes_the_classes(archive:
     assert annotated == set(labelled(archive))
     order = [row[1] for row in rows]
     assert Counter(order) == dict.fromkeys(wnids, 10)
-    assert sum(a == b for a, b in itertools.pairwise(order)) < 30, "validation images stand class by class"
+    assert sum(a == b for a, b in itertools.pairwise(order)) < 30, (
+        "validation images stand class by class"
+    )
 
 
-def test_archive_holds_the_drawings_with_their_boxes(archive: zipfile.ZipFile, drawings: list[list[Drawing]]) -> None:
+def test_archive_holds_the_drawings_with_their_boxes(
+    archive: zipfile.ZipFile, drawings: list[list[Drawing]]
+) -> None:
     for wnid, drawn in zip(sorted(lines(archive, "wnids.txt")), drawings, strict=True):
         stored = boxes(lines(archive, f"train/{wnid}/{wnid}_boxes.txt"), skip=1)
         assert stored == [drawing.box for drawing in drawn[:50]]
         validation = [row for row in lines(archive, "val/val_annotations.txt") if wnid in row]
         assert sorted(boxes(validation, skip=2)) == sorted(drawing.box for drawing in drawn[50:])
-        decoded = np.asarray(picture(archive, f"train/{wnid}/images/{wnid}_7.JPEG").convert("L"), np.float32)
+        decoded = np.asarray(
+            picture(archive, f"train/{wnid}/images/{wnid}_7.JPEG").convert("L"), np.float32
+        )
         original = np.asarray(Image.fromarray(drawn[7].image).convert("L"), np.float32)
         assert np.abs(decoded - original).mean() < 8
 
@@ -156,7 +178,9 @@ def test_box_is_the_extent_of_the_figure(drawings: list[list[Drawing]], index: i
 
 
 def test_mask_covers_the_pixels_of_the_figure(drawings: list[list[Drawing]]) -> None:
-    plain = [index for index, kind in enumerate(KINDS) if kind.name in ("ball, disc", "ring, annulus")]
+    plain = [
+        index for index, kind in enumerate(KINDS) if kind.name in ("ball, disc", "ring, annulus")
+    ]
     for image, mask, _ in itertools.chain(*(drawings[index] for index in plain)):
         # Plain figures have one colour, up to noise and shading; a transposed mask would miss most of those pixels.
         alike = np.abs(image - np.median(image[mask], axis=0)).max(axis=-1) < 40
@@ -213,7 +237,10 @@ def test_smaller_sample(tmp_path: Path) -> None:
     path = write_sample(tmp_path / "small.zip", classes=2, per_class=2)
     with zipfile.ZipFile(path) as archive:
         assert lines(archive, "wnids.txt") == ["n90000002", "n90000001"]
-        assert forms(labelled(archive)) == {"train/WNID/images/WNID_#.JPEG": 2, "val/images/val_#.JPEG": 2}
+        assert forms(labelled(archive)) == {
+            "train/WNID/images/WNID_#.JPEG": 2,
+            "val/images/val_#.JPEG": 2,
+        }
 
 
 def test_a_target_is_replaced_and_folders_above_it_are_made(tmp_path: Path) -> None:
@@ -225,7 +252,9 @@ def test_a_target_is_replaced_and_folders_above_it_are_made(tmp_path: Path) -> N
     assert list(target.parent.iterdir()) == [target]
 
 
-def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_leaves_the_old_file_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     target = tmp_path / "sample.zip"
     target.write_bytes(b"old")
     members = itertools.count()

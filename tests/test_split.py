@@ -5,9 +5,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from tinylab.dataset import Dataset
-from tinylab.recipe import UserError
-from tinylab.split import PROTOCOLS, make_split
+from tinylab.data.dataset import Dataset
+from tinylab.data.split import PROTOCOLS, make_split
+from tinylab.exceptions import UserError
 
 REAL = {
     "merged": (385, 165, "49abea2b7c71c3c693be5a94dc15ba3f412d39ad5fdd7053ab66bfed55571faa"),
@@ -19,7 +19,9 @@ REAL = {
 
 def fake_dataset(train: int, validation: int, classes: int = 2) -> Dataset:
     """Labels and wnids without images: all that a split looks at."""
-    labels = np.concatenate([np.repeat(np.arange(classes), train), np.repeat(np.arange(classes), validation)])
+    labels = np.concatenate(
+        [np.repeat(np.arange(classes), train), np.repeat(np.arange(classes), validation)]
+    )
     return Dataset(
         folder=None,
         images=None,
@@ -34,7 +36,9 @@ def fake_dataset(train: int, validation: int, classes: int = 2) -> Dataset:
 
 @pytest.mark.archive
 @pytest.mark.parametrize("protocol", PROTOCOLS)
-def test_the_real_split_is_the_one_that_was_always_made(real_dataset: Dataset, protocol: str) -> None:
+def test_the_real_split_is_the_one_that_was_always_made(
+    real_dataset: Dataset, protocol: str
+) -> None:
     train_per_class, test_per_class, sha256 = REAL[protocol]
     split = make_split(real_dataset, protocol)
     assert np.bincount(real_dataset.labels[split.train]).tolist() == [train_per_class] * 200
@@ -44,9 +48,13 @@ def test_the_real_split_is_the_one_that_was_always_made(real_dataset: Dataset, p
 
 @pytest.mark.archive
 def test_the_real_parts_fit_together(real_dataset: Dataset) -> None:
-    merged, official, select = (make_split(real_dataset, protocol) for protocol in ("merged", "official", "select"))
+    merged, official, select = (
+        make_split(real_dataset, protocol) for protocol in ("merged", "official", "select")
+    )
     for split in (merged, official):
-        assert np.array_equal(np.sort(np.concatenate([split.train, split.test])), np.arange(110_000))
+        assert np.array_equal(
+            np.sort(np.concatenate([split.train, split.test])), np.arange(110_000)
+        )
     assert np.array_equal(np.sort(np.concatenate([select.train, select.test])), merged.train)
     assert np.array_equal(official.train, np.arange(100_000))
     # Pooled means pooled: of the 33,000 test images about one in eleven was an official validation image.
@@ -63,7 +71,9 @@ def test_parts_are_ascending_and_disjoint(protocol: str) -> None:
     assert (split.protocol, split.classes) == (protocol, 4)
 
 
-@pytest.mark.parametrize(("protocol", "sizes"), [("merged", (77, 33)), ("official", (100, 10)), ("select", (70, 7))])
+@pytest.mark.parametrize(
+    ("protocol", "sizes"), [("merged", (77, 33)), ("official", (100, 10)), ("select", (70, 7))]
+)
 def test_every_class_is_split_in_the_same_proportion(protocol: str, sizes: tuple[int, int]) -> None:
     dataset = fake_dataset(100, 10, classes=3)
     split = make_split(dataset, protocol)

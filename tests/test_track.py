@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tinylab.recipe import UserError
-from tinylab.track import TAGS, Tracker
+from tinylab.exceptions import UserError
+from tinylab.training.track import TAGS, Tracker
 
 try:
     import tensorboard  # noqa: F401
@@ -18,7 +18,9 @@ try:
 except ImportError:
     EventAccumulator = None
 
-needs_tensorboard = pytest.mark.skipif(EventAccumulator is None, reason='needs the extra: pip install "tinylab[track]"')
+needs_tensorboard = pytest.mark.skipif(
+    EventAccumulator is None, reason='needs the extra: pip install "tinylab[track]"'
+)
 
 
 @pytest.fixture(autouse=True)
@@ -31,8 +33,14 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> None:
 def history(epochs: int, shift: float = 0.0) -> list[dict]:
     """Rows as in metrics.jsonl; every value differs from every other."""
     return [
-        {"epoch": epoch, "test_correct": 7, "test_total": 9, "train_seconds": 1.5, "eval_seconds": 0.5}
-        | {field: 10.0 * epoch + place / 8 + shift for place, field in enumerate(TAGS.values())}
+        {
+            "epoch": epoch,
+            "test_correct": 7,
+            "test_total": 9,
+            "train_seconds": 1.5,
+            "eval_seconds": 0.5,
+        }
+        | {field: 10.0 * epoch + compute / 8 + shift for compute, field in enumerate(TAGS.values())}
         for epoch in range(1, epochs + 1)
     ]
 
@@ -192,7 +200,9 @@ def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
         tracker.up_to(history(1))
 
 
-def test_without_tensorboard_a_line_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_tensorboard_a_line_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     original = builtins.__import__
 
     def missing(name: str, *arguments, **options):
@@ -207,6 +217,8 @@ def test_without_tensorboard_a_line_says_what_to_install(tmp_path: Path, monkeyp
 
 def test_the_module_itself_needs_nothing_heavy(subprocess_environment: dict[str, str]) -> None:
     """`train` imports it, tracking or not."""
-    code = "import sys, tinylab.track; print([m for m in ('torch', 'tensorboard', 'numpy') if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], env=subprocess_environment, capture_output=True, text=True)
+    code = "import sys, tinylab.training.track; print([m for m in ('torch', 'tensorboard', 'numpy') if m in sys.modules])"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=subprocess_environment, capture_output=True, text=True
+    )
     assert done.stdout.strip() == "[]", done.stderr

@@ -18,17 +18,19 @@ import torch
 from conftest import assert_equal_runs
 from reliability.harness import moments, send
 
-from tinylab import checkpoint
-from tinylab import train as train_module
-from tinylab.dataset import Dataset
-from tinylab.device import choose
-from tinylab.loader import Batch, TrainingBatches, evaluation_batch_size
-from tinylab.model import build_model, load_weights
-from tinylab.recipe import Recipe, UserError
-from tinylab.record import Run
-from tinylab.split import make_split
-from tinylab.step import TrainState, inference, new_state, train_step
-from tinylab.train import Stopped, schedule, train
+from tinylab.data.dataset import Dataset
+from tinylab.data.loader import Batch, TrainingBatches, evaluation_batch_size
+from tinylab.data.split import make_split
+from tinylab.exceptions import UserError
+from tinylab.model import build_model
+from tinylab.recipe import Recipe
+from tinylab.run import checkpoint
+from tinylab.run.environment import choose
+from tinylab.run.folder import Run
+from tinylab.run.weights import load_weights
+from tinylab.training import train as train_module
+from tinylab.training.step import TrainState, inference, new_state, train_step
+from tinylab.training.train import Stopped, schedule, train
 
 TrainTiny = Callable[..., Run]
 
@@ -42,18 +44,24 @@ def at_moment(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[int], None
 # --- What a run computes ----------------------------------------------------------------------------------------------
 
 
-def test_two_runs_are_equal_in_every_bit(train_tiny: TrainTiny, finished_run: Run, tmp_path: Path) -> None:
+def test_two_runs_are_equal_in_every_bit(
+    train_tiny: TrainTiny, finished_run: Run, tmp_path: Path
+) -> None:
     torch.manual_seed(5)
     np.random.seed(5)
     assert_equal_runs(train_tiny(tmp_path / "again"), finished_run)
 
 
-def test_another_seed_is_another_run(train_tiny: TrainTiny, finished_run: Run, tmp_path: Path) -> None:
+def test_another_seed_is_another_run(
+    train_tiny: TrainTiny, finished_run: Run, tmp_path: Path
+) -> None:
     other = train_tiny(tmp_path / "other", seed=1)
     assert other.history[0]["train_loss"] != finished_run.history[0]["train_loss"]
 
 
-def test_worker_processes_do_not_change_a_bit(train_tiny: TrainTiny, finished_run: Run, tmp_path: Path) -> None:
+def test_worker_processes_do_not_change_a_bit(
+    train_tiny: TrainTiny, finished_run: Run, tmp_path: Path
+) -> None:
     assert_equal_runs(train_tiny(tmp_path / "helped", workers=2), finished_run)
 
 
@@ -61,7 +69,9 @@ def test_training_against_a_plain_loop(
     tiny_dataset: Dataset, narrow: Recipe, train_tiny: TrainTiny, tmp_path: Path
 ) -> None:
     """The same optimisation written out: SGD with Nesterov momentum and weight decay by hand."""
-    recipe = replace(narrow, max_learning_rate=2e-3, weight_decay=0.5)  # small steps: rounding is not blown up
+    recipe = replace(
+        narrow, max_learning_rate=2e-3, weight_decay=0.5
+    )  # small steps: rounding is not blown up
     run = train_tiny(tmp_path / "run", recipe)
     rows = make_split(tiny_dataset, "merged").train
     batches = TrainingBatches(tiny_dataset, rows, recipe, seed=0)
@@ -78,7 +88,9 @@ def test_training_against_a_plain_loop(
             gradients = torch.autograd.grad(loss, list(model.parameters()))
             _, learning_rate, momentum = next(rates)
             with torch.no_grad():
-                for parameter, gradient, velocity in zip(model.parameters(), gradients, velocities, strict=True):
+                for parameter, gradient, velocity in zip(
+                    model.parameters(), gradients, velocities, strict=True
+                ):
                     pull = gradient + 0.5 * parameter
                     velocity.mul_(momentum).add_(pull)
                     parameter -= learning_rate * (pull + momentum * velocity)
@@ -96,21 +108,25 @@ def test_training_against_a_plain_loop(
 
 
 def test_a_step_counts_losses_and_hits(narrow: Recipe) -> None:
-    place = choose("cpu", "fp32")
-    state = new_state(narrow, classes=12, seed=0, steps_per_epoch=3, place=place)
-    images = torch.randint(0, 256, (9, 64, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    compute = choose("cpu", "fp32")
+    state = new_state(narrow, classes=12, seed=0, steps_per_epoch=3, compute=compute)
+    images = torch.randint(
+        0, 256, (9, 64, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
     labels = torch.arange(9)
     expected = np.zeros(4)
     for count in (9, 4):
         with torch.no_grad():
             copy = build_model(narrow, classes=12, seed=0).train()
             copy.load_state_dict(state.model.state_dict())
-            logits = copy(((images[:count] / 255 - 0.442) / 0.278).permute(0, 3, 1, 2)).double().numpy()
+            logits = (
+                copy(((images[:count] / 255 - 0.442) / 0.278).permute(0, 3, 1, 2)).double().numpy()
+            )
         ranking = np.argsort(-logits, axis=1)
         hits = ranking == labels[:count, None].numpy()
         losses = np.log(np.exp(logits).sum(axis=1)) - logits[np.arange(count), labels[:count]]
         expected += [losses.sum(), hits[:, 0].sum(), hits[:, :5].sum(), count]
-        train_step(state, narrow, place, Batch(images[:count], labels[:count]))
+        train_step(state, narrow, compute, Batch(images[:count], labels[:count]))
     assert state.totals.tolist() == pytest.approx(expected.tolist(), rel=1e-4)
     assert 0 < expected[2] < 13
     assert (state.step, state.skips.tolist()) == (2, [0, 0, 0])
@@ -122,7 +138,9 @@ def test_a_network_learns(train_tiny: TrainTiny, narrow: Recipe, tmp_path: Path)
     assert history[-1]["test_top1"] > 80
 
 
-def test_one_step_in_all_is_a_run(tiny_dataset: Dataset, narrow: Recipe, train_tiny: TrainTiny, tmp_path: Path) -> None:
+def test_one_step_in_all_is_a_run(
+    tiny_dataset: Dataset, narrow: Recipe, train_tiny: TrainTiny, tmp_path: Path
+) -> None:
     run = train_tiny(tmp_path / "run", replace(narrow, epochs=1, batch_size=8), limit_classes=2)
     assert run.finished
     assert run.summary["train_images"] == 8
@@ -130,7 +148,9 @@ def test_one_step_in_all_is_a_run(tiny_dataset: Dataset, narrow: Recipe, train_t
 
 
 @pytest.mark.parametrize("epochs", [3, 4])
-def test_very_few_steps_are_a_run(train_tiny: TrainTiny, narrow: Recipe, tmp_path: Path, epochs: int) -> None:
+def test_very_few_steps_are_a_run(
+    train_tiny: TrainTiny, narrow: Recipe, tmp_path: Path, epochs: int
+) -> None:
     assert train_tiny(tmp_path / "run", replace(narrow, epochs=epochs, batch_size=12)).finished
 
 
@@ -145,14 +165,14 @@ def test_bf16_trains_too(train_tiny: TrainTiny, tmp_path: Path) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("precision", ["fp16", "fp32"])
 def test_a_step_never_waits_for_the_gpu(narrow: Recipe, precision: str) -> None:
-    place = choose("cuda", precision)
-    state = new_state(narrow, classes=3, seed=0, steps_per_epoch=3, place=place)
+    compute = choose("cuda", precision)
+    state = new_state(narrow, classes=3, seed=0, steps_per_epoch=3, compute=compute)
     images = torch.zeros(5, 64, 64, 3, dtype=torch.uint8, device="cuda")
     labels = torch.zeros(5, dtype=torch.int64, device="cuda")
     for waits in ("default", "error"):  # the first step allocates and chooses algorithms
         torch.cuda.set_sync_debug_mode(waits)
         try:
-            train_step(state, narrow, place, Batch(images, labels))
+            train_step(state, narrow, compute, Batch(images, labels))
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
@@ -169,7 +189,10 @@ def test_a_finished_folder_holds_what_it_should(finished_run: Run) -> None:
 
 
 def test_metrics_have_a_line_per_epoch(finished_run: Run, narrow: Recipe) -> None:
-    lines = [json.loads(line) for line in (finished_run.folder / "metrics.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line)
+        for line in (finished_run.folder / "metrics.jsonl").read_text().splitlines()
+    ]
     assert lines == finished_run.history
     rates = [rate for _, rate, _ in schedule(narrow, 12)]
     for number, line in enumerate(lines, start=1):
@@ -207,7 +230,7 @@ def test_the_published_learning_rates_stand_in_the_history(
         def epoch(self, _epoch: int, start_step: int) -> Iterator:
             yield from [(None, None)] * (301 - start_step)
 
-    from tinylab.recipe import published
+    from tinylab.recipes import published
 
     monkeypatch.setattr(train_module, "train_step", step)
     monkeypatch.setattr(train_module, "make_loader", lambda *_: Loader())
@@ -231,23 +254,36 @@ def test_the_summary_follows_from_the_predictions(finished_run: Run, tiny_datase
     assert summary["test_correct"] == correct
     assert summary["test_top1"] == pytest.approx(100 * correct / 6)
     assert summary["test_top5"] == 100
-    assert summary["test_loss"] == pytest.approx((np.log(np.exp(logits).sum(axis=1)) - own).mean(), rel=1e-5)
+    assert summary["test_loss"] == pytest.approx(
+        (np.log(np.exp(logits).sum(axis=1)) - own).mean(), rel=1e-5
+    )
     last = finished_run.history[-1]
     for name in ("train_loss", "train_top1", "test_loss", "test_top1", "test_top5", "test_correct"):
         assert summary[name] == last[name]
     assert (summary["train_images"], summary["test_images"], summary["classes"]) == (12, 6, 3)
-    assert (summary["epochs"], summary["seed"], summary["protocol"], summary["stops"]) == (2, 0, "merged", 0)
+    assert (summary["epochs"], summary["seed"], summary["protocol"], summary["stops"]) == (
+        2,
+        0,
+        "merged",
+        0,
+    )
     seconds = [row["train_seconds"] for row in finished_run.history]
     assert summary["train_seconds"] == pytest.approx(sum(seconds), abs=0.002)
-    assert summary["time_to_accuracy_seconds"] == pytest.approx(sum(seconds) + last["eval_seconds"], abs=0.003)
+    assert summary["time_to_accuracy_seconds"] == pytest.approx(
+        sum(seconds) + last["eval_seconds"], abs=0.003
+    )
 
 
-def test_the_weights_give_the_predictions_again(finished_run: Run, tiny_dataset: Dataset, narrow: Recipe) -> None:
+def test_the_weights_give_the_predictions_again(
+    finished_run: Run, tiny_dataset: Dataset, narrow: Recipe
+) -> None:
     model, metadata = load_weights(finished_run.weights, tiny_dataset.wnids)
     images = torch.from_numpy(tiny_dataset.images[finished_run.predictions["rows"]])
     with torch.inference_mode():
         logits = model(((images / 255 - 0.421) / 0.278).permute(0, 3, 1, 2))
-    np.testing.assert_allclose(finished_run.predictions["logits"].astype(np.float32), logits, atol=0.02)
+    np.testing.assert_allclose(
+        finished_run.predictions["logits"].astype(np.float32), logits, atol=0.02
+    )
     assert metadata["metrics"]["test_correct"] == finished_run.summary["test_correct"]
 
 
@@ -269,13 +305,18 @@ def test_the_log_reads_like_the_published_one(
     assert err == ""  # no progress bar where nobody watches
 
 
-def test_a_quiet_run_prints_nothing(train_tiny: TrainTiny, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_quiet_run_prints_nothing(
+    train_tiny: TrainTiny, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     train_tiny(tmp_path / "run", quiet=True)
     assert capfd.readouterr() == ("", "")
 
 
 def test_a_finished_run_returns_at_once_and_shows_its_log(
-    train_tiny: TrainTiny, finished_run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    train_tiny: TrainTiny,
+    finished_run: Run,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     def trained_again(*_: object) -> None:
         raise AssertionError("a finished run was trained again")
@@ -303,7 +344,11 @@ def reference(train_tiny: TrainTiny, tmp_path_factory: pytest.TempPathFactory) -
 
 
 def test_a_stop_between_the_last_epoch_and_the_end_costs_an_evaluation_only(
-    train_tiny: TrainTiny, reference: Run, at_moment: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    train_tiny: TrainTiny,
+    reference: Run,
+    at_moment: Callable,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def killed(*_: object) -> None:
         raise RuntimeError("killed")
@@ -322,7 +367,11 @@ def test_a_stop_between_the_last_epoch_and_the_end_costs_an_evaluation_only(
 
 @pytest.mark.parametrize("name", ["predictions.npz", "model.safetensors", "summary.json"])
 def test_a_full_disk_at_the_very_end_can_be_repeated(
-    train_tiny: TrainTiny, finished_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+    train_tiny: TrainTiny,
+    finished_run: Run,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
 ) -> None:
     real = os.replace
 
@@ -339,7 +388,9 @@ def test_a_full_disk_at_the_very_end_can_be_repeated(
     assert_equal_runs(train_tiny(tmp_path / "run"), finished_run)
 
 
-def test_a_second_signal_ends_at_once(train_tiny: TrainTiny, at_moment: Callable, tmp_path: Path) -> None:
+def test_a_second_signal_ends_at_once(
+    train_tiny: TrainTiny, at_moment: Callable, tmp_path: Path
+) -> None:
     at_moment(lambda now: [send(signal.SIGINT), send(signal.SIGINT)] if now == 1 else None)
     with pytest.raises(KeyboardInterrupt) as stopped:
         train_tiny(tmp_path / "run")
@@ -354,7 +405,12 @@ def test_a_long_epoch_is_saved_within(
     saved = []
     at_moment(lambda _: saved.append(checkpoint.load(tmp_path / "run" / "checkpoints")[0]))
     train_tiny(tmp_path / "run")
-    assert [(state["epoch"], state["step"]) for state in saved[1:5]] == [(1, 1), (1, 2), (1, 3), (1, 3)]
+    assert [(state["epoch"], state["step"]) for state in saved[1:5]] == [
+        (1, 1),
+        (1, 2),
+        (1, 3),
+        (1, 3),
+    ]
 
 
 def test_seconds_are_of_one_epoch_and_add_up_over_a_stop(
@@ -369,7 +425,9 @@ def test_seconds_are_of_one_epoch_and_add_up_over_a_stop(
             send(signal.SIGINT)
 
     monkeypatch.setattr(
-        train_module, "time", SimpleNamespace(perf_counter=lambda: clock[0], process_time=lambda: 2 * clock[0])
+        train_module,
+        "time",
+        SimpleNamespace(perf_counter=lambda: clock[0], process_time=lambda: 2 * clock[0]),
     )
     at_moment(tick)
     with pytest.raises(Stopped):
@@ -385,7 +443,9 @@ def test_seconds_are_of_one_epoch_and_add_up_over_a_stop(
     assert run.summary["images_per_second"] == 4
 
 
-def test_a_run_continues_in_a_thread(train_tiny: TrainTiny, finished_run: Run, tmp_path: Path) -> None:
+def test_a_run_continues_in_a_thread(
+    train_tiny: TrainTiny, finished_run: Run, tmp_path: Path
+) -> None:
     """Python allows signal handlers in the main thread only; a run elsewhere does without."""
     import threading
 
@@ -396,9 +456,15 @@ def test_a_run_continues_in_a_thread(train_tiny: TrainTiny, finished_run: Run, t
 
 
 def test_the_previous_checkpoint_serves_when_the_last_is_damaged(
-    train_tiny: TrainTiny, reference: Run, at_moment: Callable, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    train_tiny: TrainTiny,
+    reference: Run,
+    at_moment: Callable,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    at_moment(lambda now: send(signal.SIGINT) if now == 6 else None)  # one checkpoint after epoch 1, one within 2
+    at_moment(
+        lambda now: send(signal.SIGINT) if now == 6 else None
+    )  # one checkpoint after epoch 1, one within 2
     with pytest.raises(Stopped):
         train_tiny(tmp_path / "run")
     newest = tmp_path / "run" / "checkpoints" / checkpoint.NEWEST
@@ -406,7 +472,10 @@ def test_the_previous_checkpoint_serves_when_the_last_is_damaged(
     at_moment(lambda _: None)
     assert_equal_runs(train_tiny(tmp_path / "run", quiet=False), reference)
     out = capsys.readouterr().out
-    assert f"note: {newest} is damaged; continuing from {newest.with_name(checkpoint.PREVIOUS)}\n" in out
+    assert (
+        f"note: {newest} is damaged; continuing from {newest.with_name(checkpoint.PREVIOUS)}\n"
+        in out
+    )
     assert "in epoch 2 after 0 of its steps" in out
 
 
@@ -436,7 +505,9 @@ def test_the_folder_of_another_run_is_refused(
         train_tiny(finished_run.folder, **options)
 
 
-def test_a_longer_run_is_another_run(train_tiny: TrainTiny, finished_run: Run, narrow: Recipe) -> None:
+def test_a_longer_run_is_another_run(
+    train_tiny: TrainTiny, finished_run: Run, narrow: Recipe
+) -> None:
     with pytest.raises(UserError, match="epochs 2 -> 5"):
         train_tiny(finished_run.folder, replace(narrow, epochs=5))
 
@@ -466,7 +537,9 @@ def test_an_impossible_run_is_refused_before_its_folder_is_made(
 # --- Everything that the target recipes are made of ------------------------------------------------------------------
 
 
-def test_rich_runs_are_equal_in_every_bit(train_tiny: TrainTiny, rich_reference: Run, tmp_path: Path) -> None:
+def test_rich_runs_are_equal_in_every_bit(
+    train_tiny: TrainTiny, rich_reference: Run, tmp_path: Path
+) -> None:
     assert_equal_runs(train_tiny(tmp_path / "again", rich_reference.recipe), rich_reference)
 
 
@@ -478,12 +551,16 @@ def test_the_weights_saved_are_the_average_with_its_own_statistics(
     weights = load_weights(run.weights)[0].state_dict()
     assert torch.equal(weights["conv1.weight"], saved["average"]["module.conv1.weight"])
     assert not torch.equal(weights["conv1.weight"], saved["model"]["conv1.weight"])
-    assert not torch.allclose(weights["bn1.running_mean"], saved["model"]["bn1.running_mean"], rtol=1e-3)
+    assert not torch.allclose(
+        weights["bn1.running_mean"], saved["model"]["bn1.running_mean"], rtol=1e-3
+    )
     rows = run.predictions["rows"]
     network = load_weights(run.weights)[0]
     with torch.no_grad():
         images = torch.from_numpy(tiny_dataset.images[rows])
-        logits = network(((images / 255 - torch.tensor(rich.mean)) / torch.tensor(rich.std)).permute(0, 3, 1, 2))
+        logits = network(
+            ((images / 255 - torch.tensor(rich.mean)) / torch.tensor(rich.std)).permute(0, 3, 1, 2)
+        )
     assert np.allclose(run.predictions["logits"], logits.numpy(), atol=2e-3)
 
 
@@ -542,7 +619,9 @@ def test_tests_now_and_then_change_no_weight(
     assert ["test_top1" in row for row in run.history] == [False, False, True, True]
     assert [row["eval_seconds"] > 0 for row in run.history] == [False, False, True, True]
     assert capsys.readouterr().out.count("  test: average loss") == 2
-    common = [name for name in always.history[0] if not name.startswith("test_") and "seconds" not in name]
+    common = [
+        name for name in always.history[0] if not name.startswith("test_") and "seconds" not in name
+    ]
     common.remove("images_per_second")
     for ours, theirs in zip(run.history, always.history, strict=True):
         assert [ours[name] for name in common] == [theirs[name] for name in common]
@@ -551,7 +630,10 @@ def test_tests_now_and_then_change_no_weight(
 
 
 def test_where_nobody_watches_a_line_a_minute_tells_how_far_it_is(
-    train_tiny: TrainTiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    train_tiny: TrainTiny,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(train_module, "LINE_SECONDS", 0)
     train_tiny(tmp_path / "run", quiet=False)
@@ -573,9 +655,13 @@ def test_a_run_out_of_memory_says_what_to_do(
         real(state, recipe, *arguments)
 
     monkeypatch.setattr(train_module, "train_step", exhausted)
-    with pytest.raises(UserError, match=r"out of memory on cpu with 5 images at once: a smaller --micro-batch"):
+    with pytest.raises(
+        UserError, match=r"out of memory on cpu with 5 images at once: a smaller --micro-batch"
+    ):
         train_tiny(tmp_path / "run")
-    assert train_tiny(tmp_path / "another", replace(narrow, micro_batch=3)).finished  # what was advised, and works
+    assert train_tiny(
+        tmp_path / "another", replace(narrow, micro_batch=3)
+    ).finished  # what was advised, and works
 
 
 def test_short_of_memory_nothing_is_passed_forward_whole(
@@ -596,11 +682,19 @@ def test_short_of_memory_nothing_is_passed_forward_whole(
     assert train_tiny(tmp_path / "run", recipe).finished
     assert set(seen) == {4}
     cuda = torch.device("cuda")
-    assert [evaluation_batch_size(cuda, micro_batch) for micro_batch in (None, 1, 100, 300)] == [500, 2, 200, 500]
+    assert [evaluation_batch_size(cuda, micro_batch) for micro_batch in (None, 1, 100, 300)] == [
+        500,
+        2,
+        200,
+        500,
+    ]
 
 
 def test_a_run_on_a_processor_says_what_it_will_cost(
-    train_tiny: TrainTiny, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    train_tiny: TrainTiny,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(train_module, "seconds_per_image", lambda *_: 600.0)
     train_tiny(tmp_path / "run", quiet=False)
@@ -611,17 +705,25 @@ def test_a_run_on_a_processor_says_what_it_will_cost(
         "this CPU trains 0 images/s: about 5.0 hours; a GPU is far faster, "
         "and --limit-classes, --epochs and --width make it less"
     ]
-    assert lines.index(told[0]) < next(number for number, line in enumerate(lines) if line.startswith("epoch"))
+    assert lines.index(told[0]) < next(
+        number for number, line in enumerate(lines) if line.startswith("epoch")
+    )
 
 
-def test_images_left_out_of_an_epoch_are_not_counted(train_tiny: TrainTiny, narrow: Recipe, tmp_path: Path) -> None:
+def test_images_left_out_of_an_epoch_are_not_counted(
+    train_tiny: TrainTiny, narrow: Recipe, tmp_path: Path
+) -> None:
     run = train_tiny(tmp_path / "run", replace(narrow, drop_last=True))
     for row in run.history:
         assert row["images_per_second"] * row["train_seconds"] == pytest.approx(10, rel=0.2)
-    assert run.summary["images_per_second"] * run.summary["train_seconds"] == pytest.approx(20, rel=0.2)
+    assert run.summary["images_per_second"] * run.summary["train_seconds"] == pytest.approx(
+        20, rel=0.2
+    )
 
 
-def test_the_mirrored_test_is_reported_apart(train_tiny: TrainTiny, finished_run: Run, tiny_dataset: Dataset) -> None:
+def test_the_mirrored_test_is_reported_apart(
+    train_tiny: TrainTiny, finished_run: Run, tiny_dataset: Dataset
+) -> None:
     network, recipe = load_weights(finished_run.weights)[0], finished_run.recipe
     forward = inference(network, recipe, choose("cpu", "fp32"))
     rows = finished_run.predictions["rows"]
@@ -639,13 +741,19 @@ def test_a_compiled_run_trains_and_leaves_no_trace_of_its_warm_up(
     """The compiled network computes what the eager one does, to rounding; its weights carry no prefix."""
     run = train_tiny(tmp_path / "run", compiled=True)
     assert run.identity["compiled"] is True
-    assert run.history[0]["train_loss"] == pytest.approx(finished_run.history[0]["train_loss"], rel=1e-2)
+    assert run.history[0]["train_loss"] == pytest.approx(
+        finished_run.history[0]["train_loss"], rel=1e-2
+    )
     assert run.history[0]["learning_rate"] == finished_run.history[0]["learning_rate"]
-    assert not any(name.startswith("_orig_mod") for name in load_weights(run.weights)[0].state_dict())
+    assert not any(
+        name.startswith("_orig_mod") for name in load_weights(run.weights)[0].state_dict()
+    )
     assert_equal_runs(train_tiny(tmp_path / "again", compiled=True), run)
 
 
-def test_a_batch_larger_than_the_split_is_refused(train_tiny: TrainTiny, narrow: Recipe, tmp_path: Path) -> None:
+def test_a_batch_larger_than_the_split_is_refused(
+    train_tiny: TrainTiny, narrow: Recipe, tmp_path: Path
+) -> None:
     with pytest.raises(UserError, match="batch-size 13 is more than the 12 training images"):
         train_tiny(tmp_path / "run", replace(narrow, batch_size=13))
     assert not (tmp_path / "run").exists()
@@ -658,11 +766,15 @@ def test_a_compiler_that_fails_is_refused_in_one_line(
         raise torch._dynamo.exc.TorchDynamoException("g++: no space\nand much more")
 
     monkeypatch.setattr(train_module, "warm_up", fail)
-    with pytest.raises(UserError, match=r"^torch.compile fails here \(g\+\+: no space\): leave --compile out$"):
+    with pytest.raises(
+        UserError, match=r"^torch.compile fails here \(g\+\+: no space\): leave --compile out$"
+    ):
         train_tiny(tmp_path / "run", compiled=True)
 
 
-def test_more_graphs_than_the_compiler_keeps_are_refused(train_tiny: TrainTiny, narrow: Recipe, tmp_path: Path) -> None:
+def test_more_graphs_than_the_compiler_keeps_are_refused(
+    train_tiny: TrainTiny, narrow: Recipe, tmp_path: Path
+) -> None:
     ramp = tuple((8 * size, 0.1) for size in range(2, 9))
     recipe = replace(narrow, epochs=20, ramp=ramp)
     with pytest.raises(UserError, match=r"--compile serves at most 8 shapes"):
@@ -673,8 +785,12 @@ def test_more_graphs_than_the_compiler_keeps_are_refused(train_tiny: TrainTiny, 
 # --- A loss that is no number -----------------------------------------------------------------------------------------
 
 
-def test_a_run_that_diverges_is_no_result(train_tiny: TrainTiny, narrow: Recipe, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"after epoch 1, step 3: .*not finite.*lower max-learning-rate"):
+def test_a_run_that_diverges_is_no_result(
+    train_tiny: TrainTiny, narrow: Recipe, tmp_path: Path
+) -> None:
+    with pytest.raises(
+        UserError, match=r"after epoch 1, step 3: .*not finite.*lower max-learning-rate"
+    ):
         train_tiny(tmp_path / "run", replace(narrow, max_learning_rate=1e30))
     assert not Run(tmp_path / "run").finished
     assert checkpoint.load(tmp_path / "run" / "checkpoints") == (None, None)
@@ -682,7 +798,11 @@ def test_a_run_that_diverges_is_no_result(train_tiny: TrainTiny, narrow: Recipe,
 
 @pytest.mark.parametrize("step", [0, 1, 2])
 def test_the_checkpoint_from_before_bad_weights_stays_good(
-    train_tiny: TrainTiny, finished_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
+    train_tiny: TrainTiny,
+    finished_run: Run,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    step: int,
 ) -> None:
     real = train_module.train_step
 
@@ -703,7 +823,11 @@ def test_the_checkpoint_from_before_bad_weights_stays_good(
 
 @pytest.mark.parametrize("stopped", [False, True])
 def test_weights_that_are_not_finite_are_never_saved(
-    train_tiny: TrainTiny, finished_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stopped: bool
+    train_tiny: TrainTiny,
+    finished_run: Run,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    stopped: bool,
 ) -> None:
     """The last update of an epoch went wrong: no loss tells, but the test images, or the weights when it is stopped."""
     real = train_module.train_step
@@ -724,7 +848,9 @@ def test_weights_that_are_not_finite_are_never_saved(
     assert_equal_runs(train_tiny(tmp_path / "run"), finished_run)
 
 
-def test_what_only_clocks_depend_on_stands_in_the_record_and_in_no_checkpoint(finished_run: Run) -> None:
+def test_what_only_clocks_depend_on_stands_in_the_record_and_in_no_checkpoint(
+    finished_run: Run,
+) -> None:
     about = finished_run.environment
     assert about["compile_cache"] in ("empty", "filled")
     assert about["earlier_runs"] >= 0

@@ -24,20 +24,30 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 from tyro.conf import Positional
 
-from tinylab.recipe import RECIPES, Recipe, UserError, named
+from tinylab.exceptions import UserError
+from tinylab.recipe import Recipe
+from tinylab.recipes import RECIPES, named
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from tinylab.analysis import Analysis
-    from tinylab.dataset import Dataset
+    from tinylab.data.dataset import Dataset
+    from tinylab.data.split import Split
+    from tinylab.explain.analysis import Analysis
     from tinylab.model import ResNet18
-    from tinylab.record import Run
-    from tinylab.split import Split
+    from tinylab.run.folder import Run
 
 DATA = Path("data/tiny-imagenet")
 RESULTS, README = Path("results"), Path("README.md")
-OF_THE_USER = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG)
+OF_THE_USER = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ENAMETOOLONG,
+)
 """What the operating system refuses and the user can mend."""
 MOST_SHOWN = 280
 """Characters of an error's line, so that a name of five thousand does not bury what is wrong with it."""
@@ -60,7 +70,7 @@ class Sample:
     """Another seed draws other images of the same ten classes."""
 
     def run(self) -> None:
-        from tinylab.sample import write_sample
+        from tinylab.data.synthetic import write_sample
 
         print(write_sample(self.out, seed=self.seed))
 
@@ -77,11 +87,13 @@ class Prepare:
     """Processes that decode; by default one per core."""
 
     def run(self) -> None:
-        from tinylab.dataset import prepare
+        from tinylab.data.dataset import prepare
 
         dataset = prepare(self.source, self.data, workers=self.workers)
         validation = len(dataset) - dataset.train_count
-        print(f"{self.data}: {len(dataset):,} images ({dataset.train_count:,} training, {validation:,} validation)")
+        print(
+            f"{self.data}: {len(dataset):,} images ({dataset.train_count:,} training, {validation:,} validation)"
+        )
         print(f"{len(dataset.wnids)} classes, content sha256 {dataset.content_sha256}")
 
 
@@ -118,8 +130,8 @@ class Train:
     """tensorboard: also write each epoch's numbers to the run folder's tensorboard/ (needs the extra "track")."""
 
     def run(self) -> None:
-        from tinylab.dataset import open_dataset
-        from tinylab.train import train
+        from tinylab.data.dataset import open_dataset
+        from tinylab.training.train import train
 
         finished = train(
             self.recipe,
@@ -140,7 +152,9 @@ class Train:
             return  # one of several processes, of which the first tells the result
         final = finished.summary
         accuracy = f"{final['test_top1']:.2f} % top-1, {final['test_top5']:.2f} % top-5"
-        print(f"{finished.folder}: {accuracy}, {final['train_seconds'] / 60:.1f} minutes of training")
+        print(
+            f"{finished.folder}: {accuracy}, {final['train_seconds'] / 60:.1f} minutes of training"
+        )
 
 
 @dataclass(frozen=True)
@@ -154,7 +168,7 @@ class Schedule:
     def run(self) -> None:
         if not 1 <= self.images <= 10**9:
             raise UserError(f"images must be from 1 to 1,000,000,000, not {self.images}")
-        from tinylab.optim import schedule
+        from tinylab.training.optim import schedule
 
         print("step,learning_rate,momentum")
         for row in schedule(self.recipe, self.images):
@@ -195,20 +209,31 @@ class Evaluate:
 
     def run(self) -> None:
         finished, dataset, rows = open_finished(self.run_folder, self.data)
-        from tinylab.device import choose
-        from tinylab.evaluate import compute_logits, score, with_flip
-        from tinylab.loader import evaluation_batch_size, evaluation_batches
-        from tinylab.step import inference
-        from tinylab.train import shown
+        from tinylab.data.loader import evaluation_batch_size, evaluation_batches
+        from tinylab.run.environment import choose
+        from tinylab.training.evaluate import compute_logits, score, with_flip
+        from tinylab.training.step import inference
+        from tinylab.training.train import shown
 
-        place = choose(self.device, self.precision)
-        forward = inference(trained_model(finished, dataset).to(place.device), finished.recipe, place)
+        compute = choose(self.device, self.precision)
+        forward = inference(
+            trained_model(finished, dataset).to(compute.device), finished.recipe, compute
+        )
         forward = with_flip(forward) if self.tta == "flip" else forward
-        total = -(-len(rows.test) // evaluation_batch_size(place.device))
-        batches = shown(evaluation_batches(dataset, rows.test, place.device), "test", total)
+        total = -(-len(rows.test) // evaluation_batch_size(compute.device))
+        batches = shown(evaluation_batches(dataset, rows.test, compute.device), "test", total)
         result = score(*compute_logits(forward, batches, len(rows.test)))
-        print(f"{len(rows.test):,} test images of {finished.folder}, {place}")
-        print(json.dumps({"protocol": rows.protocol, "classes": rows.classes, "tta": self.tta, **result.numbers()}))
+        print(f"{len(rows.test):,} test images of {finished.folder}, {compute}")
+        print(
+            json.dumps(
+                {
+                    "protocol": rows.protocol,
+                    "classes": rows.classes,
+                    "tta": self.tta,
+                    **result.numbers(),
+                }
+            )
+        )
 
 
 @dataclass(frozen=True)
@@ -238,24 +263,24 @@ class Explain:
 
     def run(self) -> None:
         _require_counts(self.count, self.sample, self.faithfulness)
-        from tinylab.dataset import refuse_inside
+        from tinylab.data.dataset import refuse_inside
 
         finished, dataset, rows = open_finished(self.run_folder, self.data)
         if self.figures:
             refuse_inside(dataset, self.figures, "figures")
             require_folder(self.figures, "figures")
         require_folder(finished.figures, "figures")
-        from tinylab.analysis import analyse_run
-        from tinylab.device import choose
+        from tinylab.explain.analysis import analyse_run
+        from tinylab.run.environment import choose
 
         _ = predictions_of(finished, dataset, rows)
-        place = choose(self.device, "fp32")
+        compute = choose(self.device, "fp32")
         maps = self.count or self.sample or self.all or self.faithfulness
         analysis = analyse_run(
             finished,
             dataset,
             rows,
-            trained_model(finished, dataset).to(place.device) if maps else None,
+            trained_model(finished, dataset).to(compute.device) if maps else None,
             count=self.count,
             method=self.method,
             stage=self.stage,
@@ -280,8 +305,8 @@ class Report:
     """Where to compute the maps, if they are missing."""
 
     def run(self) -> None:
-        from tinylab.checkpoint import write_atomically
-        from tinylab.record import Run
+        from tinylab.files import write_atomically
+        from tinylab.run.folder import Run
 
         finished = Run(self.run_folder)
         _ = finished.identity, finished.recipe, finished.summary  # refuses what is no finished run
@@ -293,7 +318,7 @@ class Report:
         if explanation is None:
             Explain(self.run_folder, data=self.data, device=self.device).run()
             explanation = finished.explanation
-        from tinylab.report import page
+        from tinylab.share.report import page
 
         # explain.json may be anybody's: a name with a path in it would put another picture of this disk on the page.
         names = [name for name in explanation["figures"] if re.fullmatch("[a-z_]{1,40}", str(name))]
@@ -329,21 +354,30 @@ class Predict:
         if self.gradcam:
             require_folder(self.gradcam, "figures")
             refuse_data_folder(self.gradcam)
-        from tinylab.predict import load, predict, read_image
+        from tinylab.share.predict import load, predict, read_image
 
         model, about = load(self.run_folder)
-        pictures = [read_image(path) for path in self.images]  # all before the first answer: one that is bad stops all
+        pictures = [
+            read_image(path) for path in self.images
+        ]  # all before the first answer: one that is bad stops all
         figures = [None] * len(pictures)
         answers = [predict(model, about, picture[None], self.top)[0] for picture in pictures]
         if self.gradcam:
             figures = _explain_answers(self, model, about, pictures, answers)
         for path, answer, figure in zip(self.images, answers, figures, strict=True):
             if self.json:
-                print(json.dumps({"image": str(path), "top": answer} | ({"figure": str(figure)} if figure else {})))
+                print(
+                    json.dumps(
+                        {"image": str(path), "top": answer}
+                        | ({"figure": str(figure)} if figure else {})
+                    )
+                )
                 continue
             print(_shown(str(path)))
             for guess in answer:
-                print(f"{100 * guess['probability']:8.2f} %  {guess['wnid']}  {_shown(guess['name'])}")
+                print(
+                    f"{100 * guess['probability']:8.2f} %  {guess['wnid']}  {_shown(guess['name'])}"
+                )
             if figure:
                 print(f"            {figure}")
 
@@ -360,7 +394,7 @@ class Export:
     """An ONNX file to write, which is then compared with the network in onnxruntime (needs the extra "export")."""
 
     def run(self) -> None:
-        from tinylab.record import Run
+        from tinylab.run.folder import Run
 
         finished = Run(self.run_folder)
         _ = finished.identity, finished.recipe, finished.summary  # refuses what is no finished run
@@ -368,8 +402,8 @@ class Export:
         for path in filter(None, (folder, self.onnx)):
             require_folder(path if path is folder else path.parent, "the model")
             refuse_data_folder(path)
-        from tinylab.card import refuse_others_files, write_hand_over
-        from tinylab.predict import export_onnx, load
+        from tinylab.share.card import refuse_others_files, write_hand_over
+        from tinylab.share.predict import export_onnx, load
 
         refuse_others_files(folder)
         if self.onnx:
@@ -379,7 +413,10 @@ class Export:
         for path in write_hand_over(finished, about, folder):
             print(path)
         if checked:
-            print(f"{self.onnx}: opset {checked['opset']}, logits in onnxruntime differ by at most ", end="")
+            print(
+                f"{self.onnx}: opset {checked['opset']}, logits in onnxruntime differ by at most ",
+                end="",
+            )
             print(f"{checked['largest_difference']:.1e} from torch's")
 
 
@@ -413,14 +450,19 @@ class FindLr:
 
     def run(self) -> None:
         if not 0 < self.lowest < self.highest < math.inf:
-            raise UserError(f"lowest must be above 0 and below highest, not {self.lowest} and {self.highest}")
+            raise UserError(
+                f"lowest must be above 0 and below highest, not {self.lowest} and {self.highest}"
+            )
         if not 10 <= self.steps <= 2000:
             raise UserError(f"steps must be from 10 to 2,000, not {self.steps}")
-        out = self.figure or Path("runs") / f"find-lr-{self.recipe.name}-{self.split}-s{self.seed}.png"
+        out = (
+            self.figure
+            or Path("runs") / f"find-lr-{self.recipe.name}-{self.split}-s{self.seed}.png"
+        )
         require_folder(out.parent, "the picture")
-        from tinylab import plots
-        from tinylab.dataset import open_dataset
-        from tinylab.range_test import find_lr
+        from tinylab.data.dataset import open_dataset
+        from tinylab.figures import plots
+        from tinylab.training.lr_finder import find_lr
 
         refuse_data_folder(out)
         refuse_as_file(out)
@@ -442,7 +484,9 @@ class FindLr:
         if found.suggestion is None:
             print(f"no suggestion: {found.reason}")
             return
-        print(f"{found.reason}; to try it: tinylab train {_with_learning_rate(self.recipe, found.suggestion)}")
+        print(
+            f"{found.reason}; to try it: tinylab train {_with_learning_rate(self.recipe, found.suggestion)}"
+        )
 
 
 @dataclass(frozen=True)
@@ -453,26 +497,32 @@ class Verify:
     """A data folder, a zip or a folder with the archive's files, a run folder, or a mirror's."""
 
     def run(self) -> None:
-        from tinylab.archive import verify_archive
+        from tinylab.data.archive import verify_archive
 
         path, inside = self.path, lambda name: (self.path / name).exists()
         if inside("run.json"):
-            from tinylab.record import Run, verify_run
+            from tinylab.run.folder import Run, verify_run
 
             print(verify_run(Run(path)))
         elif inside("last.ckpt") or inside("previous.ckpt"):
-            from tinylab.record import verify_checkpoints
+            from tinylab.run.folder import verify_checkpoints
 
             print(f"{path}: {verify_checkpoints(path)}")
         elif path.is_file() or inside("wnids.txt") or inside("tiny-imagenet-200/wnids.txt"):
             print(verify_archive(path))
         else:
-            from tinylab.dataset import open_dataset, verify
+            from tinylab.data.dataset import open_dataset, verify
 
             dataset = open_dataset(path)
             verify(dataset)
-            known = "the published Tiny ImageNet" if dataset.is_tiny_imagenet else "not the published Tiny ImageNet"
-            print(f"{path}: every file is as it was prepared; content sha256 {dataset.content_sha256}, {known}")
+            known = (
+                "the published Tiny ImageNet"
+                if dataset.is_tiny_imagenet
+                else "not the published Tiny ImageNet"
+            )
+            print(
+                f"{path}: every file is as it was prepared; content sha256 {dataset.content_sha256}, {known}"
+            )
 
 
 @dataclass(frozen=True)
@@ -483,8 +533,8 @@ class Publish:
     """The run folder."""
 
     def run(self) -> None:
-        from tinylab.record import Run
         from tinylab.results import publish_run
+        from tinylab.run.folder import Run
 
         run = Run(self.run_folder)
         _ = run.identity, run.summary  # refuses what is no finished run
@@ -527,24 +577,30 @@ WITH_RECIPE = ("train", "schedule", "find-lr")
 def require_repository() -> None:
     """Raises `UserError` unless the working folder is a checkout of the repository."""
     if not (RESULTS.is_dir() and README.is_file()):
-        raise UserError(f"there is no {RESULTS}/ or no {README} here: run this in the repository's folder")
+        raise UserError(
+            f"there is no {RESULTS}/ or no {README} here: run this in the repository's folder"
+        )
 
 
 def open_finished(folder: Path, data: Path | None) -> "tuple[Run, Dataset, Split]":
     """The finished run in `folder`, its data set and its split. Raises `UserError` if they do not belong together."""
-    from tinylab.dataset import open_dataset
-    from tinylab.record import Run
-    from tinylab.split import make_split
+    from tinylab.data.dataset import open_dataset
+    from tinylab.data.split import make_split
+    from tinylab.run.folder import Run
 
     run = Run(folder)
     identity = run.identity
     _ = run.recipe, run.summary  # refuses an unfinished run
     where = identity.get("data_folder", str(DATA))
     if data is None and not isinstance(where, str):
-        raise UserError(f"{folder}/run.json does not say where the data lies: name its folder with --data")
+        raise UserError(
+            f"{folder}/run.json does not say where the data lies: name its folder with --data"
+        )
     dataset = open_dataset(data or Path(where))
     if dataset.content_sha256 != identity["content_sha256"]:
-        raise UserError(f"{folder} was trained on other data than {dataset.folder} holds: name its folder with --data")
+        raise UserError(
+            f"{folder} was trained on other data than {dataset.folder} holds: name its folder with --data"
+        )
     rows = make_split(dataset, identity["protocol"], identity["classes"])
     if rows.sha256 != identity["split_sha256"]:
         raise UserError(f"{folder} was trained on another split than this version of tinylab makes")
@@ -553,11 +609,13 @@ def open_finished(folder: Path, data: Path | None) -> "tuple[Run, Dataset, Split
 
 def trained_model(run: "Run", dataset: "Dataset") -> "ResNet18":
     """The run's network on the CPU, checked by `predict.load`, its classes against the data set's."""
-    from tinylab.predict import load
+    from tinylab.share.predict import load
 
     model, about = load(run.folder)
     if tuple(about["wnids"]) != dataset.wnids[: len(about["wnids"])]:
-        raise UserError(f"{run.weights} was trained on other classes, or in another order, than this data set has")
+        raise UserError(
+            f"{run.weights} was trained on other classes, or in another order, than this data set has"
+        )
     return model
 
 
@@ -568,16 +626,26 @@ def predictions_of(run: "Run", dataset: "Dataset", rows: "Split") -> "dict[str, 
     found = run.predictions
     expected = {"rows": rows.test, "labels": dataset.labels[rows.test]}
     logits = found.get("logits")
-    whole = logits is not None and logits.dtype == np.float16 and logits.shape == (len(rows.test), rows.classes)
-    same = all(name in found and np.array_equal(found[name], values) for name, values in expected.items())
+    whole = (
+        logits is not None
+        and logits.dtype == np.float16
+        and logits.shape == (len(rows.test), rows.classes)
+    )
+    same = all(
+        name in found and np.array_equal(found[name], values) for name, values in expected.items()
+    )
     if not (whole and same and np.isfinite(logits).all()):
-        raise UserError(f"{run.folder}/predictions.npz does not fit the run: delete {run.folder} and train again")
+        raise UserError(
+            f"{run.folder}/predictions.npz does not fit the run: delete {run.folder} and train again"
+        )
     return found
 
 
 def require_folder(folder: Path, what: str) -> None:
     """Raises `UserError` if `folder` is no folder and cannot become one, before anything is computed for it."""
-    nearest = next(path for path in (folder, *folder.parents) if path.exists() or path == path.parent)
+    nearest = next(
+        path for path in (folder, *folder.parents) if path.exists() or path == path.parent
+    )
     if not nearest.is_dir():
         raise UserError(f"cannot write {what} to {folder}: {nearest} is no folder")
 
@@ -588,10 +656,11 @@ def refuse_as_file(path: Path, run: "Run | None" = None) -> None:
         raise UserError(f"{path} is a folder: name a file")
     if run is None:
         return
-    from tinylab.record import CHECKSUMS, EXPLAINED, FINAL_FILES
+    from tinylab.run.folder import CHECKSUMS, EXPLAINED, FINAL_FILES
 
     if path.resolve() in {
-        (run.folder / name).resolve() for name in (*FINAL_FILES, *EXPLAINED, CHECKSUMS, "summary.json")
+        (run.folder / name).resolve()
+        for name in (*FINAL_FILES, *EXPLAINED, CHECKSUMS, "summary.json")
     }:
         raise UserError(f"{path} is a record of the run: choose another name")
 
@@ -600,20 +669,26 @@ def refuse_data_folder(path: Path) -> None:
     """Raises `UserError` if `path` lies in a data folder: nothing else may be written there."""
     for folder in (path, *path.absolute().parents):
         if (folder / "meta.json").exists() and (folder / "images.npy").exists():
-            raise UserError(f"cannot write to {path}: {folder} is a data folder; choose another place")
+            raise UserError(
+                f"cannot write to {path}: {folder} is a data folder; choose another place"
+            )
 
 
 def _require_counts(count: int, sample: int, faithfulness: int) -> None:
     if not 0 <= count <= MOST_EXPLAINED:
-        raise UserError(f"count must be from 0 to {MOST_EXPLAINED}, not {count}: a row of the figure for each")
+        raise UserError(
+            f"count must be from 0 to {MOST_EXPLAINED}, not {count}: a row of the figure for each"
+        )
     for name, number in (("sample", sample), ("faithfulness", faithfulness)):
         if not 0 <= number <= 10**9:
-            raise UserError(f"{name} must be 0 or more, not {number}: it is a number of test images")
+            raise UserError(
+                f"{name} must be 0 or more, not {number}: it is a number of test images"
+            )
 
 
 def _write_analysis(run: "Run", analysis: "Analysis", figures: Path | None) -> None:
     """Writes figures, tables and, last, explain.json into the run folder, and the figures into `figures`, too."""
-    from tinylab.record import note_figures
+    from tinylab.run.folder import note_figures
 
     for target in filter(None, (run.figures, figures)):
         for name, figure in analysis.figures.items():
@@ -636,32 +711,44 @@ def _write_analysis(run: "Run", analysis: "Analysis", figures: Path | None) -> N
 
 
 def _explain_answers(
-    asked: Predict, model: "ResNet18", about: dict, pictures: "list[np.ndarray]", answers: list[list[dict]]
+    asked: Predict,
+    model: "ResNet18",
+    about: dict,
+    pictures: "list[np.ndarray]",
+    answers: list[list[dict]],
 ) -> list[Path]:
     """Draws for each picture what spoke for the answer; returns the figures' paths in the folder that was asked for."""
     import numpy as np
 
-    from tinylab import plots
-    from tinylab.analysis import explain_answers
+    from tinylab.explain.analysis import explain_answers
+    from tinylab.figures import plots
 
     maps = explain_answers(model, about, np.stack(pictures), answers, asked.method)
     paths: list[Path] = []
     for path, picture, answer, heat in zip(asked.images, pictures, answers, maps, strict=True):
         figure = plots.prediction(picture, answer, heat, title=path.name)
         taken = {other.name.casefold() for other in paths}  # some disks do not tell A from a
-        names = (f"{path.stem}{f'-{number}' if number > 1 else ''}.png" for number in itertools.count(1))
-        paths.append(_drawn(figure, asked.gradcam / next(name for name in names if name.casefold() not in taken)))
+        names = (
+            f"{path.stem}{f'-{number}' if number > 1 else ''}.png" for number in itertools.count(1)
+        )
+        paths.append(
+            _drawn(
+                figure, asked.gradcam / next(name for name in names if name.casefold() not in taken)
+            )
+        )
     return paths
 
 
 def _drawn(figure: object, path: Path) -> Path:
     """Saves the figure; raises `UserError` if that fails."""
-    from tinylab import plots
+    from tinylab.figures import plots
 
     try:
         return plots.save(figure, path)
     except OSError as error:
-        raise UserError(f"cannot write figures to {path.parent}: {error.strerror or error}") from error
+        raise UserError(
+            f"cannot write figures to {path.parent}: {error.strerror or error}"
+        ) from error
 
 
 def _with_learning_rate(recipe: Recipe, learning_rate: float) -> str:
@@ -700,7 +787,9 @@ def parse(arguments: list[str]) -> object:
         if {"-h", "--help"} & set(rest[:1]):
             rest = ["published", *rest]  # the options are the same for all
         if not rest or rest[0].startswith("-"):
-            raise UserError(f"which recipe? `tinylab {name} RECIPE`; there are: {', '.join(RECIPES)}")
+            raise UserError(
+                f"which recipe? `tinylab {name} RECIPE`; there are: {', '.join(RECIPES)}"
+            )
         prog, default = f"{prog} {rest[0]}", {"default": COMMANDS[name](recipe=named(rest[0]))}
         rest = rest[1:]
     complaint = io.StringIO()
@@ -710,7 +799,9 @@ def parse(arguments: list[str]) -> object:
     except SystemExit as stop:
         if stop.code in (None, 0):
             raise  # --help
-        raise UserError(f"{_one_line(complaint.getvalue())} (`{prog} --help` lists the options)") from stop
+        raise UserError(
+            f"{_one_line(complaint.getvalue())} (`{prog} --help` lists the options)"
+        ) from stop
 
 
 def _is_usable(text: str) -> bool:
@@ -751,7 +842,9 @@ def _terminable() -> Iterator[None]:
     def terminate(*_: object) -> None:
         raise Terminated("terminated")
 
-    if threading.current_thread() is not threading.main_thread():  # Python allows handlers nowhere else
+    if (
+        threading.current_thread() is not threading.main_thread()
+    ):  # Python allows handlers nowhere else
         yield
         return
     before = signal.signal(signal.SIGTERM, terminate)
@@ -784,7 +877,9 @@ def _complain(error: BaseException) -> None:
 def _shown(text: str) -> str:
     """`text` on one line of about `MOST_SHOWN` characters, its middle left out if need be, without those by which a
     name could steer the terminal."""
-    line = " ".join("".join(character if character.isprintable() else " " for character in text).split())
+    line = " ".join(
+        "".join(character if character.isprintable() else " " for character in text).split()
+    )
     half = MOST_SHOWN // 2 - 2
     return line if len(line) <= MOST_SHOWN else f"{line[:half]} … {line[-half:]}"
 
@@ -796,7 +891,9 @@ def main(arguments: list[str] | None = None) -> int:
         print(usage())
         return 0 if arguments else 2
     if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show is no error
+        sys.stdout.reconfigure(
+            errors="backslashreplace"
+        )  # a name that the terminal cannot show is no error
     try:
         with _terminable():
             parse(list(arguments)).run()
@@ -812,6 +909,9 @@ def main(arguments: list[str] | None = None) -> int:
     except OSError as error:
         if error.errno not in OF_THE_USER:
             raise
-        print(f"tinylab: {_shown(str(error.filename or 'output') + ': ' + str(error.strerror))}", file=sys.stderr)
+        print(
+            f"tinylab: {_shown(str(error.filename or 'output') + ': ' + str(error.strerror))}",
+            file=sys.stderr,
+        )
         return 2
     return 0

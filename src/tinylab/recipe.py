@@ -1,4 +1,4 @@
-"""What a run is: one frozen dataclass, and every number that was ever published as a named recipe.
+"""What a run is: one frozen dataclass.
 
 A variant is `replace(published(), epochs=50)`; the command line overrides any field by its name. Imports no torch, so
 that the command line can refuse a bad recipe before anything heavy is loaded.
@@ -7,17 +7,10 @@ that the command line can refuse a bad recipe before anything heavy is loaded.
 import dataclasses
 import math
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
-
-class UserError(Exception):
-    """Something the user can mend. The command line prints it as one line and exits with status 2."""
-
-
-class RecipeFailed(UserError):
-    """A run that cannot go on because of what its recipe asks for on this device, not because of what surrounds it: its
-    numbers are no longer finite, or it does not fit into memory. Of a choice between recipes that is a result."""
+from tinylab.exceptions import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,13 +138,25 @@ class Recipe:
             "up to 64 letters, digits, '.', '_' or '-', no '.' or '-' at its beginning",
         )
         _require(self, "max_momentum", 0 <= self.max_momentum < 1, "at least 0 and below 1")
-        _require(self, "base_momentum", 0 <= self.base_momentum <= self.max_momentum, "between 0 and max_momentum")
-        _require(self, "nesterov", not self.nesterov or self.base_momentum > 0, "false where momentum can be 0")
+        _require(
+            self,
+            "base_momentum",
+            0 <= self.base_momentum <= self.max_momentum,
+            "between 0 and max_momentum",
+        )
+        _require(
+            self,
+            "nesterov",
+            not self.nesterov or self.base_momentum > 0,
+            "false where momentum can be 0",
+        )
         _require(self, "weight_decay", self.weight_decay >= 0, "0 or more")
         for field in ("flip_probability", "hole_probability"):
             _require(self, field, 0 <= getattr(self, field) <= 1, "between 0 and 1")
         for field in ("resolution", "test_resolution"):
-            _require(self, field, _is_resolution(getattr(self, field)), "a multiple of 8 from 16 to 256")
+            _require(
+                self, field, _is_resolution(getattr(self, field)), "a multiple of 8 from 16 to 256"
+            )
         _require(self, "pad_to", SIZE <= self.pad_to < 3 * SIZE, "from 64 to 191")
         _require(self, "hole_size", 0 <= self.hole_size <= SIZE, "from 0 to 64")
         _require(self, "mean", all(0 <= m <= 1 for m in self.mean), "three numbers between 0 and 1")
@@ -218,16 +223,26 @@ BATCHED_ONLY = (
 
 def _check_augmentation(recipe: Recipe) -> None:
     _require(
-        recipe, "augmentation", recipe.augmentation in ("albumentations", "batched"), "'albumentations' or 'batched'"
+        recipe,
+        "augmentation",
+        recipe.augmentation in ("albumentations", "batched"),
+        "'albumentations' or 'batched'",
     )
     defaults = {field.name: field.default for field in dataclasses.fields(Recipe)}
     for field in BATCHED_ONLY:
         harmless = recipe.augmentation == "batched" or getattr(recipe, field) == defaults[field]
         _require(recipe, field, harmless, "left alone unless augmentation is 'batched'")
-    for field in ("crop_probability", "cutmix_probability", "mixup_probability", "resizemix_probability"):
+    for field in (
+        "crop_probability",
+        "cutmix_probability",
+        "mixup_probability",
+        "resizemix_probability",
+    ):
         _require(recipe, field, 0 <= getattr(recipe, field) <= 1, "between 0 and 1")
     if recipe.mixing_probability > 1 + 1e-9:
-        raise UserError("cutmix_probability, mixup_probability and resizemix_probability must add up to 1 or less")
+        raise UserError(
+            "cutmix_probability, mixup_probability and resizemix_probability must add up to 1 or less"
+        )
     _require(recipe, "crop_min_area", 0.01 <= recipe.crop_min_area <= 1, "between 0.01 and 1")
     for field in ("brightness", "contrast"):
         _require(recipe, field, 0 <= getattr(recipe, field) <= 1, "between 0 and 1")
@@ -238,7 +253,12 @@ def _check_augmentation(recipe: Recipe) -> None:
 
 def _check_ramp(recipe: Recipe) -> None:
     for resolution, share in recipe.ramp:
-        _require(recipe, "ramp", _is_resolution(resolution), "of resolutions that are multiples of 8 from 16 to 256")
+        _require(
+            recipe,
+            "ramp",
+            _is_resolution(resolution),
+            "of resolutions that are multiples of 8 from 16 to 256",
+        )
         _require(recipe, "ramp", 0 < share < 1, "of shares between 0 and 1")
     left = 1 - sum(share for _, share in recipe.ramp)
     _require(recipe, "ramp", left > 1e-9, "of shares that leave some for the last")
@@ -248,7 +268,9 @@ def _check_optimisation(recipe: Recipe) -> None:
     _require(recipe, "label_smoothing", 0 <= recipe.label_smoothing < 1, "at least 0 and below 1")
     _require(recipe, "optimizer", recipe.optimizer in ("sgd", "muon"), "'sgd' or 'muon'")
     _require(recipe, "muon_learning_rate", recipe.muon_learning_rate > 0, "above 0")
-    _require(recipe, "muon_weight_decay", 0 <= recipe.muon_weight_decay <= 1000, "between 0 and 1,000")
+    _require(
+        recipe, "muon_weight_decay", 0 <= recipe.muon_weight_decay <= 1000, "between 0 and 1,000"
+    )
     for field, default in (("muon_learning_rate", 0.02), ("muon_weight_decay", 0.075)):
         used = recipe.optimizer == "muon" or getattr(recipe, field) == default
         _require(recipe, field, used, "left alone unless optimizer is 'muon'")
@@ -257,7 +279,12 @@ def _check_optimisation(recipe: Recipe) -> None:
     in_range = recipe.ema_decay is None or 0 < recipe.ema_decay < 1
     _require(recipe, "ema_decay", in_range, "between 0 and 1, both excluded, or none")
     _require(recipe, "ema_bn_batches", 1 <= recipe.ema_bn_batches <= 100_000, "from 1 to 100,000")
-    _require(recipe, "initialisation", recipe.initialisation in ("torch", "kaiming"), "'torch' or 'kaiming'")
+    _require(
+        recipe,
+        "initialisation",
+        recipe.initialisation in ("torch", "kaiming"),
+        "'torch' or 'kaiming'",
+    )
     _require(recipe, "bn_momentum", 0 < recipe.bn_momentum <= 1, "above 0 and at most 1")
 
 
@@ -284,8 +311,15 @@ def _require_type(recipe: Recipe, field: dataclasses.Field) -> None:
     elif field.name == "ema_decay":
         _require(recipe, field.name, value is None or _is_finite(value), "a finite number or none")
     elif field.name == "ramp":
-        pairs = isinstance(value, tuple) and all(isinstance(pair, tuple) and len(pair) == 2 for pair in value)
-        _require(recipe, field.name, pairs and all(map(_is_finite, sum(value, ()))), "pairs of resolution and share")
+        pairs = isinstance(value, tuple) and all(
+            isinstance(pair, tuple) and len(pair) == 2 for pair in value
+        )
+        _require(
+            recipe,
+            field.name,
+            pairs and all(map(_is_finite, sum(value, ()))),
+            "pairs of resolution and share",
+        )
 
 
 def _is_finite(value: object) -> bool:
@@ -300,209 +334,3 @@ def _is_finite(value: object) -> bool:
 def _require(recipe: Recipe, field: str, holds: bool, wanted: str) -> None:
     if not holds:
         raise UserError(f"{field} must be {wanted}, not {getattr(recipe, field)}")
-
-
-def published() -> Recipe:
-    """The published course run, setting by setting.
-
-    Result: not yet measured on all 200 classes. The published run reports 57.55 % after 30 epochs (one run, unseeded
-    split, fp32, 79 minutes of training on a Colab GPU); `results/` holds what was measured here: of the first 20
-    classes, 2 epochs (62 steps), 29.55 and 28.30 % for seeds 0 and 1 (CPU, fp32, torch 2.14.1, 22 and 26 minutes;
-    `tinylab train published --limit-classes 20 --epochs 2`).
-    Command: `tinylab train published`.
-
-    Source of every number: the published notebook (gokul-pv, EVA6 assignments, session 10). Where it is silent this
-    recipe says what was taken: network weights start from PyTorch's own defaults, and the padding mirrors without
-    repeating the edge (OpenCV's and torch's "reflect"), as albumentations did by default when the notebook was written.
-    """
-    return Recipe(
-        name="published",
-        epochs=30,
-        batch_size=256,  # 301 steps for 77,000 images, the last one of 200 images
-        max_learning_rate=0.02,
-        warmup_share=1 / 3,
-        anneal="linear",
-        start_divisor=10.0,
-        final_divisor=10.0,
-        base_momentum=0.85,
-        max_momentum=0.95,
-        nesterov=True,
-        weight_decay=1e-4,
-        flip_probability=0.7,
-        pad_to=70,
-        hole_size=32,
-        hole_probability=0.7,
-        mean=(0.442, 0.442, 0.442),
-        std=(0.278, 0.278, 0.278),
-    )
-
-
-def smoke() -> Recipe:
-    """The published recipe shrunk so that the made-up sample data trains in a minute on a CPU.
-
-    Result: 83.3 % on the sample data with seed 0 (10 classes, 420 / 180 images; CPU with bf16, two threads, torch 2.15;
-    81.7 % on one thread): the sample data is made so that it ends between 60 % and 95 %. It proves the chain, no more.
-    Command: `tinylab train smoke --data data/sample`.
-    """
-    return replace(
-        published(),
-        name="smoke",
-        epochs=12,
-        batch_size=16,  # 27 steps per epoch on 420 images
-        width=16,  # 1/16 of the published network's arithmetic
-    )
-
-
-def accurate() -> Recipe:
-    """The most accurate network after 30 epochs on `merged`.
-
-    Result: not yet measured on all 200 classes; it needs a GPU. Command: `tinylab train accurate`. Of the first 20
-    classes, 2 epochs (30 steps), 9.97 and 7.97 % for seeds 0 and 1, where `published` has 29.55 and 28.30 %: not for
-    short runs on few images (CPU, fp32, torch 2.14.1; `tinylab train accurate --limit-classes 20 --epochs 2`).
-
-    Where the published run loses its points: with a peak of 0.02 and weight decay of 1e-4 the decay never acts (its
-    time constant, batch / (learning rate x decay), momentum aside, is 1,662 epochs), and 385 images per class are
-    learned by heart.
-    Reasons stand beside the numbers; every number is a first choice from published runs, not tuned here.
-    """
-    return replace(
-        published(),
-        name="accurate",
-        batch_size=512,  # one launch of every kernel serves twice the images; 150 steps an epoch
-        drop_last=True,  # one shape for every step: one compiled graph, one choice of convolution kernels
-        max_learning_rate=1.0,  # with the decay below, a time constant of 13 epochs: 2.3 of them in the run
-        weight_decay=5e-4,  # two public runs of this network reach 62.4 and 62.6 % at a tenth of this product
-        decay_1d=False,  # scales and shifts carry no scale to keep small; +0.5 points in torchvision's recipe
-        warmup_share=0.1,  # three epochs, from a tenth of the peak
-        start_divisor=10.0,
-        final_divisor=10.0,  # falls in a line to a hundredth of the peak, as every speed record has it
-        base_momentum=0.9,
-        max_momentum=0.9,  # constant: cycling it is not among what public ablations found to help
-        label_smoothing=0.15,  # the best-supported single change for ResNet-18 on small images (CIFAR-100: +2 to +3)
-        initialisation="kaiming",
-        zero_init_residual=True,  # bears the fifty times higher learning rate
-        augmentation="batched",
-        alternating_flip=True,  # in any two epochs both views of every image (Jordan, airbench, 2024)
-        flip_probability=0.5,
-        pad_to=80,  # 8 pixels on each side, as both public runs above
-        hole_size=16,  # smaller and rarer than published: label smoothing and mixing regularise, too
-        hole_probability=0.5,
-        brightness=0.3,  # +0.05 to +0.1 in paired runs of a CIFAR-100 speed record
-        contrast=0.3,
-        cutmix_probability=0.15,  # few batches: at 30 epochs mixing helps only because these runs overfit
-        mixup_probability=0.15,
-        unmixed_share=1 / 6,  # five epochs
-        ema_bn_batches=20,  # 10,000 images; a hundred batches would cost a fifth of an epoch in every test
-        ema_decay=0.997,  # averages 333 steps, 7 % of the run: +1.3 to +2.5 points at 150 epochs (TMLR 2024, EMA)
-        mean=(0.481, 0.448, 0.398),  # of merged's training images
-        std=(0.277, 0.269, 0.282),
-    )
-
-
-def speedrun() -> Recipe:
-    """The least training time to 57.55 % on `merged`.
-
-    Result: not yet measured; it needs a GPU. Command: `tinylab train speedrun --compile`.
-    """
-    return replace(
-        accurate(),
-        name="speedrun",
-        epochs=12,
-        ramp=((40, 0.25), (48, 0.35)),  # small first: 3 epochs at 39 % and 4 at 56 % of the full cost, then 5 in full
-        max_learning_rate=1.2,
-        weight_decay=8e-4,  # shorter run, shorter time constant
-        warmup_share=0.125,  # an epoch and a half
-        final_divisor=5.0,  # ends at a fiftieth of the peak; the average does the rest
-        label_smoothing=0.2,
-        pad_to=72,
-        hole_size=0,  # 12 epochs do not overfit: nothing that slows learning down
-        hole_probability=0.0,
-        brightness=0.0,
-        contrast=0.0,
-        cutmix_probability=0.0,
-        mixup_probability=0.0,
-        unmixed_share=0.0,
-        ema_decay=0.99,  # averages 100 steps
-        bn_momentum=0.3,  # statistics that keep up with weights that move fast
-    )
-
-
-def cpu() -> Recipe:
-    """The most accurate network for little arithmetic: all 200 classes on two CPU cores.
-
-    Result: not yet measured; the full run is under way. Command: `tinylab train cpu --test-every 2`.
-    A tenth of `published`'s arithmetic: 3.19 PFLOP of training. Epochs, sizes, batch, Muon's decay and SGD's peak were
-    asked about on `select` (LOG.md); smoothing, the other decay and Muon's rate are those of a full-width run on
-    `select` that ended at 53.83 % after five epochs; the rest is `speedrun`'s.
-    """
-    return replace(
-        speedrun(),
-        name="cpu",
-        epochs=8,
-        # four epochs at a quarter of the cost, two at 39 %, one at 56 % and one at 77 %; tested at 64 pixels
-        ramp=((32, 1 / 2), (40, 1 / 4), (48, 1 / 8)),
-        resolution=56,
-        batch_size=128,  # 64 was no better over seven epochs; 256 (with Muon 0.03) two points worse over three
-        micro_batch=32,  # what a CPU's cache holds: 1.2 (32 px) to 1.4 times (64 px) as fast as 128 at once
-        optimizer="muon",  # six points more than SGD after three short epochs
-        muon_learning_rate=0.02,
-        muon_weight_decay=0.075,  # 0.15 was better after three epochs, not after seven
-        max_learning_rate=0.3,  # 0.15 was a point worse, 0.6 the same
-        weight_decay=5e-4,
-        label_smoothing=0.1,
-        ema_bn_batches=8,  # 1,024 images, 3 % of a test of 33,000
-    )
-
-
-def official() -> Recipe:
-    """The most accurate network on the official split, 200 epochs.
-
-    Result: not yet measured; it needs a GPU. Command: `tinylab train official --split official`.
-
-    A random choice among cheap ways of mixing beats the best single one on CIFAR-100 at no cost (RandomMix); averaging
-    with new batch-norm statistics reaches 68 % here without any (TMLR 2024). This puts them together.
-    """
-    return replace(
-        accurate(),
-        name="official",
-        epochs=200,
-        batch_size=256,
-        max_learning_rate=0.5,  # as 1.0 at 512
-        weight_decay=3e-4,  # time constant of 17 epochs on 100,000 images, 12 of them in the run
-        warmup_share=0.025,  # five epochs
-        anneal="cos",  # long runs gain from a slow end
-        final_divisor=1e3,
-        label_smoothing=0.1,
-        alternating_flip=False,  # by chance each image is seen both ways often enough in 200 epochs
-        crop_probability=0.5,  # every other image by a light crop; crops down to 8 % lose points at 64 pixels
-        crop_min_area=0.35,
-        hole_size=26,  # the mean area of RandomErasing, at its usual probability
-        hole_probability=0.1,
-        brightness=0.0,  # mixing does more at this length
-        contrast=0.0,
-        cutmix_probability=0.35,
-        resizemix_probability=0.25,
-        mixup_probability=0.2,
-        mixup_alpha=0.8,
-        unmixed_share=0.05,  # ten epochs
-        ema_decay=0.99985,  # averages 6,700 steps, 17 epochs
-        ema_bn_batches=40,
-    )
-
-
-RECIPES = {
-    "published": published,
-    "accurate": accurate,
-    "speedrun": speedrun,
-    "cpu": cpu,
-    "official": official,
-    "smoke": smoke,
-}
-"""Every recipe by its name; each value is a function without arguments."""
-
-
-def named(name: str) -> Recipe:
-    """The recipe of that name. Raises `UserError`, listing the names there are."""
-    if name not in RECIPES:
-        raise UserError(f"unknown recipe '{name}'; there are: {', '.join(RECIPES)}")
-    return RECIPES[name]()

@@ -18,9 +18,11 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
-from tinylab.checkpoint import write_atomically
-from tinylab.recipe import RECIPES, UserError, named, training_petaflop
-from tinylab.record import (
+from tinylab.exceptions import UserError
+from tinylab.files import as_csv, write_atomically
+from tinylab.recipe import training_petaflop
+from tinylab.recipes import RECIPES, named
+from tinylab.run.folder import (
     ENVIRONMENT,
     METHOD_NAMES,
     Run,
@@ -30,7 +32,6 @@ from tinylab.record import (
     read_object,
     read_text,
 )
-from tinylab.tables import as_csv
 
 NO_RUN = "this folder is no run"
 
@@ -47,16 +48,21 @@ def publish_run(run: Run, results: Path, readme: Path) -> list[Path]:
     records = {
         "recipe.json": read_object(run.folder / "recipe.json", NO_RUN),
         "run.json": {key: value for key, value in run.identity.items() if key != "data_folder"},
-        "environment.json": read_object(run.folder / "environment.json", NO_RUN, ENVIRONMENT) | hashes(run.identity),
+        "environment.json": read_object(run.folder / "environment.json", NO_RUN, ENVIRONMENT)
+        | hashes(run.identity),
         "summary.json": run.summary,
     }
-    if explanation := run.explanation:  # the numbers; what it says of single images stays with the run
+    if (
+        explanation := run.explanation
+    ):  # the numbers; what it says of single images stays with the run
         kept = ("model_sha256", "tested", "wrong", "method", "localisation", "faithfulness")
         records["explain.json"] = {name: explanation.get(name) for name in kept}
         records["explain.json"]["calibration"] = explanation["errors"].get("calibration")
     history = run.history
     if target.finished and target.summary["model_sha256"] != run.summary["model_sha256"]:
-        raise UserError(f"{target.folder} holds another run of that name; delete it first to replace it")
+        raise UserError(
+            f"{target.folder} holds another run of that name; delete it first to replace it"
+        )
     _ = generated(results, readme)
     try:
         target.folder.mkdir(parents=True, exist_ok=True)
@@ -104,7 +110,9 @@ def replace_between(page: str, name: str, text: str, readme: Path) -> str:
     `UserError` if they are not there once each; `readme` is the page's path, for the message."""
     begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
     if page.count(begin) != 1 or page.count(end) != 1:
-        raise UserError(f"{readme} must hold {begin} and {end} once each: the generated part goes between them")
+        raise UserError(
+            f"{readme} must hold {begin} and {end} once each: the generated part goes between them"
+        )
     before, rest = page.split(begin)
     return f"{before}{begin}\n{text}\n{end}{rest.split(end)[1]}"
 
@@ -114,7 +122,13 @@ def replace_between(page: str, name: str, text: str, readme: Path) -> str:
 GROUP_NUMBERS = ("n", "mean_top1", "sd_top1", "mean_train_seconds", "mean_time_to_accuracy_seconds")
 """Columns of results.csv that are about all runs that differ from the line's in their seed only."""
 
-PROTOCOLS = {"published": "merged", "accurate": "merged", "speedrun": "merged", "cpu": "merged", "official": "official"}
+PROTOCOLS = {
+    "published": "merged",
+    "accurate": "merged",
+    "speedrun": "merged",
+    "cpu": "merged",
+    "official": "official",
+}
 """The recipes with a result to reach, and the split that each is for."""
 IMAGES = {"merged": (77_000, 33_000), "official": (100_000, 10_000)}
 """Training and test images of all 200 classes."""
@@ -137,7 +151,9 @@ def _csv_row(run: Run, published: list[dict]) -> dict:
         "train_petaflop": training_petaflop(run.recipe, run.summary["train_images"]),
         **dict.fromkeys(GROUP_NUMBERS),
         "median_last10_top1": statistics.median(last) if len(last) == 10 else None,
-        "largest_gap_to_published": _largest_gap(history, published) if run.identity["classes"] == 200 else None,
+        "largest_gap_to_published": _largest_gap(history, published)
+        if run.identity["classes"] == 200
+        else None,
     }
     recipe = {f"recipe.{name}": value for name, value in dataclasses.asdict(run.recipe).items()}
     environment = read_object(run.folder / "environment.json", NO_RUN, ENVIRONMENT)
@@ -148,10 +164,16 @@ def _csv_row(run: Run, published: list[dict]) -> dict:
 def _largest_gap(history: list[dict], published: list[dict]) -> float | None:
     """Largest difference of test accuracy, in points, to the published run's from epoch 10 on; None for a run of
     another length."""
-    if len(history) != len(published) or len(history) < 10 or any("test_top1" not in row for row in history[9:]):
+    if (
+        len(history) != len(published)
+        or len(history) < 10
+        or any("test_top1" not in row for row in history[9:])
+    ):
         return None
     pairs = zip(history[9:], published[9:], strict=True)
-    return max(abs(ours["test_top1"] - float(theirs["test_accuracy_pct"])) for ours, theirs in pairs)
+    return max(
+        abs(ours["test_top1"] - float(theirs["test_accuracy_pct"])) for ours, theirs in pairs
+    )
 
 
 def with_group_numbers(rows: list[dict]) -> list[dict]:
@@ -167,7 +189,9 @@ def group_numbers(runs: list[dict]) -> dict:
     top1 = [run["test_top1"] for run in runs]
     spread = statistics.stdev(top1) if len(runs) > 1 else None
     seconds = (_mean(runs, "train_seconds"), _mean(runs, "time_to_accuracy_seconds"))
-    return dict(zip(GROUP_NUMBERS, (len(runs), statistics.mean(top1), spread, *seconds), strict=True))
+    return dict(
+        zip(GROUP_NUMBERS, (len(runs), statistics.mean(top1), spread, *seconds), strict=True)
+    )
 
 
 def grouped(rows: Iterable[dict]) -> list[list[dict]]:
@@ -181,21 +205,30 @@ def grouped(rows: Iterable[dict]) -> list[list[dict]]:
 def _group_key(row: dict) -> str:
     same = [row[name] for name in ("protocol", "classes", "content_sha256", "device", "precision")]
     unusual = [row.get("compiled"), row.get("processes") or 1]
-    return json.dumps(same + unusual + [value for name, value in row.items() if name.startswith("recipe.")])
+    return json.dumps(
+        same + unusual + [value for name, value in row.items() if name.startswith("recipe.")]
+    )
 
 
 def measured(rows: list[dict], name: str) -> list[list[dict]]:
     """The groups of the recipe exactly as recipe.py has it, on all 200 classes of the split that it is for."""
     task = (PROTOCOLS[name], 200, *IMAGES[PROTOCOLS[name]])
     fields = ("protocol", "classes", "train_images", "test_images")
-    return grouped(row for row in rows if tuple(row[field] for field in fields) == task and _changes(row, name) == {})
+    return grouped(
+        row
+        for row in rows
+        if tuple(row[field] for field in fields) == task and _changes(row, name) == {}
+    )
 
 
 def _changes(row: dict, name: str) -> dict | None:
     """Fields, with their values, in which a run of the recipe `name` is not as recipe.py has it; None: of another."""
     if row["recipe"] != name or name not in RECIPES:
         return None
-    values = {field: (row.get(f"recipe.{field}"), value) for field, value in dataclasses.asdict(named(name)).items()}
+    values = {
+        field: (row.get(f"recipe.{field}"), value)
+        for field, value in dataclasses.asdict(named(name)).items()
+    }
     return {field: value for field, (value, expected) in values.items() if value != expected}
 
 
@@ -289,7 +322,9 @@ def _training_time(runs: list[dict]) -> str:
     """Mean wall-clock time and, if recorded, the processor time of all cores: wall clocks count what else ran."""
     cpu = _mean(runs, "train_cpu_seconds")
     on_cpu = cpu is not None and runs[0]["device"].startswith("CPU")
-    return _duration(_mean(runs, "train_seconds")) + (f" ({_duration(cpu)} of CPU)" if on_cpu else "")
+    return _duration(_mean(runs, "train_seconds")) + (
+        f" ({_duration(cpu)} of CPU)" if on_cpu else ""
+    )
 
 
 def _device(runs: list[dict]) -> str:
@@ -359,9 +394,7 @@ _REACHED_OVER, _ACCURATE_OVER = 5, 3
 """Seeds that the rules of `speedrun` and `accurate` ask for."""
 
 _COURSE = "[the published run](https://github.com/gokul-pv/EVA6_Assignments_Session10)"
-_OPENMIXUP = (
-    "[OpenMixup](https://github.com/Westlake-AI/openmixup/blob/main/configs/classification/tiny_imagenet/README.md)"
-)
+_OPENMIXUP = "[OpenMixup](https://github.com/Westlake-AI/openmixup/blob/main/configs/classification/tiny_imagenet/README.md)"
 TARGETS = {
     "published": (
         "`published`: the published run reproduced",
@@ -434,12 +467,20 @@ def _measured_here(rows: list[dict], name: str) -> str:
     few = name == "accurate" and numbers["n"] < _ACCURATE_OVER
     count = f"{numbers['n']} of {_ACCURATE_OVER} seeds" if few else f"n = {numbers['n']}"
     said = [f"{_mean_and_spread(once, 'test_top1')} ({count})"]
-    gaps = [run["largest_gap_to_published"] for run in once if run.get("largest_gap_to_published") is not None]
+    gaps = [
+        run["largest_gap_to_published"]
+        for run in once
+        if run.get("largest_gap_to_published") is not None
+    ]
     if name == "published" and gaps:
         said.append(f"from epoch 10 on at most {max(gaps):.2f} points from the published curve")
     if name == "official":
         median = _mean(once, "median_last10_top1")
-        said.append("fewer than 10 epochs recorded" if median is None else f"median of the last 10 epochs {median:.2f}")
+        said.append(
+            "fewer than 10 epochs recorded"
+            if median is None
+            else f"median of the last 10 epochs {median:.2f}"
+        )
     said.append(f"{_duration(numbers['mean_train_seconds'])} of training")
     if name == "speedrun":
         said.append(f"to accuracy, warm (cold): {_to_accuracy(runs)}")
@@ -465,7 +506,11 @@ def paired_part(rows: list[dict]) -> str:
     same = ("protocol", "classes", "epochs", "content_sha256", "split_sha256", "device")
     for row in rows:
         changes = _changes(row, row["recipe"])
-        if row["recipe"] in ("published", "accurate") and changes is not None and not changes.keys() - {"epochs"}:
+        if (
+            row["recipe"] in ("published", "accurate")
+            and changes is not None
+            and not changes.keys() - {"epochs"}
+        ):
             task = json.dumps([row[name] for name in same])
             tasks.setdefault(task, {}).setdefault(row["recipe"], []).append(row)
     pairs = [pair for both in tasks.values() if (pair := _pair(both))]
@@ -478,7 +523,9 @@ def _pair(both: dict[str, list[dict]]) -> tuple[list[dict], list[dict]] | None:
     found: tuple[list[dict], list[dict]] | None = None
     for ours in grouped(both.get("published", [])):
         for theirs in grouped(both.get("accurate", [])):
-            first, second = ({run["seed"]: run for run in _each_seed(runs)} for runs in (ours, theirs))
+            first, second = (
+                {run["seed"]: run for run in _each_seed(runs)} for runs in (ours, theirs)
+            )
             seeds = sorted(first.keys() & second.keys())
             if len(seeds) > (len(found[0]) if found else 0):
                 found = [first[seed] for seed in seeds], [second[seed] for seed in seeds]
@@ -498,13 +545,19 @@ def _paired_table(published: list[dict], accurate: list[dict]) -> str:
     differences = []
     for one, other in zip(published, accurate, strict=True):
         differences.append(other["test_top1"] - one["test_top1"])
-        lines.append(f"| {one['seed']} | {_correct(one)} | {_correct(other)} | {differences[-1]:+.2f} |")
+        lines.append(
+            f"| {one['seed']} | {_correct(one)} | {_correct(other)} | {differences[-1]:+.2f} |"
+        )
     n, mean = len(differences), statistics.mean(differences)
     spread = "no spread from one seed"
     if n > 1:
         deviation = statistics.stdev(differences)
-        spread = f"sample standard deviation {deviation:.2f}, standard error {deviation / n**0.5:.2f}"
-    steps, minutes = ([each(runs) for runs in (published, accurate)] for each in (_optimiser_steps, _minutes))
+        spread = (
+            f"sample standard deviation {deviation:.2f}, standard error {deviation / n**0.5:.2f}"
+        )
+    steps, minutes = (
+        [each(runs) for runs in (published, accurate)] for each in (_optimiser_steps, _minutes)
+    )
     lines += [
         "",
         f"Mean difference, `accurate` less `published`: {mean:+.2f} points (n = {n}, {spread}). Optimiser steps: "
@@ -584,11 +637,17 @@ def throughput_part(speeds: list[dict]) -> str:
     gpus = [row for row in speeds if not row["gpu"].startswith("CPU")]
     if not any(row["status"] == "ok" for row in gpus):
         return "Not yet measured on a GPU: `python benchmarks/gpu_suite.py` measures it."
-    newest = max(reversed([row for row in gpus if row["status"] == "ok"]), key=lambda row: row["date"])
+    newest = max(
+        reversed([row for row in gpus if row["status"] == "ok"]), key=lambda row: row["date"]
+    )
     rows = [row for row in gpus if (row["gpu"], row["torch"]) == (newest["gpu"], newest["torch"])]
-    done = sorted((row for row in rows if row["status"] == "ok"), key=lambda row: -row["images_per_second"])
+    done = sorted(
+        (row for row in rows if row["status"] == "ok"), key=lambda row: -row["images_per_second"]
+    )
     others = {row["resolution"]: row for row in reversed(done) if row["resolution"] != 64}
-    shown = [row for row in done if row["resolution"] == 64][:_MOST_ROWS] + [others[size] for size in sorted(others)]
+    shown = [row for row in done if row["resolution"] == 64][:_MOST_ROWS] + [
+        others[size] for size in sorted(others)
+    ]
     lines = [
         f"{plain_text(newest['gpu'])}, torch {plain_text(newest['torch'])}, commit {_listed(rows, 'commit')}, "
         f"{_listed(rows, 'date')}:",
@@ -598,7 +657,9 @@ def throughput_part(speeds: list[dict]) -> str:
         *(_speed_line(row) for row in shown),
     ]
     if failed := Counter(row["status"] for row in rows if row["status"] != "ok"):
-        reasons = ", ".join(f"{plain_text(reason)} ({count})" for reason, count in failed.most_common())
+        reasons = ", ".join(
+            f"{plain_text(reason)} ({count})" for reason, count in failed.most_common()
+        )
         lines += ["", f"{failed.total()} of {len(rows)} settings gave no number: {reasons}."]
     return "\n".join(lines)
 
@@ -667,7 +728,7 @@ def figures_part(figures: Path) -> str:
         f"All from one run, {_link(shown['run'], shown['run'])}: {said['title']}, "
         f"{shown['train_images']:,} / {shown['test_images']:,} images, **{shown['test_top1']:.2f} % top-1** and "
         f"{shown['test_top5']:.2f} % top-5 after the last epoch ({said['device']}, {said['precision']}, "
-        f"torch {said['torch']}, {said['date']}).",
+        f"torch {said['torch']}, {said['date']})."
     ]
     for name, caption in CAPTIONS.items():
         if (figures / f"{name}.png").exists():
@@ -691,13 +752,19 @@ def maps_part(figures: Path, results: Path) -> str:
         return missing
     name = read_object(figures / "figures.json", "it was there just now", {"run": str})["run"]
     path = results / name.replace("/", "_").lstrip(".") / "explain.json"
-    found = read_object(path, "it was there just now").get("localisation") if os.path.lexists(path) else None
+    found = (
+        read_object(path, "it was there just now").get("localisation")
+        if os.path.lexists(path)
+        else None
+    )
     if not found:
         return missing
     try:
         return _maps_table(name, found)
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path} is not what tinylab writes: its part on localisation lacks {error}") from error
+        raise UserError(
+            f"{path} is not what tinylab writes: its part on localisation lacks {error}"
+        ) from error
 
 
 def _maps_table(name: str, found: dict) -> str:
@@ -714,7 +781,9 @@ def _maps_table(name: str, found: dict) -> str:
         if which is None or not group["images"]:
             continue
         boxes = "all" if group["boxes"] == "all" else "below half of the image"
-        shares = " | ".join(_with_interval(group[key]) for key in ("hit", "centre_hit", "energy", "uniform"))
+        shares = " | ".join(
+            _with_interval(group[key]) for key in ("hit", "centre_hit", "energy", "uniform")
+        )
         lines.append(f"| {boxes} | {which} | {group['images']:,} | {shares} |")
     return "\n".join(lines)
 

@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tinylab import dataset
-from tinylab.recipe import UserError
+from tinylab.data import dataset
+from tinylab.exceptions import UserError
 
 WNIDS = ("n03", "n01", "n02")  # as wnids.txt lists them: unsorted, like the published file
 ROOT = "tiny-imagenet-200/"
@@ -30,7 +30,9 @@ def jpeg(seed: int, mode: str = "RGB", side: int = 64) -> bytes:
     """A smooth coloured JPEG file, another one for every seed."""
     corners = np.random.default_rng(seed).integers(0, 256, (2, 2, 3), dtype=np.uint8)
     buffer = io.BytesIO()
-    Image.fromarray(corners).resize((side, side), Image.Resampling.BILINEAR).convert(mode).save(buffer, "JPEG")
+    Image.fromarray(corners).resize((side, side), Image.Resampling.BILINEAR).convert(mode).save(
+        buffer, "JPEG"
+    )
     return buffer.getvalue()
 
 
@@ -57,7 +59,9 @@ def made_up() -> dict[str, bytes]:
     return files
 
 
-def write_zip(path: Path, files: dict[str, bytes], root: str = ROOT, method: int = zipfile.ZIP_STORED) -> Path:
+def write_zip(
+    path: Path, files: dict[str, bytes], root: str = ROOT, method: int = zipfile.ZIP_STORED
+) -> Path:
     with zipfile.ZipFile(path, "w", method) as out:
         for name, content in files.items():
             out.writestr(f"{root}{name}", content)
@@ -80,7 +84,9 @@ def rewritten(path: Path, member: str, change: Callable[[zipfile.ZipInfo], None]
 
 
 def real_archive() -> Path | None:
-    named = Path(os.environ.get("TINY_IMAGENET") or Path(__file__).parents[2] / "data/tiny-imagenet-200.zip")
+    named = Path(
+        os.environ.get("TINY_IMAGENET") or Path(__file__).parents[2] / "data/tiny-imagenet-200.zip"
+    )
     return named if named.exists() else None
 
 
@@ -109,7 +115,9 @@ def leftovers(folder: Path) -> set[str]:
 def contents(folder: Path) -> dict[str, str]:
     """sha256 of every file below the folder but locks, by its path; of links and the like, only that they are there."""
     return {
-        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "no file"
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        if path.is_file()
+        else "no file"
         for path in sorted(folder.rglob("*"))
         if path.suffix != ".lock"
     }
@@ -132,24 +140,27 @@ def damaged(whole: bytes, kind: str, chance: random.Random) -> bytes:
     size = len(whole)
     result = bytearray(whole)
     while result == whole:
-        place = chance.randrange(size)
+        compute = chance.randrange(size)
         if kind == "flip":
-            result[place] ^= 1 << chance.randrange(8)
+            result[compute] ^= 1 << chance.randrange(8)
         elif kind == "flip near the end":
             result[-1 - chance.randrange(min(size, 25_000))] ^= 1 << chance.randrange(8)
         elif kind == "truncate":
-            del result[place:]
+            del result[compute:]
         elif kind == "zero tail":
-            result[place:] = bytes(size - place)
+            result[compute:] = bytes(size - compute)
         elif kind == "zero page":
-            result[place : place + PAGE] = bytes(len(result[place : place + PAGE]))
+            result[compute : compute + PAGE] = bytes(len(result[compute : compute + PAGE]))
         elif kind == "append":
             result += chance.randbytes(1 + chance.randrange(PAGE))
         else:
             assert kind == "swap pages"
             page = min(PAGE, size // 2)
             first, second = sorted(chance.sample(range(size // page), 2))
-            one, other = slice(first * page, (first + 1) * page), slice(second * page, (second + 1) * page)
+            one, other = (
+                slice(first * page, (first + 1) * page),
+                slice(second * page, (second + 1) * page),
+            )
             result[one], result[other] = result[other], result[one]
     return bytes(result)
 

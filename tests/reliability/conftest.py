@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tinylab.device import device_name
 from tinylab.results import replace_between
+from tinylab.run.environment import device_name
 
 PROMISES = {
     "kill": "SIGKILL anywhere, resume: the same bits",
@@ -130,7 +130,11 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     table = _table(session.config)
     if hasattr(session.config, "workeroutput"):
         counts = {row: dict(counts) for row, counts in table.counts.items()}
-        own = {"seconds": dict(table.seconds), "skipped": dict(table.skipped), "failed": sorted(table.failed)}
+        own = {
+            "seconds": dict(table.seconds),
+            "skipped": dict(table.skipped),
+            "failed": sorted(table.failed),
+        }
         session.config.workeroutput["promises"] = own | {"counts": counts}
         return
     path = session.config.getoption("--table")
@@ -138,7 +142,9 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         return
     amount = "full" if session.config.getoption("--soak") else "quick"
     minutes = sum(table.seconds.values()) / 60
-    commit = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True).stdout.strip()
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True
+    ).stdout.strip()
     lines = [
         "# Reliability",
         "",
@@ -152,5 +158,10 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     ]
     Path(path).write_text("\n".join(lines), encoding="utf-8")
     if readme := session.config.getoption("--readme"):
-        page, part = Path(readme).read_text(encoding="utf-8"), table.markdown(("promise", "put to the test", "outcome"))
-        Path(readme).write_text(replace_between(page, "reliability", "\n".join(part), Path(readme)), encoding="utf-8")
+        page, part = (
+            Path(readme).read_text(encoding="utf-8"),
+            table.markdown(("promise", "put to the test", "outcome")),
+        )
+        Path(readme).write_text(
+            replace_between(page, "reliability", "\n".join(part), Path(readme)), encoding="utf-8"
+        )

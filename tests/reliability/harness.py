@@ -28,18 +28,21 @@ from conftest import without_seconds
 
 import reliability
 import tinylab
-from tinylab import checkpoint
-from tinylab import train as train_module
-from tinylab.dataset import Dataset, open_dataset
-from tinylab.device import Placement
-from tinylab.model import load_weights
-from tinylab.recipe import Recipe, accurate, smoke
-from tinylab.record import Run
-from tinylab.step import TrainState
+from tinylab.data.dataset import Dataset, open_dataset
+from tinylab.recipe import Recipe
+from tinylab.recipes import accurate, smoke
+from tinylab.run import checkpoint
+from tinylab.run.environment import Compute
+from tinylab.run.folder import Run
+from tinylab.run.weights import load_weights
+from tinylab.training import train as train_module
+from tinylab.training.step import TrainState
 
 PRELOADED = False
 """Whether this process comes from the server that has done a step already."""
-MODULES = os.pathsep.join(str(Path(module.__file__).resolve().parents[1]) for module in (tinylab, reliability))
+MODULES = os.pathsep.join(
+    str(Path(module.__file__).resolve().parents[1]) for module in (tinylab, reliability)
+)
 """What other processes need to import this."""
 PATIENCE = 60
 """Seconds after which something that should have happened counts as hanging."""
@@ -64,14 +67,14 @@ class Event(IntEnum):
     RECORD = 10  # the rename of another file
 
 
-def _number(place: int, kind: type) -> property:
+def _number(compute: int, kind: type) -> property:
     """One of a board's numbers."""
 
     def read(board: "Board") -> object:
-        return kind(board.numbers[place])
+        return kind(board.numbers[compute])
 
     def write(board: "Board", value: int) -> None:
-        board.numbers[place] = value
+        board.numbers[compute] = value
 
     return property(read, write)
 
@@ -100,7 +103,7 @@ class Board:
         if (self._held_event, self._held_count) == (event, self.count(event)):
             time.sleep(2 * PATIENCE)
 
-    def hold(self, event: Event, count: int) -> None:
+    def lock(self, event: Event, count: int) -> None:
         """The child, not yet started, will stand still at that event, for the `count`-th time, until it is killed."""
         self._held_event, self._held_count = event, count
 
@@ -220,15 +223,36 @@ class Plan:
 
 def rich_recipe(**changes: object) -> Recipe:
     """What the target recipes are made of, on a network of a hundredth: three epochs of seven steps of four images."""
-    shape = {"name": "rich", "epochs": 3, "batch_size": 4, "width": 4, "resolution": 16, "test_resolution": 16}
-    mixing = {"cutmix_probability": 0.3, "mixup_probability": 0.2, "resizemix_probability": 0.2, "unmixed_share": 0.0}
+    shape = {
+        "name": "rich",
+        "epochs": 3,
+        "batch_size": 4,
+        "width": 4,
+        "resolution": 16,
+        "test_resolution": 16,
+    }
+    mixing = {
+        "cutmix_probability": 0.3,
+        "mixup_probability": 0.2,
+        "resizemix_probability": 0.2,
+        "unmixed_share": 0.0,
+    }
     average = {"ema_decay": 0.6, "ema_bn_batches": 2}
-    return replace(accurate(), **({"ramp": (), "max_learning_rate": 0.05} | shape | mixing | average | changes))
+    return replace(
+        accurate(), **({"ramp": (), "max_learning_rate": 0.05} | shape | mixing | average | changes)
+    )
 
 
 def plain_recipe(**changes: object) -> Recipe:
     """The same size by albumentations, which runs in this process or in workers."""
-    shape = {"name": "plain", "epochs": 3, "batch_size": 4, "width": 4, "resolution": 16, "test_resolution": 16}
+    shape = {
+        "name": "plain",
+        "epochs": 3,
+        "batch_size": 4,
+        "width": 4,
+        "resolution": 16,
+        "test_resolution": 16,
+    }
     return replace(smoke(), **(shape | {"ema_decay": 0.6, "ema_bn_batches": 2} | changes))
 
 
@@ -252,7 +276,9 @@ def _child(plan: Plan, folder: Path, board_path: Path, body: Callable[[Plan, Pat
     if plan.fault:
         plan.fault()
     if plan.precision == "fp16":  # which the command line refuses on a CPU
-        train_module.choose = lambda *_, **__: Placement(torch.device("cpu"), "fp16", "for the loss scale")
+        train_module.choose = lambda *_, **__: Compute(
+            torch.device("cpu"), "fp16", "for the loss scale"
+        )
     if plan.overflow:
         train_module.train_step = _overflowing(plan.overflow, train_module.train_step)
     watch(Board(board_path), plan.steps_per_epoch)
@@ -269,7 +295,12 @@ def _train(plan: Plan, folder: Path) -> None:
 
 def train_plan(plan: Plan, folder: Path) -> Run:
     """The plan's run, in this process."""
-    settings = {"device": "cpu", "precision": plan.precision, "workers": plan.workers, "quiet": True}
+    settings = {
+        "device": "cpu",
+        "precision": plan.precision,
+        "workers": plan.workers,
+        "quiet": True,
+    }
     return train_module.train(plan.recipe, open_dataset(plan.data), folder=folder, **settings)
 
 
@@ -318,7 +349,9 @@ class Children:
         self._context.set_forkserver_preload(["reliability.preload"])
         self._running: list[BaseProcess] = []
 
-    def start(self, plan: Plan, folder: Path, board: Path, body: Callable | None = None) -> BaseProcess:
+    def start(
+        self, plan: Plan, folder: Path, board: Path, body: Callable | None = None
+    ) -> BaseProcess:
         """A child that runs the plan, or body(plan, folder), and notes on the board where it is."""
         process = self._context.Process(target=_child, args=(plan, folder, board, body or _train))
         process.start()
@@ -353,7 +386,7 @@ class Children:
             path = folder.with_name(f"board{number}")
             board, kill = Board(path), kills(tale.kills, position)
             if kill and kill.held:
-                board.hold(kill.event, kill.count)
+                board.lock(kill.event, kill.count)
             process = self.start(plan, folder, path)
             ended = self.wait(process, board, kill)
             if not ended:
@@ -367,7 +400,9 @@ class Children:
                 return tale
             if Run(folder).finished:
                 return tale
-            assert any(folder.glob("checkpoints/*.ckpt")), "a kill counts only if there is a checkpoint"
+            assert any(folder.glob("checkpoints/*.ckpt")), (
+                "a kill counts only if there is a checkpoint"
+            )
             tale.kills += 1
             tale.in_save += board.in_save
             position = board.saved
@@ -375,7 +410,9 @@ class Children:
         raise AssertionError("a run never ends")
 
     @staticmethod
-    def wait(process: BaseProcess, board: Board, kill: Kill | None, patience: float = PATIENCE) -> bool:
+    def wait(
+        process: BaseProcess, board: Board, kill: Kill | None, patience: float = PATIENCE
+    ) -> bool:
         """Waits for the moment of the kill. True: the child has ended before."""
         deadline = time.monotonic() + patience
         while kill is None or board.count(kill.event) < kill.count:
@@ -409,7 +446,11 @@ def fingerprint(folder: Path) -> dict[str, str]:
     """A SHA-256 of each part of what a finished run has left, clocks aside."""
     run = Run(folder)
     clocks = ("stops", "history")
-    state = {name: value for name, value in last_state(folder).items() if name not in clocks and "seconds" not in name}
+    state = {
+        name: value
+        for name, value in last_state(folder).items()
+        if name not in clocks and "seconds" not in name
+    }
     model = state.pop("model")
     statistics = {name for name in model if "running_" in name or "num_batches" in name}
     parts = {
@@ -428,7 +469,9 @@ def fingerprint(folder: Path) -> dict[str, str]:
 def last_state(folder: Path) -> dict:
     """The newest checkpoint, its hash not asked."""
     data = (folder / "checkpoints" / checkpoint.NEWEST).read_bytes()
-    return torch.load(io.BytesIO(data[len(checkpoint.MAGIC) + 32 :]), map_location="cpu", weights_only=True)
+    return torch.load(
+        io.BytesIO(data[len(checkpoint.MAGIC) + 32 :]), map_location="cpu", weights_only=True
+    )
 
 
 def _sha256(value: object) -> str:
@@ -438,7 +481,9 @@ def _sha256(value: object) -> str:
         if isinstance(each, torch.Tensor):
             each = each.detach().contiguous().numpy()
         if isinstance(each, np.ndarray):
-            total.update(f"{each.dtype} {each.shape}".encode() + np.ascontiguousarray(each).tobytes())
+            total.update(
+                f"{each.dtype} {each.shape}".encode() + np.ascontiguousarray(each).tobytes()
+            )
         elif isinstance(each, dict):
             for name in sorted(each, key=str):
                 total.update(f"{name}:".encode())
@@ -457,7 +502,9 @@ def _sha256(value: object) -> str:
 def differing(folder: Path, reference: dict[str, str]) -> list[str]:
     """Names of the parts in which a finished run differs from a fingerprint."""
     ours = fingerprint(folder)
-    return [name for name in ours.keys() | reference.keys() if ours.get(name) != reference.get(name)]
+    return [
+        name for name in ours.keys() | reference.keys() if ours.get(name) != reference.get(name)
+    ]
 
 
 _REFERENCES: dict[Plan, dict[str, str]] = {}
@@ -479,22 +526,37 @@ OVERRIDES = {"epochs": 3, "batch_size": 9, "width": 16, "ema_decay": 0.5, "max_l
 SCRIPT = """
 import os, sys
 from pathlib import Path
-import tinylab.train
+import tinylab.training.train
 from tinylab.cli import main
-tinylab.train.EVALUATION_BATCH = 5  # 12 test images: batches of 5 and 5 for the first process, and 2 for the second
+tinylab.training.train.EVALUATION_BATCH = 5  # 12 test images: batches of 5 and 5 for the first process, and 2 for the second
 if "BOARDS" in os.environ:
     from reliability.harness import Board, watch
-    tinylab.train.SAVE_SECONDS = 0
+    tinylab.training.train.SAVE_SECONDS = 0
     watch(Board(Path(os.environ["BOARDS"]) / os.environ["RANK"]), 3)
 sys.exit(main())
 """
 
 
-def launch(*arguments: str, environment: dict[str, str], size: int = 2, **options: object) -> subprocess.Popen:
+def launch(
+    *arguments: str, environment: dict[str, str], size: int = 2, **options: object
+) -> subprocess.Popen:
     """torchrun with `size` processes, its output in a pipe."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size), *arguments]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(size),
+        *arguments,
+    ]
     return subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
+        command,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
     )
 
 
@@ -505,18 +567,35 @@ def launch_run(
     saves after every step."""
     script = folder.parent / "script.py"
     script.write_text(SCRIPT)
-    overrides = [text for name, value in OVERRIDES.items() for text in (f"--{name.replace('_', '-')}", str(value))]
-    places = ["--data", str(dataset.folder), "--run", str(folder), "--device", "cpu", "--precision", "fp32"]
+    overrides = [
+        text
+        for name, value in OVERRIDES.items()
+        for text in (f"--{name.replace('_', '-')}", str(value))
+    ]
+    places = [
+        "--data",
+        str(dataset.folder),
+        "--run",
+        str(folder),
+        "--device",
+        "cpu",
+        "--precision",
+        "fp32",
+    ]
     if boards is not None:
         environment = environment | {"BOARDS": str(boards), "PYTHONPATH": MODULES}
     # Without "--" torchrun takes --run for its own --run-path.
-    return launch("--", str(script), "train", "accurate", *places, *overrides, environment=environment)
+    return launch(
+        "--", str(script), "train", "accurate", *places, *overrides, environment=environment
+    )
 
 
 _RUNS_OF_TWO: dict[Path, Run] = {}
 
 
-def undisturbed_run_of_two(dataset: Dataset, environment: dict[str, str], folder: Callable[[], Path]) -> Run:
+def undisturbed_run_of_two(
+    dataset: Dataset, environment: dict[str, str], folder: Callable[[], Path]
+) -> Run:
     """The same run that nothing disturbed, made once, in a folder that is asked for then. Read only."""
     if dataset.folder not in _RUNS_OF_TWO:
         run = Run(folder() / "run")
@@ -553,7 +632,9 @@ def moments(patched: pytest.MonkeyPatch) -> Callable[[Callable[[int], None]], No
         for hook in hooks:
             hook(next(count))
 
-    def counted_batches(dataset: Dataset, rows: np.ndarray, device: torch.device, _: int, images: object) -> Iterator:
+    def counted_batches(
+        dataset: Dataset, rows: np.ndarray, device: torch.device, _: int, images: object
+    ) -> Iterator:
         for batch in batches(dataset, rows, device, TEST_BATCH, images):
             for hook in hooks:
                 hook(next(count))

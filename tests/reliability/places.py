@@ -11,30 +11,30 @@ from pathlib import Path
 
 import numpy as np
 
-from tinylab.dataset import Dataset
-from tinylab.recipe import smoke
-from tinylab.train import train
+from tinylab.data.dataset import Dataset
+from tinylab.recipes import smoke
+from tinylab.training.train import train
 
 LONGEST = 300  # characters of the line
 PATIENCE = 30  # seconds for a command that refuses, on a busy machine
 
-TRAIN = (
-    "train smoke --data data --run run --epochs 1 --width 4 --batch-size 14 --device cpu --precision fp32 --workers 0"
-)
+TRAIN = "train smoke --data data --run run --epochs 1 --width 4 --batch-size 14 --device cpu --precision fp32 --workers 0"
 """The command that finds the run of the template finished, or finishes it."""
 
 
-def make_template(place: Path, dataset: Dataset) -> Path:
+def make_template(compute: Path, dataset: Dataset) -> Path:
     """Fills the folder with a data set, a finished run on it, and what `tinylab publish` wants."""
-    shutil.copytree(dataset.folder, place / "data")
+    shutil.copytree(dataset.folder, compute / "data")
     recipe = replace(smoke(), epochs=1, width=4, batch_size=14)
-    with contextlib.chdir(place):
+    with contextlib.chdir(compute):
         settings = {"device": "cpu", "precision": "fp32", "workers": 0, "quiet": True}
         train(recipe, replace(dataset, folder=Path("data")), folder=Path("run"), **settings)
-    (place / "results").mkdir()
+    (compute / "results").mkdir()
     parts = ("results", "targets", "paired", "throughput", "figures", "maps")
-    (place / "README.md").write_text("".join(f"<!-- {part} -->\n<!-- /{part} -->\n" for part in parts))
-    return place
+    (compute / "README.md").write_text(
+        "".join(f"<!-- {part} -->\n<!-- /{part} -->\n" for part in parts)
+    )
+    return compute
 
 
 def garbage(size: int) -> bytes:
@@ -64,7 +64,9 @@ KINDS = [pipe, folder, loop, endless]
 def tree(folder: Path) -> dict[str, object]:
     """Every name below `folder`: files with their content, the others with their kind; locks aside."""
     return {
-        str(path.relative_to(folder)): path.read_bytes() if stat.S_ISREG(mode) else stat.S_IFMT(mode)
+        str(path.relative_to(folder)): path.read_bytes()
+        if stat.S_ISREG(mode)
+        else stat.S_IFMT(mode)
         for path in sorted(folder.rglob("*"))
         if (mode := path.lstat().st_mode) and path.suffix != ".lock"
     }

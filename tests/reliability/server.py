@@ -43,7 +43,11 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self.send_header("Location", behaviour[3:])
             self.end_headers()
             return
-        start = int(wanted.removeprefix("bytes=").removesuffix("-")) if wanted and behaviour != "ignore range" else 0
+        start = (
+            int(wanted.removeprefix("bytes=").removesuffix("-"))
+            if wanted and behaviour != "ignore range"
+            else 0
+        )
         if behaviour == "wrong range":
             start //= 2
         self.send_response(206 if start else 200)
@@ -52,7 +56,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if "no length" not in behaviour:
             self.send_header("Content-Length", str(len(body) - start))
         self.end_headers()
-        self.wfile.write(body[start : len(body) // 2] if behaviour.startswith(("cut", "stall")) else body[start:])
+        self.wfile.write(
+            body[start : len(body) // 2] if behaviour.startswith(("cut", "stall")) else body[start:]
+        )
         if behaviour == "stall":
             self.wfile.flush()
             self.server.closing.wait(20)

@@ -38,10 +38,11 @@ from reliability.places import (
     tree,
 )
 from tinylab.cli import COMMANDS, MOST_EXPLAINED, main
-from tinylab.dataset import Dataset
-from tinylab.device import choose
-from tinylab.recipe import RECIPES, Recipe
-from tinylab.record import Run, describe_environment, enter_run
+from tinylab.data.dataset import Dataset
+from tinylab.recipe import Recipe
+from tinylab.recipes import RECIPES
+from tinylab.run.environment import choose
+from tinylab.run.folder import Run, describe_environment, enter_run
 
 pytestmark = pytest.mark.promise("bad-input")
 
@@ -182,16 +183,67 @@ NAMES = {
     "sample {}": [LONG, "\0", "\ud800.zip", "file/x.zip", "run"],
     "train smoke --data {}": ["", LONG, "\0", "\ud800", "run", "file"],
     "train smoke --data data --run {}": [LONG, "\0", "\ud800", "file", "file/run", "data"],
-    "train {}": ["", LONG, "\0", "\ud800", "smoke\n", "Smoke", "smoke.json", "../smoke", "__class__"],
-    "train smoke --name {}": ["", LONG, "a/b", "..", ".hidden", "-x", "a b", "ä", "a\n", "\0", "\ud800", "$(id)"],
-    "train smoke --epochs {}": ["", LONG, "9" * 5000, "1e3", "0x10", "\ud800", "nan", "None", "true", "[1]"],
+    "train {}": [
+        "",
+        LONG,
+        "\0",
+        "\ud800",
+        "smoke\n",
+        "Smoke",
+        "smoke.json",
+        "../smoke",
+        "__class__",
+    ],
+    "train smoke --name {}": [
+        "",
+        LONG,
+        "a/b",
+        "..",
+        ".hidden",
+        "-x",
+        "a b",
+        "ä",
+        "a\n",
+        "\0",
+        "\ud800",
+        "$(id)",
+    ],
+    "train smoke --epochs {}": [
+        "",
+        LONG,
+        "9" * 5000,
+        "1e3",
+        "0x10",
+        "\ud800",
+        "nan",
+        "None",
+        "true",
+        "[1]",
+    ],
     "train smoke --epochs={}": ["", "--seed", "1_0_", "-0", "1000000000000"],
     "train smoke --max-learning-rate {}": ["", "1e999", "-inf", "1_", "0x1p4", "-1", "nan", LONG],
     "train smoke --batch-size {}": ["1000000000", "-1", "0", "abc", "2.0"],
     "train smoke --split {}": [LONG, "", "0.7", "-0.1", "nan", "Merged"],
-    "train smoke --{}": [LONG, "x=", "\ud800", "epochs.x", "__class__", "recipe.epochs", "recipe", "-epochs"],
+    "train smoke --{}": [
+        LONG,
+        "x=",
+        "\ud800",
+        "epochs.x",
+        "__class__",
+        "recipe.epochs",
+        "recipe",
+        "-epochs",
+    ],
     "{}": [LONG, "\0", "\ud800", "Train", "train ", "--", "-", "-x", "\x1b[31m"],
-    "explain run --count {}": ["-1", "1000000000", str(MOST_EXPLAINED + 1), "abc", "9" * 5000, "", "1.5"],
+    "explain run --count {}": [
+        "-1",
+        "1000000000",
+        str(MOST_EXPLAINED + 1),
+        "abc",
+        "9" * 5000,
+        "",
+        "1.5",
+    ],
     "explain run --figures {}": ["file", "file/x", "data", "data/figures", "/dev/null", LONG, "\0"],
     "explain run --method {}": ["", "GradCAM", LONG, "none"],
     "explain run --layer {}": ["", "layer5", "fc", "Layer4", LONG, "\ud800", "layer4.0.conv1"],
@@ -199,10 +251,30 @@ NAMES = {
     "explain run --faithfulness {}": ["-1", "few", "9" * 5000],
     "report run --out {}": ["data", "file/x", "data/x.html", LONG, "\0"],
     "report {}": ["", LONG, "\0", "\ud800", "file", "data"],
-    "predict run {}": ["", "missing.png", "file", "data", "run", "/dev/zero", LONG, "\0", "\ud800", "data/images.npy"],
+    "predict run {}": [
+        "",
+        "missing.png",
+        "file",
+        "data",
+        "run",
+        "/dev/zero",
+        LONG,
+        "\0",
+        "\ud800",
+        "data/images.npy",
+    ],
     "predict run file --top {}": ["0", "-1", "1001", "many"],
     "predict run data/images.npy --gradcam {}": ["file", "file/x", LONG],
-    "predict {} file": ["", LONG, "\0", "file", "data", "data/images.npy", "run/recipe.json", "run/predictions.npz"],
+    "predict {} file": [
+        "",
+        LONG,
+        "\0",
+        "file",
+        "data",
+        "data/images.npy",
+        "run/recipe.json",
+        "run/predictions.npz",
+    ],
     "export run --onnx {}": ["data", "file/x.onnx", LONG, "\0"],
     "export run --to {}": ["file", "file/x", "data", LONG, "\0"],
     "export {}": ["", LONG, "file", "data", "run/model.safetensors"],
@@ -249,7 +321,10 @@ OBJECTS = ("recipe.json", "run.json", "summary.json")
 
 @pytest.fixture
 def refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tally: Callable
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    tally: Callable,
 ) -> Callable:
     """A function that runs a command in `tmp_path`: exit status 2, one line on stderr that matches, nothing changed."""
     monkeypatch.chdir(tmp_path)
@@ -266,7 +341,9 @@ def refused(
         assert_one_line(out, err)
         assert re.search(pattern, err), err
         after = tree(tmp_path)
-        assert {name: content for name, content in after.items() if name.split("/")[0] != "new"} == before
+        assert {
+            name: content for name, content in after.items() if name.split("/")[0] != "new"
+        } == before
         tally(cases=1)
 
     return call
@@ -279,7 +356,7 @@ def template(small_dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -
 
 
 @pytest.fixture
-def place(template: Path, tmp_path: Path, refused: Callable) -> Path:
+def compute(template: Path, tmp_path: Path, refused: Callable) -> Path:
     """A copy of the template, in the folder in which `refused` runs."""
     shutil.copytree(template, tmp_path, dirs_exist_ok=True)
     return tmp_path
@@ -295,7 +372,11 @@ def test_a_bad_command_is_refused_in_one_line(refused: Callable, line: str) -> N
 
 @pytest.mark.parametrize("line", TRAINING)
 def test_an_impossible_training_is_refused_in_one_line(
-    refused: Callable, sample_dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str
+    refused: Callable,
+    sample_dataset: Dataset,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    line: str,
 ) -> None:
     monkeypatch.setenv("PATH", "")  # no compiler
     monkeypatch.delenv("CXX", raising=False)
@@ -305,9 +386,11 @@ def test_an_impossible_training_is_refused_in_one_line(
 
 
 @pytest.mark.parametrize("line", NAMES)
-def test_any_text_in_any_place_is_refused(refused: Callable, place: Path, line: str) -> None:
+def test_any_text_in_any_place_is_refused(refused: Callable, compute: Path, line: str) -> None:
     for filling in NAMES[line]:
-        refused(hole(line, filling), "^(?!.*no data set in data/tiny-imagenet)")  # not for want of data
+        refused(
+            hole(line, filling), "^(?!.*no data set in data/tiny-imagenet)"
+        )  # not for want of data
 
 
 def test_the_terminal_s_letters_change_the_frame_not_the_line(
@@ -315,7 +398,10 @@ def test_the_terminal_s_letters_change_the_frame_not_the_line(
 ) -> None:
     """Where the terminal has ASCII only, tyro draws its frame with other characters."""
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
-    refused(["summary", "--classes", "many"], "^tinylab: Error parsing --classes: .*`tinylab summary --help`")
+    refused(
+        ["summary", "--classes", "many"],
+        "^tinylab: Error parsing --classes: .*`tinylab summary --help`",
+    )
     refused(["summary", "--clases", "3"], "^tinylab: Unrecognized options: --clases")
 
 
@@ -323,7 +409,9 @@ def test_a_name_that_the_terminal_cannot_show_is_no_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii", errors="strict"))
+    monkeypatch.setattr(
+        sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii", errors="strict")
+    )
     assert main(["sample", "雪.zip"]) == 0
     assert [path.name for path in tmp_path.iterdir()] == ["雪.zip"]
     assert capsys.readouterr().err == ""
@@ -344,7 +432,9 @@ SOURCES = {
     "empty": lambda path: path.write_bytes(b""),
     "without members": lambda path: make_zip(path, {}),
     "without train": lambda path: make_zip(path, {"tiny-imagenet-200/wnids.txt": "n90000001\n"}),
-    "no classes": lambda path: make_zip(path, {"tiny-imagenet-200/wnids.txt": "", "tiny-imagenet-200/train/": ""}),
+    "no classes": lambda path: make_zip(
+        path, {"tiny-imagenet-200/wnids.txt": "", "tiny-imagenet-200/train/": ""}
+    ),
     "a class without images": lambda path: make_zip(
         path,
         {
@@ -381,9 +471,15 @@ def test_no_archive_is_refused(refused: Callable, tmp_path: Path, kind: str) -> 
 
 
 @pytest.mark.parametrize("name", ["meta.json", "images.npy", "labels.npy", "boxes.npy"])
-def test_a_data_folder_with_a_foreign_file_is_refused(refused: Callable, place: Path, name: str) -> None:
-    path = place / "data" / name
-    damages = list(DAMAGES.items()) if name == "meta.json" else [("text", b"text"), ("a pickle", DAMAGES["a pickle"])]
+def test_a_data_folder_with_a_foreign_file_is_refused(
+    refused: Callable, compute: Path, name: str
+) -> None:
+    path = compute / "data" / name
+    damages = (
+        list(DAMAGES.items())
+        if name == "meta.json"
+        else [("text", b"text"), ("a pickle", DAMAGES["a pickle"])]
+    )
     for _, content in damages:
         path.write_bytes(content)
         for line in ("evaluate run", TRAIN, "verify data"):
@@ -395,11 +491,16 @@ def test_a_data_folder_with_a_foreign_file_is_refused(refused: Callable, place: 
             refused(line.split(), "data")
 
 
-def test_classes_too_few_or_without_images_are_refused(refused: Callable, place: Path, small_dataset: Dataset) -> None:
-    meta = json.loads((place / "data" / "meta.json").read_text())
+def test_classes_too_few_or_without_images_are_refused(
+    refused: Callable, compute: Path, small_dataset: Dataset
+) -> None:
+    meta = json.loads((compute / "data" / "meta.json").read_text())
     changes = {
         "one class": {"wnids": meta["wnids"][:1], "names": meta["names"][:1]},
-        "another class without images": {"wnids": [*meta["wnids"], "n99999999"], "names": [*meta["names"], "none"]},
+        "another class without images": {
+            "wnids": [*meta["wnids"], "n99999999"],
+            "names": [*meta["names"], "none"],
+        },
         "no classes": {"wnids": [], "names": []},
         "a class twice": {"wnids": [meta["wnids"][0]] * 2},
         "another order": {"wnids": meta["wnids"][::-1]},
@@ -412,14 +513,16 @@ def test_classes_too_few_or_without_images_are_refused(refused: Callable, place:
         "a content hash that is none": {"content_sha256": {"a": 1}},
     }
     for name, change in changes.items():
-        change_meta(place / "data", **meta | change)
+        change_meta(compute / "data", **meta | change)
         if "without images" not in name:  # a run on the first two classes does not mind a third
             refused(["evaluate", "run"])
         if name != "a content hash that is none":
             refused(["train", "smoke", "--data", "data", "--run", "new", "--epochs", "1"])
 
 
-def test_a_data_folder_of_another_format_is_refused(refused: Callable, sample_dataset: Dataset, tmp_path: Path) -> None:
+def test_a_data_folder_of_another_format_is_refused(
+    refused: Callable, sample_dataset: Dataset, tmp_path: Path
+) -> None:
     shutil.copytree(sample_dataset.folder, tmp_path / "data")
     meta = json.loads((tmp_path / "data" / "meta.json").read_text())
     (tmp_path / "data" / "meta.json").write_text(json.dumps(meta | {"format_version": 99}))
@@ -427,19 +530,25 @@ def test_a_data_folder_of_another_format_is_refused(refused: Callable, sample_da
     refused(["prepare", "--source", "file", "--data", "data"], "format version 99")
 
 
-@pytest.mark.skipif(not hasattr(os, "getuid") or os.getuid() == 0, reason="root may read and write everything")
-def test_what_may_not_be_read_or_written_is_refused(refused: Callable, place: Path) -> None:
+@pytest.mark.skipif(
+    not hasattr(os, "getuid") or os.getuid() == 0, reason="root may read and write everything"
+)
+def test_what_may_not_be_read_or_written_is_refused(refused: Callable, compute: Path) -> None:
     for path, line in (
         ("run/run.json", "evaluate run"),
         ("run/model.safetensors", "evaluate run"),
         ("data/images.npy", "evaluate run"),
         ("data/meta.json", TRAIN),
     ):
-        (place / path).chmod(0)
+        (compute / path).chmod(0)
         refused(line.split())
-        (place / path).chmod(0o600)
-    (place / "locked").mkdir(mode=0o500)
-    for line in ("sample locked/x.zip", "train smoke --data data --run locked/run", "explain run --figures locked/f"):
+        (compute / path).chmod(0o600)
+    (compute / "locked").mkdir(mode=0o500)
+    for line in (
+        "sample locked/x.zip",
+        "train smoke --data data --run locked/run",
+        "explain run --figures locked/f",
+    ):
         refused(line.split())
 
 
@@ -447,8 +556,10 @@ def test_what_may_not_be_read_or_written_is_refused(refused: Callable, place: Pa
 
 
 @pytest.mark.parametrize("name", OBJECTS)
-def test_a_run_folder_with_a_foreign_record_is_refused(refused: Callable, place: Path, name: str) -> None:
-    path = place / "run" / name
+def test_a_run_folder_with_a_foreign_record_is_refused(
+    refused: Callable, compute: Path, name: str
+) -> None:
+    path = compute / "run" / name
     for content in DAMAGES.values():
         path.write_bytes(content)
         for line in ("evaluate run", "explain run", "publish run", TRAIN):
@@ -456,13 +567,18 @@ def test_a_run_folder_with_a_foreign_record_is_refused(refused: Callable, place:
     for make in KINDS:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
         make(path)
-        for line in ("evaluate run", "explain run", "publish run", *([] if make is loop else [TRAIN])):
+        for line in (
+            "evaluate run",
+            "explain run",
+            "publish run",
+            *([] if make is loop else [TRAIN]),
+        ):
             refused(line.split())
 
 
 @pytest.mark.parametrize("name", ["environment.json", "metrics.jsonl"])
-def test_records_that_only_some_commands_need(refused: Callable, place: Path, name: str) -> None:
-    path = place / "run" / name
+def test_records_that_only_some_commands_need(refused: Callable, compute: Path, name: str) -> None:
+    path = compute / "run" / name
     harmless = {"empty", "an empty object"}
     for kind in DAMAGES.keys() - harmless:
         path.write_bytes(DAMAGES[kind])
@@ -474,14 +590,16 @@ def test_records_that_only_some_commands_need(refused: Callable, place: Path, na
         refused(TRAIN.split(), name)
 
 
-def test_an_epoch_s_record_without_its_numbers_is_refused(refused: Callable, place: Path) -> None:
-    path = place / "run" / "metrics.jsonl"
+def test_an_epoch_s_record_without_its_numbers_is_refused(refused: Callable, compute: Path) -> None:
+    path = compute / "run" / "metrics.jsonl"
     (row,) = (json.loads(line) for line in path.read_text().splitlines())
     for name in ("epoch", "learning_rate", "train_loss", "test_top1", "train_seconds"):
         for value in (None, "3", [1], {}, True):
             path.write_text(json.dumps(row | {name: value}) + "\n")
             refused(["publish", "run"], r"metrics\.jsonl")
-        path.write_text(json.dumps({key: value for key, value in row.items() if key != name}) + "\n")
+        path.write_text(
+            json.dumps({key: value for key, value in row.items() if key != name}) + "\n"
+        )
         refused(TRAIN.split(), r"metrics\.jsonl")
 
 
@@ -507,11 +625,15 @@ FIELDS = {
 """Values in place of a record's own."""
 
 
-@pytest.mark.parametrize(("name", "field"), [(name, field) for name, values in FIELDS.items() for field in values])
-def test_a_record_with_a_foreign_value_is_refused(refused: Callable, place: Path, name: str, field: str) -> None:
-    record = json.loads((place / "run" / name).read_text())
+@pytest.mark.parametrize(
+    ("name", "field"), [(name, field) for name, values in FIELDS.items() for field in values]
+)
+def test_a_record_with_a_foreign_value_is_refused(
+    refused: Callable, compute: Path, name: str, field: str
+) -> None:
+    record = json.loads((compute / "run" / name).read_text())
     for value in FIELDS[name][field]:
-        (place / "run" / name).write_text(json.dumps(record | {field: value}))
+        (compute / "run" / name).write_text(json.dumps(record | {field: value}))
         refused(["evaluate", "run"])
         refused(["explain", "run"])
 
@@ -531,22 +653,42 @@ def lying(whole: bytes, about: dict) -> bytes:
 
 
 METADATA = {
-    "wnids": ['["n1"]', "3", "{}", "null", '"n1n2"', "[" * 100_000, "[1, 2]", '["n90000002", "n90000001"]'],
+    "wnids": [
+        '["n1"]',
+        "3",
+        "{}",
+        "null",
+        '"n1n2"',
+        "[" * 100_000,
+        "[1, 2]",
+        '["n90000002", "n90000001"]',
+    ],
     "names": ["3", "[]", "null", "[[], []]"],
-    "recipe": ["{}", "[]", "null", '{"width": 1000000000}', '{"width": "4"}', '{"width": 8}', '{"width": true}'],
+    "recipe": [
+        "{}",
+        "[]",
+        "null",
+        '{"width": 1000000000}',
+        '{"width": "4"}',
+        '{"width": 8}',
+        '{"width": true}',
+    ],
     "metrics": ["", "NaN,"],
 }
 """What a weights file may claim of itself."""
 
 
-def test_a_weights_file_that_lies_is_refused(refused: Callable, place: Path) -> None:
-    run, path = Run(place / "run"), place / "run" / "model.safetensors"
+def test_a_weights_file_that_lies_is_refused(refused: Callable, compute: Path) -> None:
+    run, path = Run(compute / "run"), compute / "run" / "model.safetensors"
     whole = path.read_bytes()
     length = int.from_bytes(whole[:8], "little")
     header = json.loads(whole[8 : 8 + length])
     nan = bytearray(whole)
     nan[-4:] = b"\x00\x00\xc0\x7f"
-    shifted = {key: value | ({"shape": [1, 1]} if "shape" in value else {}) for key, value in header.items()}
+    shifted = {
+        key: value | ({"shape": [1, 1]} if "shape" in value else {})
+        for key, value in header.items()
+    }
     contents = [
         *DAMAGES.values(),
         (10**18).to_bytes(8, "little") + whole[8:],
@@ -555,8 +697,13 @@ def test_a_weights_file_that_lies_is_refused(refused: Callable, place: Path) -> 
         headed({"fc.bias": {"dtype": "F32", "shape": [2**62], "data_offsets": [0, 8]}}, b"\0" * 8),
         headed({"fc.bias": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}, b"\0" * 8),
         headed(shifted, whole[8 + length :]),
-        headed({key: value for key, value in header.items() if key != "__metadata__"}, whole[8 + length :]),
-        headed({key: value for key, value in header.items() if key != "fc.bias"}, whole[8 + length :]),
+        headed(
+            {key: value for key, value in header.items() if key != "__metadata__"},
+            whole[8 + length :],
+        ),
+        headed(
+            {key: value for key, value in header.items() if key != "fc.bias"}, whole[8 + length :]
+        ),
         bytes(nan),
         whole[:-1],
         *(lying(whole, {key: value}) for key, values in METADATA.items() for value in values),
@@ -565,7 +712,9 @@ def test_a_weights_file_that_lies_is_refused(refused: Callable, place: Path) -> 
         path.write_bytes(content)
         import hashlib
 
-        run.write("summary.json", run.summary | {"model_sha256": hashlib.sha256(content).hexdigest()})
+        run.write(
+            "summary.json", run.summary | {"model_sha256": hashlib.sha256(content).hexdigest()}
+        )
         for line in ("evaluate run", "explain run"):
             refused(line.split(), r"model\.safetensors")
     for make in KINDS:
@@ -574,8 +723,8 @@ def test_a_weights_file_that_lies_is_refused(refused: Callable, place: Path) -> 
         refused(["evaluate", "run"], r"model\.safetensors")
 
 
-def test_weights_that_are_not_the_summary_s_are_refused(refused: Callable, place: Path) -> None:
-    path = place / "run" / "model.safetensors"
+def test_weights_that_are_not_the_summary_s_are_refused(refused: Callable, compute: Path) -> None:
+    path = compute / "run" / "model.safetensors"
     whole = bytearray(path.read_bytes())
     whole[-4] ^= 1  # the last bit of a weight
     path.write_bytes(whole)
@@ -583,9 +732,9 @@ def test_weights_that_are_not_the_summary_s_are_refused(refused: Callable, place
         refused(line.split(), r"model\.safetensors is missing or damaged")
 
 
-def test_predictions_of_another_kind_are_refused(refused: Callable, place: Path) -> None:
-    path = place / "run" / "predictions.npz"
-    own = Run(place / "run").predictions
+def test_predictions_of_another_kind_are_refused(refused: Callable, compute: Path) -> None:
+    path = compute / "run" / "predictions.npz"
+    own = Run(compute / "run").predictions
     nan = own["logits"].copy()
     nan[0, 0] = np.nan
     changes = [
@@ -612,7 +761,9 @@ def test_predictions_of_another_kind_are_refused(refused: Callable, place: Path)
     for content in [*DAMAGES.values(), b"PK\x05\x06" + b"\0" * 18, path.read_bytes()[:-20]]:
         path.write_bytes(content)
         refused(["explain", "run"], r"predictions\.npz")
-    np.save(path.with_suffix(".npy"), own["logits"])  # an array where an archive of arrays is expected
+    np.save(
+        path.with_suffix(".npy"), own["logits"]
+    )  # an array where an archive of arrays is expected
     path.with_suffix(".npy").rename(path)
     refused(["explain", "run"], r"predictions\.npz")
     for make in KINDS:
@@ -621,11 +772,13 @@ def test_predictions_of_another_kind_are_refused(refused: Callable, place: Path)
         refused(["explain", "run"], r"predictions\.npz")
 
 
-def test_a_bomb_of_predictions_is_refused(refused: Callable, place: Path) -> None:
+def test_a_bomb_of_predictions_is_refused(refused: Callable, compute: Path) -> None:
     """An archive of a few kilobytes that claims an array of two terabytes."""
     header = io.BytesIO()
-    np.lib.format.write_array_header_1_0(header, {"descr": "<f2", "fortran_order": False, "shape": (10**6, 10**6)})
-    with zipfile.ZipFile(place / "run" / "predictions.npz", "w", zipfile.ZIP_DEFLATED) as archive:
+    np.lib.format.write_array_header_1_0(
+        header, {"descr": "<f2", "fortran_order": False, "shape": (10**6, 10**6)}
+    )
+    with zipfile.ZipFile(compute / "run" / "predictions.npz", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("logits.npy", header.getvalue() + bytes(100_000))
     refused(["explain", "run"], r"predictions\.npz")
 
@@ -633,7 +786,13 @@ def test_a_bomb_of_predictions_is_refused(refused: Callable, place: Path) -> Non
 def test_an_unfinished_run_is_refused(refused: Callable, narrow: Recipe, tmp_path: Path) -> None:
     run = Run(tmp_path / "runs" / "begun")
     run.folder.mkdir(parents=True)
-    identity = {"protocol": "merged", "classes": 3, "content_sha256": "c", "split_sha256": "s", "data_folder": "data"}
+    identity = {
+        "protocol": "merged",
+        "classes": 3,
+        "content_sha256": "c",
+        "split_sha256": "s",
+        "data_folder": "data",
+    }
     enter_run(run, narrow, identity, describe_environment(choose("cpu", "fp32")))
     for command in ("evaluate", "explain", "publish"):
         refused([command, "runs/begun"], "not finished.*continues it")
@@ -643,10 +802,10 @@ def test_an_unfinished_run_is_refused(refused: Callable, narrow: Recipe, tmp_pat
     refused(["evaluate", "runs/begun"], "run.json lacks content_sha256")
 
 
-def test_another_run_s_folder_is_not_continued(refused: Callable, place: Path) -> None:
+def test_another_run_s_folder_is_not_continued(refused: Callable, compute: Path) -> None:
     for finished in (True, False):
         if not finished:
-            (place / "run" / "summary.json").unlink()
+            (compute / "run" / "summary.json").unlink()
         for option, pattern in (
             ("--width 8", "width 4 -> 8"),
             ("--epochs 7", "epochs 1 -> 7"),
@@ -656,13 +815,13 @@ def test_another_run_s_folder_is_not_continued(refused: Callable, place: Path) -
             ("--split official", "protocol merged -> official"),
         ):
             refused([*TRAIN.split(), *option.split()], pattern)
-    change_meta(place / "data", content_sha256="d" * 64)
+    change_meta(compute / "data", content_sha256="d" * 64)
     refused(TRAIN.split(), "content_sha256")
 
 
-def test_checkpoints_that_are_none_are_refused(refused: Callable, place: Path) -> None:
-    (place / "run" / "summary.json").unlink()
-    paths = sorted((place / "run" / "checkpoints").iterdir())
+def test_checkpoints_that_are_none_are_refused(refused: Callable, compute: Path) -> None:
+    (compute / "run" / "summary.json").unlink()
+    paths = sorted((compute / "run" / "checkpoints").iterdir())
     newer = re.sub(rb"checkpoint \d+", b"checkpoint 99", paths[0].read_bytes(), count=1)
     for content, pattern in (
         (b"", "damaged"),
@@ -681,16 +840,18 @@ def test_checkpoints_that_are_none_are_refused(refused: Callable, place: Path) -
         refused(TRAIN.split(), "checkpoint")
 
 
-def test_a_run_on_other_data_is_refused(refused: Callable, place: Path, sample_dataset: Dataset) -> None:
-    (place / "data").rename(place / "elsewhere")
+def test_a_run_on_other_data_is_refused(
+    refused: Callable, compute: Path, sample_dataset: Dataset
+) -> None:
+    (compute / "data").rename(compute / "elsewhere")
     refused(["evaluate", "run"], "no data set in data")
     refused(["evaluate", "run", "--data", str(sample_dataset.folder)], "other data.*--data")
-    run = Run(place / "run")
+    run = Run(compute / "run")
     run.write("run.json", run.identity | {"split_sha256": "d" * 64})
     refused(["evaluate", "run", "--data", "elsewhere"], "another split")
 
 
-def test_nothing_is_put_into_the_data_folder(refused: Callable, place: Path) -> None:
+def test_nothing_is_put_into_the_data_folder(refused: Callable, compute: Path) -> None:
     refused(["explain", "run", "--figures", "data"], "inside the data folder")
     refused(["explain", "run", "--figures", "data/../data/figures"], "inside the data folder")
     refused(["train", "smoke", "--data", "data", "--run", "data"])
@@ -698,31 +859,31 @@ def test_nothing_is_put_into_the_data_folder(refused: Callable, place: Path) -> 
 
 
 def test_a_place_for_figures_is_refused_before_anything_is_computed(
-    refused: Callable, place: Path, monkeypatch: pytest.MonkeyPatch
+    refused: Callable, compute: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tinylab.explain.explain", lambda *_, **__: pytest.fail("computed"))
+    monkeypatch.setattr("tinylab.explain.gradcam.explain", lambda *_, **__: pytest.fail("computed"))
     refused(["explain", "run", "--figures", "file/x"], "file is no folder")
-    (place / "run" / "figures").write_text("mine")
+    (compute / "run" / "figures").write_text("mine")
     refused(["explain", "run"], "figures is no folder")
 
 
-def test_publishing_wants_a_checkout(refused: Callable, place: Path) -> None:
-    whole = (place / "README.md").read_text()
+def test_publishing_wants_a_checkout(refused: Callable, compute: Path) -> None:
+    whole = (compute / "README.md").read_text()
     for text in ("", whole.replace("<!-- /results -->", ""), whole + whole):
-        (place / "README.md").write_text(text)
+        (compute / "README.md").write_text(text)
         refused(["publish", "run"], r"README\.md must hold")
         refused(["table"], r"README\.md must hold")
-    (place / "README.md").unlink()
+    (compute / "README.md").unlink()
     for command in ("publish run", "table"):
         refused(command.split(), "run this in the repository's folder")
-    (place / "README.md").mkdir()
+    (compute / "README.md").mkdir()
     for command in ("publish run", "table"):
         refused(command.split(), "run this in the repository's folder")
 
 
-def test_figures_json_of_another_kind_is_refused(refused: Callable, place: Path) -> None:
-    (place / "images-A").mkdir()
-    path = place / "images-A" / "figures.json"
+def test_figures_json_of_another_kind_is_refused(refused: Callable, compute: Path) -> None:
+    (compute / "images-A").mkdir()
+    path = compute / "images-A" / "figures.json"
     for content in DAMAGES.values():
         path.write_bytes(content)
         refused(["table"], r"figures\.json")
@@ -739,7 +900,16 @@ def test_a_full_disk_is_one_line(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    line = ["train", "smoke", "--data", str(sample_dataset.folder), "--run", "new", "--limit-classes", "2"]
+    line = [
+        "train",
+        "smoke",
+        "--data",
+        str(sample_dataset.folder),
+        "--run",
+        "new",
+        "--limit-classes",
+        "2",
+    ]
     with monkeypatch.context() as patched:
         patched.setattr(os, "fsync", full)
         refused(line, "cannot write .*No space left on device")
@@ -765,7 +935,7 @@ def test_a_full_disk_is_one_line(
     ],
 )
 def test_an_environment_that_is_not_torchrun_s_is_refused(
-    refused: Callable, place: Path, monkeypatch: pytest.MonkeyPatch, environment: dict
+    refused: Callable, compute: Path, monkeypatch: pytest.MonkeyPatch, environment: dict
 ) -> None:
     for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
@@ -786,7 +956,11 @@ SHELL = [
 
 @pytest.mark.parametrize("case", range(len(SHELL)))
 def test_a_process_of_its_own_says_the_same(
-    template: Path, tmp_path: Path, subprocess_environment: dict[str, str], tally: Callable, case: int
+    template: Path,
+    tmp_path: Path,
+    subprocess_environment: dict[str, str],
+    tally: Callable,
+    case: int,
 ) -> None:
     arguments, environment = SHELL[case]
     shutil.copytree(template, tmp_path, dirs_exist_ok=True)
@@ -830,7 +1004,9 @@ class Playground:
             try:
                 status = main(arguments)
             except SystemExit as stop:
-                status = stop.code or 0 if {"-h", "--help"} & set(arguments) else f"exit {stop.code}"
+                status = (
+                    stop.code or 0 if {"-h", "--help"} & set(arguments) else f"exit {stop.code}"
+                )
         out, err = (stream.buffer.getvalue().decode(errors="replace") for stream in (out, err))
         after = tree(self.folder)
         self.runs += 1
@@ -856,7 +1032,9 @@ def playground(template: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
         os.chdir(original)
 
 
-def examples(full: bool, quick: int, soak: int, check: Callable, *strategies: st.SearchStrategy) -> None:
+def examples(
+    full: bool, quick: int, soak: int, check: Callable, *strategies: st.SearchStrategy
+) -> None:
     """Calls `check` with so many made-up examples, the same ones every time."""
     silent = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example]
     decorate = settings(
@@ -869,31 +1047,61 @@ def examples(full: bool, quick: int, soak: int, check: Callable, *strategies: st
     decorate(given(*strategies)(check))()
 
 
-TEXT = st.text(st.characters(exclude_characters="/~"), max_size=30)  # no place but the folder itself
+TEXT = st.text(
+    st.characters(exclude_characters="/~"), max_size=30
+)  # no place but the folder itself
 NUMBERS = st.one_of(
-    st.integers(-(10**30), 10**30), st.floats(), st.sampled_from([0, -1, 1, 2, 3, 2**31, 2**63, 2**64, 1e308, 5e-324])
+    st.integers(-(10**30), 10**30),
+    st.floats(),
+    st.sampled_from([0, -1, 1, 2, 3, 2**31, 2**63, 2**64, 1e308, 5e-324]),
 ).map(str)
-VALUES = st.one_of(TEXT, NUMBERS, st.sampled_from(["none", "None", "true", "auto", "--help", "-h", "=", "[]", "{}"]))
+VALUES = st.one_of(
+    TEXT,
+    NUMBERS,
+    st.sampled_from(["none", "None", "true", "auto", "--help", "-h", "=", "[]", "{}"]),
+)
 FLOATS = [field.name.replace("_", "-") for field in fields(Recipe) if field.type is float]
 OTHERS = [field.name.replace("_", "-") for field in fields(Recipe) if field.type is not float]
 
 
 def test_any_value_of_any_recipe_field(playground: Playground, full: bool, tally: Callable) -> None:
     def check(recipe: str, field: str, value: str) -> None:
-        if field == "epochs" and value.strip().lstrip("+").isdecimal() and 100 < int(value) <= 100_000:
+        if (
+            field == "epochs"
+            and value.strip().lstrip("+").isdecimal()
+            and 100 < int(value) <= 100_000
+        ):
             value = value[:2]  # not a schedule of a million lines
         with contextlib.chdir(playground.folder):
-            playground.run(["schedule", recipe, "--images", "20", "--epochs", "3", f"--{field}", value])
+            playground.run(
+                ["schedule", recipe, "--images", "20", "--epochs", "3", f"--{field}", value]
+            )
 
     before = playground.runs
-    examples(full, 60, 2000, check, st.sampled_from(list(RECIPES)), st.sampled_from(FLOATS + OTHERS), VALUES)
+    examples(
+        full,
+        60,
+        2000,
+        check,
+        st.sampled_from(list(RECIPES)),
+        st.sampled_from(FLOATS + OTHERS),
+        VALUES,
+    )
     tally(made_up_cases=playground.runs - before)
 
 
 OPTIONS = {
     "sample": ["", "--seed"],
     "prepare": ["--source", "--workers"],
-    "train": ["--seed", "--split", "--limit-classes", "--device", "--precision", "--micro-batch", "--data"],
+    "train": [
+        "--seed",
+        "--split",
+        "--limit-classes",
+        "--device",
+        "--precision",
+        "--micro-batch",
+        "--data",
+    ],
     "evaluate": ["", "--tta", "--data", "--device", "--precision"],
     "explain": ["", "--count", "--method", "--data", "--stage", "--sample", "--faithfulness"],
     "report": ["", "--out", "--data"],
@@ -922,8 +1130,8 @@ REQUIRED = {
 
 
 def test_any_value_of_any_option(playground: Playground, full: bool, tally: Callable) -> None:
-    def check(place: tuple[str, str], value: str) -> None:
-        command, option = place
+    def check(compute: tuple[str, str], value: str) -> None:
+        command, option = compute
         required = REQUIRED.get(command, [])
         if value.strip().lstrip("+").isdecimal() and int(value) > 1000:
             value += "0" * 12  # a long wait is no fault: either few or too many
@@ -956,14 +1164,18 @@ def test_random_command_lines(playground: Playground, full: bool, tally: Callabl
 
     before = playground.runs
     lists = st.lists(st.sampled_from(WORDS), max_size=7)
-    started = st.tuples(st.sampled_from(list(COMMANDS)), lists).map(lambda pair: [pair[0], *pair[1]])
+    started = st.tuples(st.sampled_from(list(COMMANDS)), lists).map(
+        lambda pair: [pair[0], *pair[1]]
+    )
     examples(full, 60, 2000, check, started | lists | st.lists(TEXT, max_size=4))
     tally(made_up_cases=playground.runs - before)
 
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-(10**20), 10**20) | st.floats() | st.text(max_size=8),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3)
+    ),
     max_leaves=5,
 )
 
@@ -983,7 +1195,11 @@ def test_run_folders_with_any_json(playground: Playground, full: bool, tally: Ca
             playground.fresh()
 
     before = playground.runs
-    commands = st.sampled_from(["evaluate run", "publish run", TRAIN, "explain run --count 0"][: None if full else 3])
+    commands = st.sampled_from(
+        ["evaluate run", "publish run", TRAIN, "explain run --count 0"][: None if full else 3]
+    )
     whole = st.integers(0, 9).map(lambda number: number == 0)
-    examples(full, 80, 1500, check, st.sampled_from(names), st.integers(0, 99), JSON, whole, commands)
+    examples(
+        full, 80, 1500, check, st.sampled_from(names), st.integers(0, 99), JSON, whole, commands
+    )
     tally(made_up_cases=playground.runs - before)

@@ -11,9 +11,17 @@ from pathlib import Path
 
 import pytest
 
-from reliability.archives import group_members, leftovers, made_up, needs_proc, run, wait_until_gone, write_zip
-from tinylab import dataset
-from tinylab.dataset import open_dataset, prepare
+from reliability.archives import (
+    group_members,
+    leftovers,
+    made_up,
+    needs_proc,
+    run,
+    wait_until_gone,
+    write_zip,
+)
+from tinylab.data import dataset
+from tinylab.data.dataset import open_dataset, prepare
 
 pytestmark = [pytest.mark.promise("concurrent"), needs_proc]
 
@@ -24,7 +32,7 @@ PROCESSES = 8
 PREPARE_AT_ONCE = """
 import hashlib, os, sys, time
 from pathlib import Path
-from tinylab import dataset
+from tinylab.data import dataset
 
 folder, count, pause = Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
 
@@ -65,10 +73,14 @@ while True:
 def noted(folder: Path, word: str) -> list[str]:
     """What stands behind `word` in the processes' log, in order."""
     log = (folder / "log").read_text() if (folder / "log").exists() else ""
-    return [line.removeprefix(f"{word} ") for line in log.splitlines() if line.startswith(f"{word} ")]
+    return [
+        line.removeprefix(f"{word} ") for line in log.splitlines() if line.startswith(f"{word} ")
+    ]
 
 
-def kill_builders(folder: Path, process: subprocess.Popen, kills: int, chance: random.Random) -> None:
+def kill_builders(
+    folder: Path, process: subprocess.Popen, kills: int, chance: random.Random
+) -> None:
     """Kills one builder after the other, each when half its work is done."""
     deadline = time.monotonic() + 30
     for kill in range(kills):
@@ -84,8 +96,12 @@ def kill_builders(folder: Path, process: subprocess.Popen, kills: int, chance: r
 @pytest.fixture(scope="module")
 def expected(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("expected")
-    made = prepare(write_zip(folder / "made.zip", made_up()), folder / "ds", workers=1, progress=False)
-    return hashlib.sha256(made.images.tobytes() + made.labels.tobytes() + made.boxes.tobytes()).hexdigest()
+    made = prepare(
+        write_zip(folder / "made.zip", made_up()), folder / "ds", workers=1, progress=False
+    )
+    return hashlib.sha256(
+        made.images.tobytes() + made.labels.tobytes() + made.boxes.tobytes()
+    ).hexdigest()
 
 
 def trials(full: bool) -> list[int]:
@@ -102,7 +118,9 @@ def test_processes_that_prepare_at_once_build_once(tmp_path, expected, full, tal
         process = run(PREPARE_AT_ONCE, str(folder), str(PROCESSES), "1.0" if kills else "0.2")
         kill_builders(folder, process, kills, chance)
         _, errors = process.communicate(timeout=60)
-        assert not errors.replace(f"another process is preparing {folder / 'ds'}; waiting for it", "").strip()
+        assert not errors.replace(
+            f"another process is preparing {folder / 'ds'}; waiting for it", ""
+        ).strip()
         sums = [line.split()[0] for line in noted(folder, "sum")]
         assert sums == [expected] * (PROCESSES - kills)
         assert len(noted(folder, "begin")) == kills + 1
@@ -136,14 +154,16 @@ def builder(tmp_path) -> Iterator[subprocess.Popen]:
     zipped = write_zip(tmp_path / "made.zip", made_up())
     process = run(f"""
         import time
-        from tinylab import dataset
+        from tinylab.data import dataset
         decode = dataset._decode
         dataset._decode = lambda *arguments: (time.sleep(0.2), decode(*arguments))[1]
         dataset._CHUNK_IMAGES = 2
         dataset.prepare({str(zipped)!r}, {str(tmp_path / "ds")!r}, workers=2)
     """)
     deadline = time.monotonic() + 30
-    while len(group_members(process.pid)) < 3 or not list(tmp_path.glob("ds.building-*/images.npy")):
+    while len(group_members(process.pid)) < 3 or not list(
+        tmp_path.glob("ds.building-*/images.npy")
+    ):
         assert process.poll() is None, process.stderr.read()
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -163,7 +183,9 @@ def test_ctrl_c_ends_all_processes_and_leaves_nothing(tmp_path, builder):
     assert leftovers(tmp_path) == set()
 
 
-def test_after_a_killed_builder_nothing_runs_on_and_the_next_one_tidies_up(tmp_path, builder, tally):
+def test_after_a_killed_builder_nothing_runs_on_and_the_next_one_tidies_up(
+    tmp_path, builder, tally
+):
     os.kill(builder.pid, signal.SIGKILL)
     wait_until_gone(builder.pid)
     assert len(leftovers(tmp_path)) == 1
@@ -186,4 +208,8 @@ def test_the_next_one_opens_what_a_builder_left_whole(tmp_path):
     write_zip(tmp_path / "made.zip", made_up())
     prepare(tmp_path / "made.zip", tmp_path / "ds", workers=1, progress=False)
     (tmp_path / "made.zip").unlink()
-    assert len(open_dataset(tmp_path / "ds")) == len(prepare("nowhere", tmp_path / "ds", progress=False)) == 18
+    assert (
+        len(open_dataset(tmp_path / "ds"))
+        == len(prepare("nowhere", tmp_path / "ds", progress=False))
+        == 18
+    )

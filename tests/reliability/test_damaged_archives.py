@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from reliability.archives import ROOT, damaged, jpeg, leftovers, made_up, readable, write_zip
-from tinylab import archive
-from tinylab.archive import LabelledFile, open_archive, verify_archive
-from tinylab.dataset import prepare
-from tinylab.recipe import UserError
+from tinylab.data import archive
+from tinylab.data.archive import LabelledFile, open_archive, verify_archive
+from tinylab.data.dataset import prepare
+from tinylab.exceptions import UserError
 
 pytestmark = pytest.mark.promise("damaged-archives")
 
@@ -48,7 +48,8 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> dict[int, bytes]:
     """The archive's bytes, by the method with which it is packed."""
     folder = tmp_path_factory.mktemp("sound")
     return {
-        method: write_zip(folder / f"{method}.zip", ten_classes(), method=method).read_bytes() for method in METHODS
+        method: write_zip(folder / f"{method}.zip", ten_classes(), method=method).read_bytes()
+        for method in METHODS
     }
 
 
@@ -74,7 +75,12 @@ def test_without_a_hash_damage_is_refused_or_harmless(tmp_path, sound, full, tal
             messages.append(str(error))
         assert leftovers(tmp_path) == set()
     refusals = len(messages)
-    tally(faults=faults, refused=refusals, harmless=faults - refusals - different, silently_wrong=different)
+    tally(
+        faults=faults,
+        refused=refusals,
+        harmless=faults - refusals - different,
+        silently_wrong=different,
+    )
     assert different == 0
     assert refusals > 0.8 * faults
     assert all(map(readable, messages))

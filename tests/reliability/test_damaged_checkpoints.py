@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from reliability.archives import damaged, real_archive
-from tinylab.archive import verify_archive
-from tinylab.checkpoint import NEWEST, PREVIOUS, find, load, read, save
 from tinylab.cli import main
-from tinylab.recipe import UserError
-from tinylab.record import CHECKSUMS, FINAL_FILES, Run, verify_run
+from tinylab.data.archive import verify_archive
+from tinylab.exceptions import UserError
+from tinylab.run.checkpoint import NEWEST, PREVIOUS, find, load, read, save
+from tinylab.run.folder import CHECKSUMS, FINAL_FILES, Run, verify_run
 
 pytestmark = pytest.mark.promise("damaged-files")
 
@@ -25,7 +25,12 @@ KINDS = ("flip", "truncate", "zero tail", "append", "swap pages")
 def state(number: int) -> dict:
     """A checkpoint of twelve pages, no two of which are alike."""
     rng = torch.Generator().manual_seed(number)
-    return {"epoch": number, "step": 3, "weight": torch.rand(10_000, generator=rng), "history": [{"loss": 0.5}]}
+    return {
+        "epoch": number,
+        "step": 3,
+        "weight": torch.rand(10_000, generator=rng),
+        "history": [{"loss": 0.5}],
+    }
 
 
 def test_every_damage_of_a_checkpoint_is_noticed_and_the_previous_one_used(
@@ -44,7 +49,9 @@ def test_every_damage_of_a_checkpoint_is_noticed_and_the_previous_one_used(
             loaded, notice = load(tmp_path)
             assert loaded["epoch"] == 1
             assert torch.equal(loaded["weight"], state(1)["weight"])
-            assert notice == f"{tmp_path / NEWEST} is damaged; continuing from {tmp_path / PREVIOUS}"
+            assert (
+                notice == f"{tmp_path / NEWEST} is damaged; continuing from {tmp_path / PREVIOUS}"
+            )
     tally(checkpoint_faults=faults, missed=len(missed))
     assert not missed
     (tmp_path / NEWEST).write_bytes(whole)
@@ -69,7 +76,13 @@ def found(run: Run) -> str:
 
 def test_every_damage_of_a_finished_run_is_found(run: Run, full: bool, tally: Callable) -> None:
     assert "finished, 7 files as they were written, 2 whole checkpoints" in verify_run(run)
-    names = [*FINAL_FILES, "summary.json", CHECKSUMS, f"checkpoints/{NEWEST}", f"checkpoints/{PREVIOUS}"]
+    names = [
+        *FINAL_FILES,
+        "summary.json",
+        CHECKSUMS,
+        f"checkpoints/{NEWEST}",
+        f"checkpoints/{PREVIOUS}",
+    ]
     chance, missed = random.Random(1), []
     faults = 40 if full else 4
     for name in names:
@@ -88,7 +101,9 @@ def test_every_damage_of_a_finished_run_is_found(run: Run, full: bool, tally: Ca
     assert not missed
 
 
-def test_damaged_weights_are_not_used(run: Run, monkeypatch: pytest.MonkeyPatch, tally: Callable) -> None:
+def test_damaged_weights_are_not_used(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tally: Callable
+) -> None:
     """safetensors itself accepts nearly any flipped bit."""
     from tinylab.cli import trained_model
 
@@ -109,7 +124,9 @@ def test_sha256sum_itself_can_check_a_run(run: Run) -> None:
     tool = shutil.which("sha256sum")
     if tool is None:
         pytest.skip("no sha256sum here")
-    done = subprocess.run([tool, "--check", "--strict", CHECKSUMS], cwd=run.folder, capture_output=True, text=True)
+    done = subprocess.run(
+        [tool, "--check", "--strict", CHECKSUMS], cwd=run.folder, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count(": OK") == 7
 
@@ -130,10 +147,15 @@ def test_verify_tells_of_a_run_in_one_line(run: Run, capsys: pytest.CaptureFixtu
     assert main(["verify", str(run.folder)]) == 2
     out, err = capsys.readouterr()
     assert out == ""
-    assert err == f"tinylab: {run.folder} is damaged: not as written or missing: predictions.npz, model.safetensors\n"
+    assert (
+        err
+        == f"tinylab: {run.folder} is damaged: not as written or missing: predictions.npz, model.safetensors\n"
+    )
 
 
-def test_verify_tells_of_a_run_that_is_not_finished(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+def test_verify_tells_of_a_run_that_is_not_finished(
+    run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
     (run.folder / "summary.json").unlink()
     assert main(["verify", str(run.folder)]) == 0
     assert "not finished, 2 epochs done, 2 whole checkpoints" in capsys.readouterr().out
@@ -152,7 +174,9 @@ def test_verify_finds_a_single_bit_in_the_real_archive(tmp_path: Path, tally: Ca
     copy = tmp_path / "copy.zip"
     shutil.copyfile(source, copy)
     with zipfile.ZipFile(source) as opened:
-        image = next(info for info in opened.infolist() if info.filename.endswith("n01443537_7.JPEG"))
+        image = next(
+            info for info in opened.infolist() if info.filename.endswith("n01443537_7.JPEG")
+        )
     with open(copy, "r+b") as file:
         file.seek(image.header_offset + 200 + image.compress_size // 2)
         byte = file.read(1)[0]

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from reliability.archives import change_meta, damaged, made_up, readable, refused, write_zip
-from tinylab.dataset import Dataset, open_dataset, prepare, verify
-from tinylab.recipe import UserError
+from tinylab.data.dataset import Dataset, open_dataset, prepare, verify
+from tinylab.exceptions import UserError
 
 pytestmark = pytest.mark.promise("damaged-files")
 
@@ -18,7 +18,9 @@ FILES = ("images.npy", "labels.npy", "boxes.npy", "meta.json")
 
 @pytest.fixture
 def prepared(tmp_path) -> Dataset:
-    return prepare(write_zip(tmp_path / "made.zip", made_up()), tmp_path / "ds", workers=1, progress=False)
+    return prepare(
+        write_zip(tmp_path / "made.zip", made_up()), tmp_path / "ds", workers=1, progress=False
+    )
 
 
 def found(folder: Path) -> str | None:
@@ -68,7 +70,11 @@ def test_meta_json_laid_out_anew_is_found(prepared, tally):
     """The same content in other bytes is harmless, but nothing of ours wrote it."""
     path = prepared.folder / "meta.json"
     meta = json.loads(path.read_text())
-    for text in (json.dumps(meta), path.read_text() + "\n", json.dumps(meta, indent=1, sort_keys=True) + "\n"):
+    for text in (
+        json.dumps(meta),
+        path.read_text() + "\n",
+        json.dumps(meta, indent=1, sort_keys=True) + "\n",
+    ):
         path.write_text(text)
         assert "meta.json has changed" in found(prepared.folder)
     tally(data_set_faults=3)
@@ -80,7 +86,9 @@ def test_opening_finds_a_changed_name_and_a_moved_border(prepared, tally):
     for old, new in (("goldfish", "goldfisk"), ('"train_count": 12', '"train_count": 13')):
         assert old in whole
         path.write_text(whole.replace(old, new))
-        assert "meta.json has changed since it was prepared" in refused(open_dataset, prepared.folder)
+        assert "meta.json has changed since it was prepared" in refused(
+            open_dataset, prepared.folder
+        )
     tally(data_set_faults=2)
 
 
@@ -91,7 +99,11 @@ def test_folders_from_before_meta_json_had_a_hash_are_read_and_verified(prepared
     older = json.dumps(meta, indent=1, ensure_ascii=False) + "\n"
     path.write_text(older, encoding="utf-8")
     assert found(prepared.folder) is None
-    for old, new in (("is_tiny_imagenet", "is_tiny_imagenes"), ("labels.npy", "labels.npz"), ("\n}", "}")):
+    for old, new in (
+        ("is_tiny_imagenet", "is_tiny_imagenes"),
+        ("labels.npy", "labels.npz"),
+        ("\n}", "}"),
+    ):
         path.write_text(older.replace(old, new), encoding="utf-8")
         assert found(prepared.folder) is not None
     change_meta(prepared.folder, extra=1)

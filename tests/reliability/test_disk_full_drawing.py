@@ -11,8 +11,8 @@ import pytest
 
 from reliability.places import assert_one_line, make_template
 from tinylab.cli import main
-from tinylab.dataset import Dataset
-from tinylab.record import Run
+from tinylab.data.dataset import Dataset
+from tinylab.run.folder import Run
 
 resource = pytest.importorskip("resource")
 pytestmark = pytest.mark.promise("disk-full")
@@ -38,19 +38,23 @@ def command(line: str, size: int | None = None) -> tuple[int, str, str]:
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 @pytest.fixture(scope="module")
 def drawn(small_dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run, explained and published, in a checkout with a long README."""
-    place = make_template(tmp_path_factory.mktemp("drawn"), small_dataset)
-    page = (place / "README.md").read_text()
-    (place / "README.md").write_text(page + "text\n" * 4000)
-    with contextlib.chdir(place):
+    compute = make_template(tmp_path_factory.mktemp("drawn"), small_dataset)
+    page = (compute / "README.md").read_text()
+    (compute / "README.md").write_text(page + "text\n" * 4000)
+    with contextlib.chdir(compute):
         assert command("explain run --count 2")[0] == 0
         assert command("publish run")[0] == 0
-    return place
+    return compute
 
 
 @pytest.fixture
@@ -60,7 +64,9 @@ def here(drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "here"
 
 
-def assert_old_or_new(before: dict[str, bytes], after: dict[str, bytes], new: dict[str, bytes], size: int) -> None:
+def assert_old_or_new(
+    before: dict[str, bytes], after: dict[str, bytes], new: dict[str, bytes], size: int
+) -> None:
     """Every file is the old one or the new one, to the last byte; those that are too large are the old ones."""
     assert after.keys() == before.keys()
     for name, content in after.items():
@@ -72,11 +78,11 @@ def assert_old_or_new(before: dict[str, bytes], after: dict[str, bytes], new: di
 @pytest.fixture(scope="module")
 def explained_anew(drawn: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """What explaining in another way writes, where there is room."""
-    place = tmp_path_factory.mktemp("anew") / "here"
-    shutil.copytree(drawn, place)
-    with contextlib.chdir(place):
+    compute = tmp_path_factory.mktemp("anew") / "here"
+    shutil.copytree(drawn, compute)
+    with contextlib.chdir(compute):
         assert command(ANEW)[0] == 0
-    return files(place)
+    return files(compute)
 
 
 ANEW = "explain run --count 1 --method hirescam"
@@ -85,7 +91,9 @@ ANEW = "explain run --count 1 --method hirescam"
 def test_drawing(here: Path, explained_anew: dict[str, bytes], full: bool, tally: Callable) -> None:
     before = files(here)
     changed = [name for name, content in explained_anew.items() if content != before[name]]
-    assert {"run/explain.json", "run/figures/gradcam.png", "run/figures/misclassified.png"} <= set(changed)
+    assert {"run/explain.json", "run/figures/gradcam.png", "run/figures/misclassified.png"} <= set(
+        changed
+    )
     sizes = [0, 512, 4096, 10_000, 20_000, 30_000, 40_000, 60_000, 80_000, 100_000]
     largest = max(len(content) for content in explained_anew.values())
     for size in sizes if full else (0, 4096, 40_000):
@@ -101,14 +109,21 @@ def test_drawing(here: Path, explained_anew: dict[str, bytes], full: bool, tally
     assert files(here) == explained_anew
 
 
-def test_explain_json_alone_does_not_fit(here: Path, monkeypatch: pytest.MonkeyPatch, tally: Callable) -> None:
-    from tinylab import analysis
+def test_explain_json_alone_does_not_fit(
+    here: Path, monkeypatch: pytest.MonkeyPatch, tally: Callable
+) -> None:
+    from tinylab.explain.gradcam import analysis
 
-    monkeypatch.setattr(analysis, "figures_of_training", lambda *_: {})  # the figures that are left are smaller
+    monkeypatch.setattr(
+        analysis, "figures_of_training", lambda *_: {}
+    )  # the figures that are left are smaller
     path = here / "run" / "explain.json"
     before = path.read_bytes()
     explanation = json.loads(before)
-    monkeypatch.setattr("tinylab.explain.Explanation.to_json", lambda _: explanation | {"more": "x" * 1_000_000})
+    monkeypatch.setattr(
+        "tinylab.explain.gradcam.Explanation.to_json",
+        lambda _: explanation | {"more": "x" * 1_000_000},
+    )
     status, out, err = command(ANEW, 900_000)
     assert status == 2
     assert_one_line(out, err)
@@ -146,9 +161,11 @@ def test_publishing(here: Path, full: bool, tally: Callable) -> None:
 
 
 @pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="needs /dev/full")
-def test_a_figure_on_a_device_that_is_full(here: Path, monkeypatch: pytest.MonkeyPatch, tally: Callable) -> None:
+def test_a_figure_on_a_device_that_is_full(
+    here: Path, monkeypatch: pytest.MonkeyPatch, tally: Callable
+) -> None:
     """The figure is written under a temporary name, and what was there before stays."""
-    from tinylab import plots
+    from tinylab.figures import plots
 
     path = here / "run" / "figures" / "curves.png"
     before = path.read_bytes()

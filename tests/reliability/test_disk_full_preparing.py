@@ -6,7 +6,7 @@ import os
 import pytest
 
 from reliability.archives import leftovers, made_up, refused, run, write_zip
-from tinylab import dataset
+from tinylab.data import dataset
 
 pytestmark = pytest.mark.promise("disk-full")
 
@@ -23,7 +23,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, full, tally, reser
     process = run(
         f"""
         import os, resource
-        from tinylab import dataset
+        from tinylab.data import dataset
         from tinylab.recipe import UserError
         if not {reserve}:
             del os.posix_fallocate
@@ -58,6 +58,8 @@ def test_space_is_reserved_before_anything_is_decoded(tmp_path, monkeypatch, tal
     zipped = write_zip(tmp_path / "made.zip", made_up())
     monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
     monkeypatch.setattr(dataset, "_decoders", lambda *_: pytest.fail("decoded"))
-    assert "No space left on device" in refused(dataset.prepare, zipped, tmp_path / "ds", workers=1, progress=False)
+    assert "No space left on device" in refused(
+        dataset.prepare, zipped, tmp_path / "ds", workers=1, progress=False
+    )
     assert leftovers(tmp_path) == set()
     tally(full_disks_while_preparing=1)

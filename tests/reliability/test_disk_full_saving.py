@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from conftest import assert_equal_runs
 
-from tinylab.checkpoint import NEWEST, PREVIOUS, load
-from tinylab.dataset import Dataset
-from tinylab.record import Run, verify_run
+from tinylab.data.dataset import Dataset
+from tinylab.run.checkpoint import NEWEST, PREVIOUS, load
+from tinylab.run.folder import Run, verify_run
 
 pytestmark = pytest.mark.promise("disk-full")
 
@@ -35,7 +35,18 @@ for limit in limits:
     print(json.dumps([limit, status, err.getvalue(), [str(path) for path in folder.rglob("*.tmp")]]), flush=True)
 """
 
-OPTIONS = ["--epochs", "3", "--width", "4", "--resolution", "16", "--test-resolution", "16", "--precision", "fp32"]
+OPTIONS = [
+    "--epochs",
+    "3",
+    "--width",
+    "4",
+    "--resolution",
+    "16",
+    "--test-resolution",
+    "16",
+    "--precision",
+    "fp32",
+]
 
 
 @pytest.fixture
@@ -47,10 +58,25 @@ def train_limited(
     """
 
     def call(limits: list[int], start: Path | None = None) -> list[list]:
-        options = [*OPTIONS, "--device", "cpu", "--data", str(small_dataset.folder), "--run", str(tmp_path / "run")]
-        arguments = [str(tmp_path / "run"), str(start or ""), json.dumps(limits), json.dumps(options)]
+        options = [
+            *OPTIONS,
+            "--device",
+            "cpu",
+            "--data",
+            str(small_dataset.folder),
+            "--run",
+            str(tmp_path / "run"),
+        ]
+        arguments = [
+            str(tmp_path / "run"),
+            str(start or ""),
+            json.dumps(limits),
+            json.dumps(options),
+        ]
         command = [sys.executable, "-c", TRAINING, *arguments]
-        done = subprocess.run(command, env=subprocess_environment, capture_output=True, text=True, timeout=250)
+        done = subprocess.run(
+            command, env=subprocess_environment, capture_output=True, text=True, timeout=250
+        )
         assert done.returncode == 0, done.stderr  # no SIGXFSZ, no SIGBUS
         return [json.loads(line) for line in done.stdout.splitlines()]
 
@@ -74,7 +100,19 @@ def undisturbed(small_dataset: Dataset, tmp_path_factory: pytest.TempPathFactory
 
     folder = tmp_path_factory.mktemp("undisturbed") / "run"
     assert (
-        main(["train", "smoke", *OPTIONS, "--device", "cpu", "--data", str(small_dataset.folder), "--run", str(folder)])
+        main(
+            [
+                "train",
+                "smoke",
+                *OPTIONS,
+                "--device",
+                "cpu",
+                "--data",
+                str(small_dataset.folder),
+                "--run",
+                str(folder),
+            ]
+        )
         == 0
     )
     return Run(folder)
@@ -84,7 +122,9 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_when_there_is_room(
     train_limited: Callable, undisturbed: Run, tmp_path: Path, full: bool, tally: Callable
 ) -> None:
     """Records, the first checkpoint, the predictions, the weights: each is the first not to fit."""
-    sizes = sorted({path.stat().st_size for path in undisturbed.folder.rglob("*") if path.is_file()})
+    sizes = sorted(
+        {path.stat().st_size for path in undisturbed.folder.rglob("*") if path.is_file()}
+    )
     limits = [0, *[size - 1 for size in sizes]] if full else [100, sizes[-1] // 2, sizes[-1] - 1]
     results = train_limited([*limits, -1])
     folder = tmp_path / "run"
@@ -107,7 +147,9 @@ def test_a_disk_that_fills_up_later_leaves_the_checkpoints_of_before(
     checkpoints = start / "checkpoints"
     (checkpoints / NEWEST).unlink()
     before = (checkpoints / PREVIOUS).read_bytes()
-    limits = [len(before) * part // 8 for part in ((1, 2, 3, 4, 5, 6, 7) if full else (4,))] + [len(before) - 1]
+    limits = [len(before) * part // 8 for part in ((1, 2, 3, 4, 5, 6, 7) if full else (4,))] + [
+        len(before) - 1
+    ]
     for result in train_limited(limits, start):
         refused(*result, tmp_path / "run")
         after = tmp_path / f"after {result[0]}" / "checkpoints"

@@ -13,22 +13,31 @@ import pytest
 
 from reliability.archives import made_up, refused, write_zip
 from reliability.server import Server, serving
-from tinylab import archive
-from tinylab.archive import download, find, open_archive
+from tinylab.data import archive
+from tinylab.data.archive import download, find, open_archive
 
 pytestmark = pytest.mark.promise("downloads")
 
 BODY = b"PK" + random.Random(1).randbytes(699_998)
 HALF = len(BODY) // 2
 BLOCK = 1 << 18  # what is read, and written, at once
-EXPECTED = {"size": len(BODY), "md5": hashlib.md5(BODY).hexdigest(), "sha256": hashlib.sha256(BODY).hexdigest()}
+EXPECTED = {
+    "size": len(BODY),
+    "md5": hashlib.md5(BODY).hexdigest(),
+    "sha256": hashlib.sha256(BODY).hexdigest(),
+}
 PAGE = b"<!doctype html><title>Sorry</title><p>Too many people want this file.</p>"
 
 
 @pytest.fixture
 def server() -> Iterator[Server]:
     with serving() as running:
-        running.files |= {"/good": BODY, "/bad": BODY[:-1] + b"x", "/short": BODY[:-1], "/long": BODY + b"x"}
+        running.files |= {
+            "/good": BODY,
+            "/bad": BODY[:-1] + b"x",
+            "/short": BODY[:-1],
+            "/long": BODY + b"x",
+        }
         running.files["/page"] = PAGE
         yield running
 
@@ -113,7 +122,9 @@ def test_no_file_rather_than_a_wrong_one(server, target, waits, tally, monkeypat
     message = refused(download, [server.url(path)], target, **EXPECTED)
     assert expected in message
     assert f"put it at {target}, or set TINY_IMAGENET" in message
-    assert names(target.parent) - {"x.zip.partial"} == ({"x.zip"} if before == "another file" else set())
+    assert names(target.parent) - {"x.zip.partial"} == (
+        {"x.zip"} if before == "another file" else set()
+    )
     assert not target.exists() or target.read_bytes() == b"mine"
     if requests is None:
         assert len(server.requests) <= 10 + 1  # as many redirects as urllib follows
@@ -187,7 +198,9 @@ def test_without_a_hash_only_a_whole_zip_is_taken(server, target, waits, tally, 
     assert "not a zip, or it is cut short" in refused(download, [server.url("/own.zip")], target)
     server.behaviours["/own.zip"] = ["cut"] * 3
     length = len(whole) // 2
-    assert f"connection ended after {length:,} bytes" in refused(download, [server.url("/own.zip")], target)
+    assert f"connection ended after {length:,} bytes" in refused(
+        download, [server.url("/own.zip")], target
+    )
     assert names(target.parent) <= {"x.zip.partial"}
     server.requests.clear()
     server.behaviours["/own.zip"] = ["no length"]
@@ -221,7 +234,9 @@ def test_a_redirect_from_https_to_http_is_refused(tally):
     for address in ("http://example.org/a", "HTTP://example.org/a", "file:///a", "//example.org/a"):
         with pytest.raises(archive._NextMirror):
             archive._SafeRedirects().redirect_request(request, None, 302, "", {}, address)
-    assert archive._SafeRedirects().redirect_request(request, None, 302, "", {}, "https://example.org/b")
+    assert archive._SafeRedirects().redirect_request(
+        request, None, 302, "", {}, "https://example.org/b"
+    )
     tally(behaviours=1, none=1)
 
 
@@ -239,7 +254,9 @@ def test_every_built_in_address_comes_with_a_hash(tmp_path, monkeypatch):
     seen = []
     monkeypatch.delenv("TINY_IMAGENET", raising=False)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(archive, "download", lambda urls, target, **expected: seen.append((urls, expected)))
+    monkeypatch.setattr(
+        archive, "download", lambda urls, target, **expected: seen.append((urls, expected))
+    )
     for source in ("auto", *archive.URLS):
         find(source, tmp_path)
     assert len(seen) == 5
@@ -259,7 +276,9 @@ def test_without_a_network_one_line_says_what_to_do(target, waits):
     assert "Connection refused" in message
     assert "TINY_IMAGENET" in message
     assert waits == [1.0, 2.0]
-    assert "no-such-host.invalid" in refused(download, ["https://no-such-host.invalid/x.zip"], target, tries=1)
+    assert "no-such-host.invalid" in refused(
+        download, ["https://no-such-host.invalid/x.zip"], target, tries=1
+    )
 
 
 def test_the_back_off_is_real(server, target):
@@ -279,12 +298,17 @@ def test_a_disk_without_room_is_noticed_before_the_download(server, target, monk
 
 def test_an_unwritable_place_is_one_line(server, tmp_path):
     (tmp_path / "file").write_bytes(b"")
-    assert "cannot write" in refused(download, [server.url("/good")], tmp_path / "file" / "x.zip", **EXPECTED)
+    assert "cannot write" in refused(
+        download, [server.url("/good")], tmp_path / "file" / "x.zip", **EXPECTED
+    )
     assert (tmp_path / "file").read_bytes() == b""
 
 
 def test_two_downloads_at_once_are_one(server, target, tally):
-    threads = [threading.Thread(target=download, args=([server.url("/good")], target), kwargs=EXPECTED) for _ in "ab"]
+    threads = [
+        threading.Thread(target=download, args=([server.url("/good")], target), kwargs=EXPECTED)
+        for _ in "ab"
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -8,12 +8,12 @@ import pytest
 from conftest import assert_equal_runs
 
 from reliability.harness import moments, plain_recipe, rich_recipe, send
-from tinylab import checkpoint
-from tinylab import train as train_module
-from tinylab.dataset import Dataset
+from tinylab.data.dataset import Dataset
 from tinylab.recipe import Recipe
-from tinylab.record import Run
-from tinylab.train import Stopped, train
+from tinylab.run import checkpoint
+from tinylab.run.folder import Run
+from tinylab.training import train as train_module
+from tinylab.training.train import Stopped, train
 
 pytestmark = pytest.mark.promise("every-step")
 
@@ -39,7 +39,12 @@ def reference(train_tiny: TrainTiny, tmp_path_factory: pytest.TempPathFactory) -
 
 @pytest.mark.parametrize("moment", range(MOMENTS))
 def test_a_run_stopped_anywhere_ends_the_same(
-    train_tiny: TrainTiny, reference: Run, at_moment: Callable, tmp_path: Path, tally: Callable, moment: int
+    train_tiny: TrainTiny,
+    reference: Run,
+    at_moment: Callable,
+    tmp_path: Path,
+    tally: Callable,
+    moment: int,
 ) -> None:
     number = (signal.SIGINT, signal.SIGTERM)[moment % 2]
     handlers = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
@@ -49,7 +54,9 @@ def test_a_run_stopped_anywhere_ends_the_same(
     assert stopped.value.signal == number
     assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == handlers
     saved, _ = checkpoint.load(tmp_path / "run" / "checkpoints")
-    assert (saved["epoch"] - 1, saved["step"]) == ((2, 0) if moment >= 10 else (moment // 5, min(moment % 5 + 1, 3)))
+    assert (saved["epoch"] - 1, saved["step"]) == (
+        (2, 0) if moment >= 10 else (moment // 5, min(moment % 5 + 1, 3))
+    )
 
     done = []
     at_moment(done.append)
@@ -119,7 +126,11 @@ def test_a_rich_run_stopped_after_any_step_ends_the_same(
 
 
 def test_a_rich_run_stopped_in_its_very_last_test_ends_the_same(
-    train_tiny: TrainTiny, rich_reference: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tally: Callable
+    train_tiny: TrainTiny,
+    rich_reference: Run,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tally: Callable,
 ) -> None:
     """The averaged network keeps the statistics that it was tested with."""
 
@@ -137,7 +148,9 @@ def test_a_rich_run_stopped_in_its_very_last_test_ends_the_same(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("recipe", [rich_recipe(), rich_recipe(optimizer="muon"), plain_recipe()], ids=lambda r: r.name)
+@pytest.mark.parametrize(
+    "recipe", [rich_recipe(), rich_recipe(optimizer="muon"), plain_recipe()], ids=lambda r: r.name
+)
 def test_a_longer_run_stopped_after_each_of_its_steps_ends_the_same(
     small_dataset: Dataset,
     tmp_path: Path,

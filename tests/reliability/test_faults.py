@@ -12,15 +12,28 @@ import numpy as np
 import pytest
 import torch
 
-from reliability.harness import Children, Event, Kill, Plan, Tale, children_of, differing, reference, rich_recipe
-from tinylab import checkpoint, loader
-from tinylab.dataset import Dataset
-from tinylab.loader import Batch, BatchedLoader
-from tinylab.step import TrainState
+from reliability.harness import (
+    Children,
+    Event,
+    Kill,
+    Plan,
+    Tale,
+    children_of,
+    differing,
+    reference,
+    rich_recipe,
+)
+from tinylab.data import loader
+from tinylab.data.dataset import Dataset
+from tinylab.data.loader import Batch, BatchedLoader
+from tinylab.run import checkpoint
+from tinylab.training.step import TrainState
 
 pytestmark = [
     pytest.mark.promise("faults"),
-    pytest.mark.skipif(sys.platform != "linux", reason="children are forked from a server, and killed by SIGKILL"),
+    pytest.mark.skipif(
+        sys.platform != "linux", reason="children are forked from a server, and killed by SIGKILL"
+    ),
 ]
 
 MOST_KILLS = 8
@@ -92,7 +105,9 @@ def optimizer_not_restored() -> None:
 
 
 def scaler_not_restored() -> None:
-    _changed_when_loaded(lambda saved: saved.update(scaler=torch.amp.GradScaler("cpu").state_dict()))
+    _changed_when_loaded(
+        lambda saved: saved.update(scaler=torch.amp.GradScaler("cpu").state_dict())
+    )
 
 
 def history_not_restored() -> None:
@@ -114,7 +129,9 @@ def epoch_begun_again() -> None:
 
     def load_checkpoint(self: TrainState, saved: dict) -> None:
         real(self, saved)
-        self.scheduler.last_epoch -= self.step  # else the schedule ends too early, which is no silent fault
+        self.scheduler.last_epoch -= (
+            self.step
+        )  # else the schedule ends too early, which is no silent fault
         self.step = 0
         self.totals.zero_()
 
@@ -126,7 +143,9 @@ def batches_off_by_one() -> None:
 
     def epoch(self: BatchedLoader, number: int, start_step: int = 0) -> Iterator[Batch]:
         shift = 1 if start_step else 0
-        return self._batches(number, [min(step + shift, self.steps - 1) for step in range(start_step, self.steps)])
+        return self._batches(
+            number, [min(step + shift, self.steps - 1) for step in range(start_step, self.steps)]
+        )
 
     BatchedLoader.epoch = epoch
 
@@ -206,16 +225,28 @@ def plan_for(fault: Callable[[], None] | None, dataset: Dataset) -> Plan:
     return Plan(rich_recipe(epochs=2, batch_size=7), dataset.folder, fault=fault, **scale)
 
 
-def kill(children: Children, plan: Plan, folder: Path, schedule: Callable, after: Callable = lambda _: None) -> Tale:
+def kill(
+    children: Children,
+    plan: Plan,
+    folder: Path,
+    schedule: Callable,
+    after: Callable = lambda _: None,
+) -> Tale:
     return children.killed(plan, folder, schedule(plan), after=after)
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
 def test_a_fault_is_found(
-    children: Children, small_dataset: Dataset, tmp_path: Path, tally: Callable, fault: Callable[[], None]
+    children: Children,
+    small_dataset: Dataset,
+    tmp_path: Path,
+    tally: Callable,
+    fault: Callable[[], None],
 ) -> None:
     plan = plan_for(fault, small_dataset)
-    undisturbed = reference(children, plan)  # with the fault, which does no harm as long as nothing is killed
+    undisturbed = reference(
+        children, plan
+    )  # with the fault, which does no harm as long as nothing is killed
     harm = damage if fault is hash_not_checked else lambda _: None
     tale = kill(children, plan, tmp_path / "run", FAULTS[fault], harm)
     assert 0 < tale.kills <= MOST_KILLS
@@ -232,7 +263,11 @@ def test_a_fault_is_found(
 
 @pytest.mark.parametrize(
     ("precision", "schedule", "harm"),
-    [("fp32", within_epochs, damage), ("fp32", half_written, lambda _: None), ("fp16", within_epochs, lambda _: None)],
+    [
+        ("fp32", within_epochs, damage),
+        ("fp32", half_written, lambda _: None),
+        ("fp16", within_epochs, lambda _: None),
+    ],
     ids=["damaged", "half written", "loss scale"],
 )
 def test_without_a_fault_nothing_is_found(
@@ -245,7 +280,9 @@ def test_without_a_fault_nothing_is_found(
     harm: Callable[[Path], None],
 ) -> None:
     """The same kills, and the same damage."""
-    plan = replace(plan_for(scaler_not_restored if precision == "fp16" else None, small_dataset), fault=None)
+    plan = replace(
+        plan_for(scaler_not_restored if precision == "fp16" else None, small_dataset), fault=None
+    )
     tale = kill(children, plan, tmp_path / "run", schedule, harm)
     assert tale.error is None
     assert tale.kills > 0

@@ -30,9 +30,9 @@ from reliability.archives import (
     write_folder,
     write_zip,
 )
-from tinylab import dataset
-from tinylab.archive import open_archive
-from tinylab.dataset import Dataset, open_dataset, prepare, verify
+from tinylab.data import dataset
+from tinylab.data.archive import open_archive
+from tinylab.data.dataset import Dataset, open_dataset, prepare, verify
 
 pytestmark = [pytest.mark.promise("hostile"), needs_proc]
 
@@ -62,7 +62,11 @@ def record(name: str, content: bytes = b"tiny", **fields: int) -> Callable[[Path
 
     def write(path: Path) -> None:
         write_zip(path, made_up() | {name: content}, method=zipfile.ZIP_DEFLATED)
-        rewritten(path, name, lambda info: [setattr(info, field, value) for field, value in fields.items()])
+        rewritten(
+            path,
+            name,
+            lambda info: [setattr(info, field, value) for field, value in fields.items()],
+        )
 
     return write
 
@@ -85,7 +89,9 @@ def many_members(count: int, claimed: int) -> Callable[[Path], None]:
     """A sound archive whose directory also lists `count` members that are not there, and claims `claimed`."""
 
     def change(whole: bytes, start: int) -> bytes:
-        entry = struct.pack("<4s6H3I5H2I", b"PK\1\2", 20, 20, 0, 0, 0, 0, 0, 0, 0, 50, 0, 0, 0, 0, 0, 0)
+        entry = struct.pack(
+            "<4s6H3I5H2I", b"PK\1\2", 20, 20, 0, 0, 0, 0, 0, 0, 0, 50, 0, 0, 0, 0, 0, 0
+        )
         more = b"".join(entry + b"tiny-imagenet-200/litter/%025d" % i for i in range(count))
         directory = whole[start : whole.rindex(b"PK\5\6")] + more
         end = struct.pack("<4s4H2IH", b"PK\5\6", 0, 0, claimed, claimed, len(directory), start, 0)
@@ -102,7 +108,15 @@ def end_record(**fields: int) -> Callable[[Path], None]:
         count, size = struct.unpack("<H", whole[end + 10 : end + 12])[0], end - start
         values = {"count": count, "size": size, "start": start} | fields
         return whole[:end] + struct.pack(
-            "<4s4H2IH", b"PK\5\6", 0, 0, values["count"], values["count"], values["size"], values["start"], 0
+            "<4s4H2IH",
+            b"PK\5\6",
+            0,
+            0,
+            values["count"],
+            values["count"],
+            values["size"],
+            values["start"],
+            0,
         )
 
     return changed(change)
@@ -136,7 +150,12 @@ def zip64_size(path: Path) -> None:
     start = whole.index(b"PK\1\2")
     count = whole[end + 8 : end + 12]
     path.write_bytes(
-        whole[:start] + directory + b"PK\5\6" + bytes(4) + count + struct.pack("<2IH", len(directory), start, 0)
+        whole[:start]
+        + directory
+        + b"PK\5\6"
+        + bytes(4)
+        + count
+        + struct.pack("<2IH", len(directory), start, 0)
     )
 
 
@@ -191,13 +210,19 @@ REFUSED_ARCHIVES = {
     "link": (member("a", stat.S_IFLNK | 0o777), "not a regular file"),
     "pipe": (member("a", stat.S_IFIFO | 0o644), "not a regular file"),
     "device": (member("a", stat.S_IFCHR | 0o644), "not a regular file"),
-    "image that is a link": (record(VICTIM, external_attr=(stat.S_IFLNK | 0o777) << 16), "not a regular file"),
+    "image that is a link": (
+        record(VICTIM, external_attr=(stat.S_IFLNK | 0o777) << 16),
+        "not a regular file",
+    ),
     "encrypted": (record(VICTIM, flag_bits=1), "encrypted"),
     "LZMA": (packed(VICTIM, jpeg(1), zipfile.ZIP_LZMA), "unusual method"),
     "bzip2": (packed(VICTIM, jpeg(1), zipfile.ZIP_BZIP2), "unusual method"),
     "small bomb": (packed(VICTIM, bytes(60_000)), "sizes that cannot be true"),
     "bomb": (packed(VICTIM, bytes(50_000_000)), "more than 65,536 bytes"),
-    "bomb that understates its size": (record(VICTIM, bytes(50_000_000), file_size=60_000), "n01_2.JPEG is damaged"),
+    "bomb that understates its size": (
+        record(VICTIM, bytes(50_000_000), file_size=60_000),
+        "n01_2.JPEG is damaged",
+    ),
     "bomb of text": (packed("words.txt", b"n\n" * 40_000_000), "more than 8,388,608 bytes"),
     "overstated size": (record(VICTIM, file_size=50_000), "sizes that cannot be true"),
     "huge size": (record(VICTIM, file_size=1 << 30), "more than 65,536 bytes"),
@@ -210,10 +235,17 @@ REFUSED_ARCHIVES = {
     "directory elsewhere": (end_record(start=10_000_000), "overlaps another one"),
     "directory of 2**60 bytes": (changed(zip64), "cut short"),
     "name before the member": (local_name, "n01_2.JPEG is damaged"),
-    "millions of words": (packed("words.txt", os.urandom(1_000).hex().encode() * 4_000), "sizes that cannot be true"),
+    "millions of words": (
+        packed("words.txt", os.urandom(1_000).hex().encode() * 4_000),
+        "sizes that cannot be true",
+    ),
     "700,000 classes": (many_classes, "more than 32,767 classes"),
     "endless box number": (
-        packed("train/n01/n01_boxes.txt", b"n01_0.JPEG\t" + b"9" * 5_000 + b"\t0\t1\t1\n", zipfile.ZIP_STORED),
+        packed(
+            "train/n01/n01_boxes.txt",
+            b"n01_0.JPEG\t" + b"9" * 5_000 + b"\t0\t1\t1\n",
+            zipfile.ZIP_STORED,
+        ),
         "line without a box",
     ),
     "zip in an image": (nested, "not a sound JPEG"),
@@ -223,14 +255,18 @@ HARMLESS_ARCHIVES = {
     "something in front": changed(lambda whole, start: b"#!/bin/sh\nexit\n" * 100 + whole),
     "comment": changed(lambda whole, start: whole[:-2] + b"\xff\xff" + b"x" * 65_535),
     "wrong count": end_record(count=3),
-    "millions of lines": packed("words.txt", made_up()["words.txt"] + b"ab\n" * 2_700_000, zipfile.ZIP_STORED),
+    "millions of lines": packed(
+        "words.txt", made_up()["words.txt"] + b"ab\n" * 2_700_000, zipfile.ZIP_STORED
+    ),
     "setuid": record(VICTIM, jpeg(2), external_attr=(stat.S_IFREG | 0o6755) << 16),
 }
 
 # --- Images -----------------------------------------------------------------------------------------------------------
 
 
-def saved(mode: str = "RGB", kind: str = "JPEG", size: tuple[int, int] = (64, 64), **options: object) -> bytes:
+def saved(
+    mode: str = "RGB", kind: str = "JPEG", size: tuple[int, int] = (64, 64), **options: object
+) -> bytes:
     buffer = io.BytesIO()
     ramp = np.add.outer(np.arange(size[1]), np.arange(size[0])).astype(np.uint8)
     Image.fromarray(ramp).convert(mode).save(buffer, kind, **options)
@@ -254,7 +290,11 @@ def endless_scans() -> bytes:
     """A progressive 64 x 64 JPEG file that repeats one scan as often as 64 KiB allow."""
     sound = saved(progressive=True, quality=20)
     last = sound.rindex(b"\xff\xda")
-    return sound[:-2] + sound[last:-2] * ((64_000 - len(sound)) // (len(sound) - 2 - last)) + sound[-2:]
+    return (
+        sound[:-2]
+        + sound[last:-2] * ((64_000 - len(sound)) // (len(sound) - 2 - last))
+        + sound[-2:]
+    )
 
 
 def animated() -> bytes:
@@ -268,7 +308,10 @@ def exif_loop() -> bytes:
     """EXIF data whose directory points at itself and claims four thousand million entries of text."""
     entry = struct.pack("<HHII", 0x8769, 4, 1, 8)
     long = struct.pack("<HHII", 0x010E, 2, 0xFFFF_FFF0, 0xFFFF_FF00)
-    return segment(0xE1, b"Exif\0\0" + b"II*\0" + struct.pack("<IH", 8, 2) + entry + long + struct.pack("<I", 8))
+    return segment(
+        0xE1,
+        b"Exif\0\0" + b"II*\0" + struct.pack("<IH", 8, 2) + entry + long + struct.pack("<I", 8),
+    )
 
 
 def several_pictures() -> bytes:
@@ -283,7 +326,10 @@ REFUSED_IMAGES = {
     "header only": (jpeg(0)[:200], "not a sound JPEG"),
     "empty": (b"", "not a sound JPEG"),
     "text": (b"hello", "not a sound JPEG"),
-    "SVG": (b"<svg xmlns='http://www.w3.org/2000/svg'><script>alert(1)</script></svg>", "not a sound JPEG"),
+    "SVG": (
+        b"<svg xmlns='http://www.w3.org/2000/svg'><script>alert(1)</script></svg>",
+        "not a sound JPEG",
+    ),
     "PNG named JPEG": (saved(kind="PNG"), "not a sound JPEG"),
     "animated PNG": (animated(), "not a sound JPEG"),
     "GIF": (saved("P", "GIF"), "not a sound JPEG"),
@@ -294,7 +340,10 @@ REFUSED_IMAGES = {
     "12,000 x 12,000 header": (resized(12_000), "12000 x 12000 pixels instead of 64 x 64"),
     "60,000 x 60,000 header": (resized(60_000), "not a sound JPEG"),
     "0 x 0 header": (resized(0), "not a sound JPEG"),
-    "PostScript": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\nquit\n", "not a sound JPEG"),
+    "PostScript": (
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\nquit\n",
+        "not a sound JPEG",
+    ),
 }
 
 FINE_IMAGES = {
@@ -313,7 +362,7 @@ FINE_IMAGES = {
 
 PREPARE = """
 import hashlib, json, pathlib, resource, sys, time
-from tinylab import dataset
+from tinylab.data import dataset
 from tinylab.recipe import UserError
 
 def memory(field):
@@ -366,7 +415,9 @@ class Preparer:
         outcome, seconds, peak = json.loads(answer)
         assert seconds < SECONDS
         assert peak < ALL_MEMORY
-        after = {name: digest for name, digest in contents(folder).items() if not name.startswith("ds")}
+        after = {
+            name: digest for name, digest in contents(folder).items() if not name.startswith("ds")
+        }
         assert after == before, "something was written outside the data set"
         assert (folder / "ds").exists() == isinstance(outcome, dict)
         assert not list(folder.glob("ds.building*"))
@@ -494,7 +545,10 @@ HOSTILE_FOLDERS = {
     "folder for meta": (META, folder_instead),
     "npz named npy": ("labels.npy", written(compressed_arrays())),
     "pickle named npy": ("labels.npy", written(b"\x80\x04cos\nsystem\n(S'true'\ntR.")),
-    "objects": ("labels.npy", written(header("{'descr': '|O', 'fortran_order': False, 'shape': (18,), }\n"))),
+    "objects": (
+        "labels.npy",
+        written(header("{'descr': '|O', 'fortran_order': False, 'shape': (18,), }\n")),
+    ),
     "endless parentheses": ("labels.npy", written(header("(" * 60_000))),
     "code in the header": ("labels.npy", written(header("__import__('os').system('true')\n"))),
     "unclosed header": ("labels.npy", written(header("{'descr': '<i2', 'shape': (18,"))),
@@ -502,7 +556,10 @@ HOSTILE_FOLDERS = {
         "labels.npy",
         written(header(f"{{'descr': '<i2', 'fortran_order': False, 'shape': ({2**62},), }}\n")),
     ),
-    "negative shape": ("labels.npy", written(header("{'descr': '<i2', 'fortran_order': False, 'shape': (-18,), }\n"))),
+    "negative shape": (
+        "labels.npy",
+        written(header("{'descr': '<i2', 'fortran_order': False, 'shape': (-18,), }\n")),
+    ),
     "fortran order": (
         "boxes.npy",
         written(header("{'descr': '|u1', 'fortran_order': True, 'shape': (18, 4), }\n", body=72)),
@@ -538,7 +595,9 @@ HOSTILE_META = {
 
 @pytest.fixture
 def prepared(tmp_path) -> Dataset:
-    return prepare(write_zip(tmp_path / "made.zip", made_up()), tmp_path / "ds", workers=1, progress=False)
+    return prepare(
+        write_zip(tmp_path / "made.zip", made_up()), tmp_path / "ds", workers=1, progress=False
+    )
 
 
 @pytest.mark.timeout(10)  # what is refused must not hang
@@ -593,7 +652,9 @@ def test_names_from_a_foreign_folder_are_made_safe(prepared, tally):
     opened = open_dataset(prepared.folder)
     assert opened.names == ("[2Jgoldfish", "n02", "<b>x</b>")
     verify(opened)
-    meta = json.loads((prepared.folder / META).read_text()) | {"names": ["\ud800", "x\udfffy", "\x07"]}
+    meta = json.loads((prepared.folder / META).read_text()) | {
+        "names": ["\ud800", "x\udfffy", "\x07"]
+    }
     del meta["sha256"]["meta.json"]
     (prepared.folder / META).write_text(json.dumps(meta))
     assert open_dataset(prepared.folder).names == ("n01", "xy", "n03")
@@ -605,7 +666,9 @@ def test_names_from_a_foreign_folder_are_made_safe(prepared, tally):
 def test_pipes_in_an_extracted_archive_are_passed_over(tmp_path, tally):
     folder = write_folder(tmp_path / "a", made_up())
     pipe(folder / VICTIM)
-    assert "train/ has 3 images of n01" in refused(prepare, folder, tmp_path / "ds", workers=1, progress=False)
+    assert "train/ has 3 images of n01" in refused(
+        prepare, folder, tmp_path / "ds", workers=1, progress=False
+    )
     assert not (tmp_path / "ds").exists()
     tally(kinds_of_archive=1, refused=1)
 
@@ -615,7 +678,11 @@ def test_control_characters_in_an_extracted_archive_do_not_reach_the_terminal(tm
     files = made_up()
     files[f"train/n01/images/{name}"] = b"no picture"
     del files["train/n01/images/n01_0.JPEG"]
-    files["train/n01/n01_boxes.txt"] = files["train/n01/n01_boxes.txt"].replace(b"n01_0.JPEG", name.encode())
+    files["train/n01/n01_boxes.txt"] = files["train/n01/n01_boxes.txt"].replace(
+        b"n01_0.JPEG", name.encode()
+    )
     folder = write_folder(tmp_path / "a", files)
-    assert "is not a sound JPEG" in refused(prepare, folder, tmp_path / "ds", workers=1, progress=False)
+    assert "is not a sound JPEG" in refused(
+        prepare, folder, tmp_path / "ds", workers=1, progress=False
+    )
     tally(kinds_of_archive=1, refused=1)

@@ -7,12 +7,23 @@ from pathlib import Path
 
 import pytest
 
-from reliability.harness import Children, Event, Kill, Plan, children_of, differing, plans, reference
-from tinylab.dataset import Dataset
+from reliability.harness import (
+    Children,
+    Event,
+    Kill,
+    Plan,
+    children_of,
+    differing,
+    plans,
+    reference,
+)
+from tinylab.data.dataset import Dataset
 
 pytestmark = [
     pytest.mark.promise("kill"),
-    pytest.mark.skipif(sys.platform != "linux", reason="children are forked from a server, and killed by SIGKILL"),
+    pytest.mark.skipif(
+        sys.platform != "linux", reason="children are forked from a server, and killed by SIGKILL"
+    ),
 ]
 
 PLACES_OF_A_SAVE = (
@@ -69,13 +80,26 @@ def test_a_run_killed_anywhere_ends_the_same(
     for name, plan in plans(small_dataset).items():
         wanted = 48 if full else 8
         while wanted > 0:
-            tale = children.killed(plan, tmp_path / f"{name}{wanted}" / "run", random_kills(rng, plan, min(wanted, 12)))
+            tale = children.killed(
+                plan, tmp_path / f"{name}{wanted}" / "run", random_kills(rng, plan, min(wanted, 12))
+            )
             assert tale.error is None, f"{name}: {tale.error}"
             if parts := differing(tale.folder, reference(children, plan)):
                 different.append(f"{name}: {', '.join(parts)}")
             resumed += tale.resumed
-            kills, in_save, runs, wanted = kills + tale.kills, in_save + tale.in_save, runs + 1, wanted - tale.kills
-    tally(kills=kills, inside_a_save=in_save, runs=runs, resume_steps=len(set(resumed)), runs_different=len(different))
+            kills, in_save, runs, wanted = (
+                kills + tale.kills,
+                in_save + tale.in_save,
+                runs + 1,
+                wanted - tale.kills,
+            )
+    tally(
+        kills=kills,
+        inside_a_save=in_save,
+        runs=runs,
+        resume_steps=len(set(resumed)),
+        runs_different=len(different),
+    )
     assert not different
     assert kills >= (192 if full else 32)
     assert in_save >= 0.4 * kills
@@ -97,9 +121,9 @@ def random_kills(rng: random.Random, plan: Plan, kills: int) -> Callable[[int, i
         if kind < 0.2:
             return Kill(Event.SAVE, count, delay=rng.uniform(0, 0.03))
         if kind < 0.65:
-            event, place = rng.choice(PLACES_OF_A_SAVE)
+            event, compute = rng.choice(PLACES_OF_A_SAVE)
             per_save = 2 if event in (Event.SYNC, Event.RENAME, Event.RENAMED) else 1
-            return Kill(event, (count - 1) * per_save + place, held=True)
+            return Kill(event, (count - 1) * per_save + compute, held=True)
         if kind < 0.9:
             return Kill(Event.STEP, count, delay=rng.uniform(0, 0.02))
         # The first files of a run, and what it finds on its start, come before there is anything to lose.

@@ -15,16 +15,18 @@ import pytest
 import torch
 from conftest import assert_equal_runs
 
-from tinylab import checkpoint
-from tinylab import mirror as mirror_module
-from tinylab import train as train_module
-from tinylab.checkpoint import NEWEST, PREVIOUS, find, save
-from tinylab.dataset import Dataset
-from tinylab.mirror import Mirror, copy
-from tinylab.recipe import Recipe, UserError
-from tinylab.record import Run, hold
-from tinylab.step import TrainState
-from tinylab.train import Stopped
+from tinylab.data.dataset import Dataset
+from tinylab.exceptions import UserError
+from tinylab.files import lock
+from tinylab.recipe import Recipe
+from tinylab.run import checkpoint
+from tinylab.run import mirror as mirror_module
+from tinylab.run.checkpoint import NEWEST, PREVIOUS, find, save
+from tinylab.run.folder import Run
+from tinylab.run.mirror import Mirror, copy
+from tinylab.training import train as train_module
+from tinylab.training.step import TrainState
+from tinylab.training.train import Stopped
 
 pytestmark = pytest.mark.promise("mirror")
 
@@ -59,7 +61,12 @@ def stopping(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
 
 
 def test_a_run_whose_machine_is_gone_continues_from_the_mirror_to_the_same_bits(
-    train_tiny: TrainTiny, finished_run: Run, tmp_path: Path, stopping: Callable, tally: Callable, capsys
+    train_tiny: TrainTiny,
+    finished_run: Run,
+    tmp_path: Path,
+    stopping: Callable,
+    tally: Callable,
+    capsys,
 ) -> None:
     home, mirror = tmp_path / "run", tmp_path / "drive" / "run"
     for epoch, step in ((1, 2), (2, 1), (2, 3)):
@@ -88,7 +95,12 @@ def test_a_finished_run_can_be_had_again_from_its_mirror(
 
 @pytest.mark.parametrize("newer", ["home", "mirror"])
 def test_the_newer_of_both_counts(
-    train_tiny: TrainTiny, finished_run: Run, tmp_path: Path, stopping: Callable, newer: str, tally: Callable
+    train_tiny: TrainTiny,
+    finished_run: Run,
+    tmp_path: Path,
+    stopping: Callable,
+    newer: str,
+    tally: Callable,
 ) -> None:
     home, mirror = tmp_path / "run", tmp_path / "mirror"
     stopping(1, 2)
@@ -99,14 +111,16 @@ def test_the_newer_of_both_counts(
     stopping(2, 2)
     with pytest.raises(Stopped):
         train_tiny(home, mirror=mirror)
-    place = home / "checkpoints" if newer == "mirror" else mirror
-    shutil.rmtree(place)
-    older.rename(place)
+    compute = home / "checkpoints" if newer == "mirror" else mirror
+    shutil.rmtree(compute)
+    older.rename(compute)
     seen = []
     real = train_module._continue
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(
-            train_module, "_continue", lambda job, state, saved: (seen.append(saved), real(job, state, saved))
+            train_module,
+            "_continue",
+            lambda job, state, saved: (seen.append(saved), real(job, state, saved)),
         )
         run = train_tiny(home, mirror=mirror)
     assert [(saved["epoch"], saved["step"]) for saved in seen] == [(2, 2)]
@@ -124,7 +138,13 @@ DAMAGES = {
 
 @pytest.mark.parametrize("case", DAMAGES)
 def test_damage_in_one_home_is_passed_over_with_one_line(
-    train_tiny: TrainTiny, finished_run: Run, tmp_path: Path, stopping: Callable, case: str, tally: Callable, capsys
+    train_tiny: TrainTiny,
+    finished_run: Run,
+    tmp_path: Path,
+    stopping: Callable,
+    case: str,
+    tally: Callable,
+    capsys,
 ) -> None:
     home, mirror = tmp_path / "run", tmp_path / "mirror"
     stopping(2, 1)
@@ -167,9 +187,15 @@ def test_the_mirror_of_another_run_is_refused_naming_what_differs(
         (narrow, {"seed": 1}, "seed 0 -> 1"),
         (replace(narrow, epochs=3), {}, "epochs 2 -> 3"),
         (narrow, {"precision": "bf16"}, "precision fp32 -> bf16"),
-        (narrow, {"limit_classes": 2}, "class_order_sha256 [0-9a-f]{12} -> [0-9a-f]{12}, classes 3 -> 2"),
+        (
+            narrow,
+            {"limit_classes": 2},
+            "class_order_sha256 [0-9a-f]{12} -> [0-9a-f]{12}, classes 3 -> 2",
+        ),
     ):
-        with pytest.raises(UserError, match=rf"the checkpoint is of another run \(.*{said}.*choose another"):
+        with pytest.raises(
+            UserError, match=rf"the checkpoint is of another run \(.*{said}.*choose another"
+        ):
             train_tiny(tmp_path / "other", recipe, mirror=tmp_path / "mirror", **options)
         assert files(tmp_path / "other") == set()
         tally(foreign_mirrors_refused=1)
@@ -177,18 +203,28 @@ def test_the_mirror_of_another_run_is_refused_naming_what_differs(
 
 
 @pytest.mark.parametrize("below", [".", "checkpoints"])
-def test_the_run_s_own_folder_is_no_mirror(train_tiny: TrainTiny, tmp_path: Path, below: str) -> None:
+def test_the_run_s_own_folder_is_no_mirror(
+    train_tiny: TrainTiny, tmp_path: Path, below: str
+) -> None:
     with pytest.raises(UserError, match="is where the run itself is kept"):
         train_tiny(tmp_path / "run", mirror=tmp_path / "run" / below)
 
 
 def test_one_process_writes_a_mirror(train_tiny: TrainTiny, tmp_path: Path) -> None:
-    with hold(tmp_path / "mirror"), pytest.raises(UserError, match=r"another process is writing .*mirror"):
+    with (
+        lock(tmp_path / "mirror"),
+        pytest.raises(UserError, match=r"another process is writing .*mirror"),
+    ):
         train_tiny(tmp_path / "run", mirror=tmp_path / "mirror")
 
 
 def test_a_new_machine_keeps_the_micro_batch_and_tells_of_its_environment(
-    train_tiny: TrainTiny, narrow: Recipe, tmp_path: Path, stopping: Callable, monkeypatch: pytest.MonkeyPatch, capsys
+    train_tiny: TrainTiny,
+    narrow: Recipe,
+    tmp_path: Path,
+    stopping: Callable,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys,
 ) -> None:
     """Batch norm sees the pieces, so another number of images would be another run."""
     recipe, mirror = replace(narrow, batch_size=6, micro_batch=2), tmp_path / "mirror"
@@ -201,9 +237,15 @@ def test_a_new_machine_keeps_the_micro_batch_and_tells_of_its_environment(
         with pytest.raises(UserError, match="micro_batch 2 -> "):
             train_tiny(tmp_path / "other", replace(recipe, micro_batch=other), mirror=mirror)
     real = train_module.describe_environment
-    monkeypatch.setattr(train_module, "describe_environment", lambda place: real(place) | {"threads": 64})
+    monkeypatch.setattr(
+        train_module, "describe_environment", lambda compute: real(compute) | {"threads": 64}
+    )
     run = train_tiny(tmp_path / "second", recipe, mirror=mirror, quiet=False)
-    notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: the environment")]
+    notes = [
+        line
+        for line in capsys.readouterr().out.splitlines()
+        if line.startswith("note: the environment")
+    ]
     assert len(notes) == 1
     assert "threads 1 -> 64" in notes[0]
     assert run.environment["earlier"][0]["threads"] == 1
@@ -213,15 +255,15 @@ def test_a_new_machine_keeps_the_micro_batch_and_tells_of_its_environment(
 # --- A mirror that fails ----------------------------------------------------------------------------------------------
 
 
-def broken(kind: str, place: Path) -> None:
+def broken(kind: str, compute: Path) -> None:
     """Makes the mirror at `place` fail."""
     if kind == "is a file":
-        place.write_bytes(b"mine")
+        compute.write_bytes(b"mine")
     elif kind == "lies below a file":
-        place.parent.mkdir(parents=True, exist_ok=True)
-        place.write_bytes(b"mine")
+        compute.parent.mkdir(parents=True, exist_ok=True)
+        compute.write_bytes(b"mine")
     elif kind == "a folder has the file's name":
-        (place / f"{NEWEST}.tmp" / "x").mkdir(parents=True)
+        (compute / f"{NEWEST}.tmp" / "x").mkdir(parents=True)
 
 
 @pytest.mark.parametrize("kind", ["is a file", "lies below a file", "a folder has the file's name"])
@@ -249,9 +291,11 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("place", FAULTS)
-@pytest.mark.parametrize("error", [OSError(107, "Transport endpoint is not connected"), RuntimeError("of any kind")])
+@pytest.mark.parametrize(
+    "error", [OSError(107, "Transport endpoint is not connected"), RuntimeError("of any kind")]
+)
 def test_an_error_in_the_copy_warns_once_and_leaves_the_newest_copy_whole(
-    tmp_path: Path, place: str, error: Exception, tally: Callable
+    tmp_path: Path, compute: str, error: Exception, tally: Callable
 ) -> None:
     said = []
 
@@ -265,7 +309,7 @@ def test_an_error_in_the_copy_warns_once_and_leaves_the_newest_copy_whole(
         with pytest.MonkeyPatch.context() as patched:
             for number in (3, 4, 5):
                 content = save(tmp_path / "home", state(number))
-                FAULTS[place](patched, fail)
+                FAULTS[compute](patched, fail)
                 mirror.update(content)
                 assert mirror.wait(10)
                 patched.undo()
@@ -303,7 +347,10 @@ def test_a_mirror_that_cannot_be_read_at_the_start_is_left_alone(
 
     monkeypatch.setattr(checkpoint, "read", unreadable)
     run = train_tiny(tmp_path / "second", mirror=mirror, quiet=False)
-    assert capsys.readouterr().out.count("fails (Input/output error); training goes on without it") == 1
+    assert (
+        capsys.readouterr().out.count("fails (Input/output error); training goes on without it")
+        == 1
+    )
     assert_equal_runs(run, finished_run)
     assert {path.name: path.read_bytes() for path in mirror.iterdir()} == before
 
@@ -316,7 +363,9 @@ def test_a_damaged_newest_copy_is_not_kept_in_place_of_the_whole_one(tmp_path: P
         copy(save(tmp_path / "home", state(number)), mirror)
     (mirror / NEWEST).write_bytes(b"damaged")
     with Mirror(mirror, print) as second, pytest.MonkeyPatch.context() as patched:
-        patched.setattr(mirror_module.os, "posix_fadvise", fails_with(OSError(28, "No space left on device")))
+        patched.setattr(
+            mirror_module.os, "posix_fadvise", fails_with(OSError(28, "No space left on device"))
+        )
         second.update(save(tmp_path / "home", state(3)))
         assert second.wait(10)
     assert find(mirror).state["epoch"] == 1
@@ -324,7 +373,11 @@ def test_a_damaged_newest_copy_is_not_kept_in_place_of_the_whole_one(tmp_path: P
 
 
 def test_a_mirror_of_another_version_is_left_alone_where_there_is_a_checkpoint_at_home(
-    train_tiny: TrainTiny, finished_run: Run, tmp_path: Path, stopping: Callable, monkeypatch: pytest.MonkeyPatch
+    train_tiny: TrainTiny,
+    finished_run: Run,
+    tmp_path: Path,
+    stopping: Callable,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     mirror = tmp_path / "mirror"
     stopping(1, 2)
@@ -338,7 +391,9 @@ def test_a_mirror_of_another_version_is_left_alone_where_there_is_a_checkpoint_a
     assert (mirror / NEWEST).read_bytes().startswith(b"tinylab checkpoint 1")
 
 
-def test_a_copy_that_takes_for_ever_is_told_of_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_copy_that_takes_for_ever_is_told_of_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     released, busy, said = threading.Event(), threading.Event(), []
 
     def hanging(*_: object) -> None:
@@ -397,7 +452,12 @@ def test_a_drive_that_is_gone_gets_no_folder_in_its_place(tmp_path: Path) -> Non
 
 
 def test_a_drive_that_hangs_holds_up_neither_training_nor_its_end(
-    train_tiny: TrainTiny, finished_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tally: Callable, capsys
+    train_tiny: TrainTiny,
+    finished_run: Run,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tally: Callable,
+    capsys,
 ) -> None:
     released = threading.Event()
     monkeypatch.setattr(mirror_module, "copy", lambda *_: released.wait(60))
@@ -407,7 +467,12 @@ def test_a_drive_that_hangs_holds_up_neither_training_nor_its_end(
         run = train_tiny(tmp_path / "run", mirror=tmp_path / "mirror", quiet=False)
     finally:
         released.set()
-    assert capsys.readouterr().out.count(f"note: the last checkpoint was not copied to the mirror {tmp_path}") == 1
+    assert (
+        capsys.readouterr().out.count(
+            f"note: the last checkpoint was not copied to the mirror {tmp_path}"
+        )
+        == 1
+    )
     assert_equal_runs(run, finished_run)
     tally(hanging_mirrors=1)
 
@@ -480,8 +545,8 @@ def test_there_are_two_files_at_the_most_at_any_moment(
 KILLED = """
 import sys, torch
 from pathlib import Path
-from tinylab.checkpoint import save
-from tinylab.mirror import Mirror
+from tinylab.run.checkpoint import save
+from tinylab.run.mirror import Mirror
 
 folder = Path(sys.argv[1])
 with Mirror(folder / "mirror", print) as mirror:
@@ -499,7 +564,9 @@ def test_kills_while_the_mirror_is_written_leave_it_whole(
         folder = tmp_path / str(trial)
         folder.mkdir()
         command = [sys.executable, "-c", KILLED, str(folder)]
-        process = subprocess.Popen(command, env=subprocess_environment, stdout=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            command, env=subprocess_environment, stdout=subprocess.PIPE, text=True
+        )
         for _ in range(4 + trial % 3):
             assert process.stdout.readline()
         time.sleep(0.013 * trial)
@@ -507,13 +574,19 @@ def test_kills_while_the_mirror_is_written_leave_it_whole(
         process.communicate()
         found = find(folder / "mirror")
         assert found.state is not None
-        assert torch.equal(found.state["weight"], torch.full((3_000_000,), float(found.state["epoch"])))
+        assert torch.equal(
+            found.state["weight"], torch.full((3_000_000,), float(found.state["epoch"]))
+        )
         assert len(files(folder / "mirror")) <= 2
-        assert checkpoint.load(folder / "home", folder / "mirror")[0]["epoch"] >= found.state["epoch"]
+        assert (
+            checkpoint.load(folder / "home", folder / "mirror")[0]["epoch"] >= found.state["epoch"]
+        )
         tally(kills=1)
 
 
-def test_the_mirror_is_an_option_of_the_command_line(small_dataset: Dataset, tmp_path: Path) -> None:
+def test_the_mirror_is_an_option_of_the_command_line(
+    small_dataset: Dataset, tmp_path: Path
+) -> None:
     from tinylab.cli import main
 
     options = [
@@ -525,7 +598,21 @@ def test_the_mirror_is_an_option_of_the_command_line(small_dataset: Dataset, tmp
         str(tmp_path / "mirror"),
     ]
     assert (
-        main(["train", "smoke", *options, "--epochs", "1", "--width", "16", "--resolution", "16", "--workers", "0"])
+        main(
+            [
+                "train",
+                "smoke",
+                *options,
+                "--epochs",
+                "1",
+                "--width",
+                "16",
+                "--resolution",
+                "16",
+                "--workers",
+                "0",
+            ]
+        )
         == 0
     )
     assert files(tmp_path / "mirror") == {NEWEST}

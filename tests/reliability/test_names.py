@@ -22,13 +22,16 @@ from nbconvert import HTMLExporter
 from PIL import Image
 from test_plots import FIGURES, draw, texts
 
-from tinylab import plots
 from tinylab.cli import main
-from tinylab.explain import explain
-from tinylab.model import ResNet18, load_weights, weights_file
-from tinylab.recipe import Recipe, UserError, smoke
-from tinylab.record import Run, default_folder
+from tinylab.exceptions import UserError
+from tinylab.explain.gradcam import explain
+from tinylab.figures import plots
+from tinylab.model import ResNet18
+from tinylab.recipe import Recipe
+from tinylab.recipes import smoke
 from tinylab.results import PROTOCOLS, figures_part, publish_run, rewrite_tables
+from tinylab.run.folder import Run, default_folder
+from tinylab.run.weights import load_weights, weights_file
 
 pytestmark = pytest.mark.promise("names")
 
@@ -105,7 +108,10 @@ class Tags(HTMLParser):
 
 def entries(names: list[str]) -> list[dict]:
     plain = {"name": "plain", "probability": 0.0625}
-    return [{"predicted": plain | {"name": name}, "actual": plain, "box": [8, 16, 31, 47]} for name in names]
+    return [
+        {"predicted": plain | {"name": name}, "actual": plain, "box": [8, 16, 31, 47]}
+        for name in names
+    ]
 
 
 def maps(count: int) -> dict[str, np.ndarray]:
@@ -114,10 +120,16 @@ def maps(count: int) -> dict[str, np.ndarray]:
 
 MANY = {
     "grid": lambda names: plots.image_grid(IMAGES[: len(names)], names),
-    "augmentation": lambda names: plots.before_after(IMAGES[: len(names)], IMAGES[: len(names)], names),
-    "classes": lambda names: plots.class_accuracy(names, [50.0] * len(names), [50] * len(names), best=len(names)),
+    "augmentation": lambda names: plots.before_after(
+        IMAGES[: len(names)], IMAGES[: len(names)], names
+    ),
+    "classes": lambda names: plots.class_accuracy(
+        names, [50.0] * len(names), [50] * len(names), best=len(names)
+    ),
     "mistakes": lambda names: plots.misclassified(IMAGES[: len(names)], entries(names)),
-    "gradcam": lambda names: plots.gradcam_stages(IMAGES[: len(names)], maps(len(names)), entries(names)),
+    "gradcam": lambda names: plots.gradcam_stages(
+        IMAGES[: len(names)], maps(len(names)), entries(names)
+    ),
 }
 """Figures that show as many names as they are given."""
 
@@ -186,7 +198,9 @@ def test_explain_json_has_the_names_as_they_are(tmp_path: Path, tally: Callable)
 
 def test_the_weights_file_has_the_names_as_they_are(tmp_path: Path, tally: Callable) -> None:
     wnids, recipe = tuple(f"n{i:08d}" for i in range(len(ALL))), replace(smoke(), width=4)
-    whole = weights_file(ResNet18(len(ALL), 4), recipe, wnids, tuple(ALL), {"test_top1": 1.0}, "0" * 64)
+    whole = weights_file(
+        ResNet18(len(ALL), 4), recipe, wnids, tuple(ALL), {"test_top1": 1.0}, "0" * 64
+    )
     (tmp_path / "model.safetensors").write_bytes(whole)
     model, about = load_weights(tmp_path / "model.safetensors", wnids)
     assert about["names"] == ALL
@@ -211,7 +225,10 @@ def test_names_of_recipes_stay_below_runs(tally: Callable) -> None:
 
 
 def test_errors_show_names_on_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tally: Callable
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tally: Callable,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     for name in ALL:
@@ -237,11 +254,18 @@ def page_of(text: str) -> str:
 
 
 def test_names_that_a_notebook_printed_are_text_on_its_page(tally: Callable) -> None:
-    printed = [name.replace("\ud800", "?").replace("\x1b[31m", "") for name in ALL]  # as a terminal shows them
-    hostile, plain = (Tags(page_of("\n".join(lines))) for lines in (printed, ["name"] * len(printed)))
+    printed = [
+        name.replace("\ud800", "?").replace("\x1b[31m", "") for name in ALL
+    ]  # as a terminal shows them
+    hostile, plain = (
+        Tags(page_of("\n".join(lines))) for lines in (printed, ["name"] * len(printed))
+    )
     more = hostile.found - plain.found
     assert not {tag for tag, _ in more} - {"a", "span"}, more
-    assert all(re.match(r"https?://", target) for target in Counter(hostile.targets) - Counter(plain.targets))
+    assert all(
+        re.match(r"https?://", target)
+        for target in Counter(hostile.targets) - Counter(plain.targets)
+    )
     tally(names_written=len(ALL))
 
 
@@ -263,8 +287,21 @@ def records(name: str) -> dict[str, dict]:
         "test_top5": 100.0,
         "train_seconds": 60.0, "model_sha256": "m", "recipe": name, "protocol": name, "note": name,
     }  # fmt: skip
-    environment = {"device": name, "precision": name, "torch": name, "commit": name, "date": name, name: name}
-    identity = {"content_sha256": name, "split_sha256": "s", "protocol": name, "classes": 3, "seed": 0}
+    environment = {
+        "device": name,
+        "precision": name,
+        "torch": name,
+        "commit": name,
+        "date": name,
+        name: name,
+    }
+    identity = {
+        "content_sha256": name,
+        "split_sha256": "s",
+        "protocol": name,
+        "classes": 3,
+        "seed": 0,
+    }
     return {"summary.json": summary, "environment.json": environment, "run.json": identity}
 
 
@@ -289,7 +326,9 @@ def checkout(tmp_path: Path, narrow: Recipe) -> Path:
 
 def outside(checkout: Path) -> list[Path]:
     """Paths beside README and results/."""
-    return [path for path in checkout.iterdir() if path.name not in ("README.md", "results", "images-A")]
+    return [
+        path for path in checkout.iterdir() if path.name not in ("README.md", "results", "images-A")
+    ]
 
 
 def test_the_table_of_results_is_no_program(checkout: Path, tally: Callable) -> None:
@@ -299,15 +338,34 @@ def test_the_table_of_results_is_no_program(checkout: Path, tally: Callable) -> 
     assert len(rows) == 1 + len(ALL)
     assert {len(row) for row in rows} == {len(rows[0])}
     cells = [cell for row in rows for cell in row]
-    assert not [cell for cell in cells if re.match(r"\s*[=+@-]", cell) and not re.fullmatch(r"-?[\d.e+-]+", cell)]
+    assert not [
+        cell
+        for cell in cells
+        if re.match(r"\s*[=+@-]", cell) and not re.fullmatch(r"-?[\d.e+-]+", cell)
+    ]
     assert not outside(checkout)
     tally(names_written=len(ALL), cells=len(cells))
 
 
 def assert_inert(markdown: str, targets: str) -> Tags:
     """As HTML it has the elements of a table and nothing else, and every link leads where `targets` says."""
-    page = Tags(MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"]).render(markdown))
-    harmless = {"table", "thead", "tbody", "tr", "th", "td", "p", "a", "code", "em", "strong", "img"}
+    page = Tags(
+        MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"]).render(markdown)
+    )
+    harmless = {
+        "table",
+        "thead",
+        "tbody",
+        "tr",
+        "th",
+        "td",
+        "p",
+        "a",
+        "code",
+        "em",
+        "strong",
+        "img",
+    }
     assert not {tag for tag, _ in page.found} - harmless, page.found
     attributes = {name for _, names in page.found for name in names}
     assert attributes <= {"href", "src", "alt"}
@@ -341,25 +399,39 @@ def test_the_caption_of_the_figures_holds_text_only(tmp_path: Path, tally: Calla
     (figures / "curves.png").write_bytes(b"")
     for name in ALL:
         shown = dict.fromkeys(("run", "title", "device", "precision", "torch", "date"), name)
-        numbers = {"train_images": 1, "test_images": 1, "test_top1": 1.0, "test_top5": 1.0, "classes": 3}
+        numbers = {
+            "train_images": 1,
+            "test_images": 1,
+            "test_top1": 1.0,
+            "test_top5": 1.0,
+            "classes": 3,
+        }
         (figures / "figures.json").write_text(json.dumps(shown | numbers))
         assert_inert(figures_part(figures), r"results/[^/]+|images-A/curves\.png")
     tally(names_written=len(ALL))
 
 
-def test_a_run_folder_s_name_is_one_folder_below_results(finished_run: Run, tmp_path: Path, tally: Callable) -> None:
+def test_a_run_folder_s_name_is_one_folder_below_results(
+    finished_run: Run, tmp_path: Path, tally: Callable
+) -> None:
     """Published under its own name, however it is spelled on the command line."""
     for number, name in enumerate(ALL):
         home = tmp_path / f"home{number}"
         (home / "results").mkdir(parents=True)
         (home / "README.md").write_text(PAGE)
         try:
-            shutil.copytree(finished_run.folder, home / "runs" / name, ignore=shutil.ignore_patterns("*.ckpt"))
+            shutil.copytree(
+                finished_run.folder, home / "runs" / name, ignore=shutil.ignore_patterns("*.ckpt")
+            )
         except (OSError, ValueError):  # no name for a folder
-            shutil.copytree(finished_run.folder, home / "runs" / "x", ignore=shutil.ignore_patterns("*.ckpt"))
+            shutil.copytree(
+                finished_run.folder, home / "runs" / "x", ignore=shutil.ignore_patterns("*.ckpt")
+            )
             name = "x"
         try:
-            published, *_ = publish_run(Run(home / "runs" / name), home / "results", home / "README.md")
+            published, *_ = publish_run(
+                Run(home / "runs" / name), home / "results", home / "README.md"
+            )
         except UserError:
             continue
         assert published.resolve().parent == (home / "results").resolve()

@@ -11,26 +11,37 @@ import pytest
 import torch
 from conftest import assert_equal_runs
 
-from tinylab import checkpoint
-from tinylab import train as train_module
-from tinylab.dataset import Dataset
-from tinylab.device import Placement
-from tinylab.finite import MOST_IN_A_ROW, Statistics, all_finite, guarded_step
-from tinylab.loader import Batch
-from tinylab.recipe import Recipe, UserError, accurate
-from tinylab.record import Run
-from tinylab.step import TrainState, new_state, train_step
+from tinylab.data.dataset import Dataset
+from tinylab.data.loader import Batch
+from tinylab.exceptions import UserError
+from tinylab.recipe import Recipe
+from tinylab.recipes import accurate
+from tinylab.run import checkpoint
+from tinylab.run.environment import Compute
+from tinylab.run.folder import Run
+from tinylab.training import train as train_module
+from tinylab.training.finite import MOST_IN_A_ROW, Statistics, all_finite, guarded_step
+from tinylab.training.step import TrainState, new_state, train_step
 
 pytestmark = pytest.mark.promise("non-finite")
 
 CLASSES = 6
-PLACES = {name: Placement(torch.device("cpu"), name, "for a test") for name in ("fp32", "bf16", "fp16")}
+PLACES = {
+    name: Compute(torch.device("cpu"), name, "for a test") for name in ("fp32", "bf16", "fp16")
+}
 
 
 @pytest.fixture
 def recipe() -> Recipe:
     """Everything in it: averaged weights, mixing, jitter; a narrow network at 16 pixels."""
-    small = {"name": "small", "epochs": 4, "batch_size": 8, "width": 16, "resolution": 16, "test_resolution": 16}
+    small = {
+        "name": "small",
+        "epochs": 4,
+        "batch_size": 8,
+        "width": 16,
+        "resolution": 16,
+        "test_resolution": 16,
+    }
     return replace(accurate(), **small, max_learning_rate=0.05, ema_decay=0.5)
 
 
@@ -41,13 +52,13 @@ def made_batch(seed: int) -> Batch:
     return Batch(images, labels, partners, 0.7)
 
 
-def made_state(recipe: Recipe, place: Placement, steps: int = 0) -> TrainState:
-    state = new_state(recipe, CLASSES, seed=0, steps_per_epoch=20, place=place)
+def made_state(recipe: Recipe, compute: Compute, steps: int = 0) -> TrainState:
+    state = new_state(recipe, CLASSES, seed=0, steps_per_epoch=20, compute=compute)
     state.model.train()
-    if place.precision == "fp16":
+    if compute.precision == "fp16":
         state.scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
     for number in range(steps):
-        train_step(state, recipe, place, made_batch(number))
+        train_step(state, recipe, compute, made_batch(number))
     assert int(state.skips[0]) == 0
     return state
 
@@ -118,7 +129,7 @@ def in_loss(value: float) -> Callable:
 
     @contextmanager
     def inject(_state: TrainState, patched: pytest.MonkeyPatch) -> Iterator[None]:
-        from tinylab import step as step_module
+        from tinylab.training import step as step_module
 
         real = step_module._loss
         with patched.context() as inner:
@@ -164,10 +175,14 @@ def moved(state: TrainState) -> dict[str, torch.Tensor]:
 
 
 def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
-    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+    return first.keys() == second.keys() and all(
+        torch.equal(first[name], second[name]) for name in first
+    )
 
 
-CASES = [(precision, *rest) for rest in (("sgd", 2), ("muon", 1), ("sgd", 0)) for precision in PLACES]
+CASES = [
+    (precision, *rest) for rest in (("sgd", 2), ("muon", 1), ("sgd", 0)) for precision in PLACES
+]
 """Number format, optimiser, good steps before the bad one."""
 
 
@@ -178,18 +193,21 @@ def test_a_step_whose_numbers_are_not_finite_leaves_no_trace(
     """As the first step and later, with SGD and Muon; afterwards training goes on."""
     what = list(INJECTIONS)[number]
     for precision, optimizer, steps in CASES if full else CASES[number % len(CASES) :][:1]:
-        place = PLACES[precision]
-        state = made_state(replace(recipe, optimizer=optimizer), place, steps)
+        compute = PLACES[precision]
+        state = made_state(replace(recipe, optimizer=optimizer), compute, steps)
         before, totals, position = moved(state), state.totals.clone(), state.scheduler.last_epoch
         with INJECTIONS[what](state, monkeypatch):
-            train_step(state, recipe, place, made_batch(90))
+            train_step(state, recipe, compute, made_batch(90))
         assert same(moved(state), before)
         assert state.skips.tolist() == [1, 1, 1]
-        assert (state.step, state.scheduler.last_epoch) == (steps + 1, position + 1)  # the schedule goes on
+        assert (state.step, state.scheduler.last_epoch) == (
+            steps + 1,
+            position + 1,
+        )  # the schedule goes on
         assert bool(all_finite(state.average.state_dict().values()))
         assert bool(torch.isfinite(state.totals).all())
         assert state.totals[3] in (totals[3], totals[3] + 8)  # counted only if the loss was finite
-        train_step(state, recipe, place, made_batch(91))
+        train_step(state, recipe, compute, made_batch(91))
         assert not same(moved(state), before)
         assert state.skips.tolist() == [1, 0, 1]
         assert bool(all_finite(state.model.state_dict().values()))
@@ -198,15 +216,15 @@ def test_a_step_whose_numbers_are_not_finite_leaves_no_trace(
 
 def test_without_a_bad_step_nothing_is_skipped_and_nothing_differs(recipe: Recipe) -> None:
     """The guard changes no bit of a step that is good: the optimiser's own step, written out beside it."""
-    place = PLACES["fp32"]
-    state, other = made_state(recipe, place, 2), made_state(recipe, place, 2)
-    train_step(state, recipe, place, made_batch(5))
-    from tinylab import step as step_module
+    compute = PLACES["fp32"]
+    state, other = made_state(recipe, compute, 2), made_state(recipe, compute, 2)
+    train_step(state, recipe, compute, made_batch(5))
+    from tinylab.training import step as step_module
 
     real = step_module.guarded_step
     step_module.guarded_step = lambda optimizer, *_: optimizer.step()
     try:
-        train_step(other, recipe, place, made_batch(5))
+        train_step(other, recipe, compute, made_batch(5))
     finally:
         step_module.guarded_step = real
     assert same(moved(state), moved(other))
@@ -219,18 +237,18 @@ def test_without_a_bad_step_nothing_is_skipped_and_nothing_differs(recipe: Recip
 def test_on_a_gpu_the_kernel_skips_without_being_waited_for(
     recipe: Recipe, monkeypatch: pytest.MonkeyPatch, what: str, precision: str
 ) -> None:
-    place = Placement(torch.device("cuda"), precision, "for a test")
-    state = new_state(recipe, CLASSES, seed=0, steps_per_epoch=20, place=place)
+    compute = Compute(torch.device("cuda"), precision, "for a test")
+    state = new_state(recipe, CLASSES, seed=0, steps_per_epoch=20, compute=compute)
     state.model.train()
     batches = [Batch(*[each.cuda() for each in made_batch(seed)[:3]], 0.7) for seed in range(3)]
     for batch in batches[:2]:
-        train_step(state, recipe, place, batch)
+        train_step(state, recipe, compute, batch)
     before = moved(state)
     with INJECTIONS[what](state, monkeypatch):
         if not what.endswith("loss"):  # that injection itself copies a number to the GPU
             torch.cuda.set_sync_debug_mode("error")
         try:
-            train_step(state, recipe, place, batches[2])
+            train_step(state, recipe, compute, batches[2])
         finally:
             torch.cuda.set_sync_debug_mode("default")
     assert same(moved(state), before)
@@ -264,7 +282,11 @@ def long(narrow: Recipe) -> Recipe:
 
 
 def test_a_run_goes_on_over_skipped_steps_and_tells_of_them(
-    train_tiny: Callable[..., Run], long: Recipe, tmp_path: Path, poisoned: Callable, capsys: pytest.CaptureFixture[str]
+    train_tiny: Callable[..., Run],
+    long: Recipe,
+    tmp_path: Path,
+    poisoned: Callable,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     poisoned(lambda state: state.epoch == 2 and state.step in (1, 2, 4))
     run = train_tiny(tmp_path / "run", long, quiet=False)
@@ -275,7 +297,11 @@ def test_a_run_goes_on_over_skipped_steps_and_tells_of_them(
 
 
 def test_nine_in_a_row_go_on_and_ten_stop_the_run_with_a_good_checkpoint(
-    train_tiny: Callable[..., Run], long: Recipe, tmp_path: Path, poisoned: Callable, tally: Callable
+    train_tiny: Callable[..., Run],
+    long: Recipe,
+    tmp_path: Path,
+    poisoned: Callable,
+    tally: Callable,
 ) -> None:
     """Over the end of an epoch, too."""
     number = iter(range(1000))
@@ -283,7 +309,9 @@ def test_nine_in_a_row_go_on_and_ten_stop_the_run_with_a_good_checkpoint(
     assert train_tiny(tmp_path / "nine", long).summary["skipped_steps"] == MOST_IN_A_ROW - 1
     number = iter(range(1000))
     poisoned(lambda _: 7 <= next(number) < 7 + MOST_IN_A_ROW)
-    with pytest.raises(UserError, match=r"not finite in 10 steps in a row, up to epoch 2, step 5: .*lower") as caught:
+    with pytest.raises(
+        UserError, match=r"not finite in 10 steps in a row, up to epoch 2, step 5: .*lower"
+    ) as caught:
         train_tiny(tmp_path / "ten", long)
     assert "\n" not in str(caught.value)
     saved, _ = checkpoint.load(tmp_path / "ten" / "checkpoints")
@@ -293,7 +321,11 @@ def test_nine_in_a_row_go_on_and_ten_stop_the_run_with_a_good_checkpoint(
 
 
 def test_ten_at_the_very_start_leave_a_checkpoint_too_and_another_try_is_possible(
-    train_tiny: Callable[..., Run], long: Recipe, tmp_path: Path, poisoned: Callable, tally: Callable
+    train_tiny: Callable[..., Run],
+    long: Recipe,
+    tmp_path: Path,
+    poisoned: Callable,
+    tally: Callable,
 ) -> None:
     poisoned(lambda _: True)
     with pytest.raises(UserError, match="up to epoch 1, step 10"):
@@ -317,12 +349,16 @@ def test_an_epoch_without_a_finite_loss_is_no_result(
 
 
 def test_a_stop_between_skipped_steps_changes_nothing(
-    train_tiny: Callable[..., Run], long: Recipe, tmp_path: Path, poisoned: Callable, monkeypatch: pytest.MonkeyPatch
+    train_tiny: Callable[..., Run],
+    long: Recipe,
+    tmp_path: Path,
+    poisoned: Callable,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """How many were skipped in a row is part of what a checkpoint holds."""
     import signal
 
-    from tinylab.train import Stopped
+    from tinylab.training.train import Stopped
 
     poisoned(lambda state: state.epoch == 2 and 1 <= state.step <= 4)
     reference = train_tiny(tmp_path / "reference", long)
@@ -348,7 +384,9 @@ def test_images_of_one_colour_train(narrow: Recipe, tmp_path: Path) -> None:
     images[6:12], images[12:] = 255, (255, 0, 0)
     labels = np.concatenate([np.repeat(np.arange(3), 5), np.arange(3)]).astype(np.int16)
     boxes = np.tile(np.array([8, 8, 55, 55], dtype=np.uint8), (18, 1))
-    dataset = Dataset(tmp_path / "data", images, labels, boxes, ("n1", "n2", "n3"), ("a", "b", "c"), 15, "1" * 64)
+    dataset = Dataset(
+        tmp_path / "data", images, labels, boxes, ("n1", "n2", "n3"), ("a", "b", "c"), 15, "1" * 64
+    )
     options = {"device": "cpu", "precision": "fp32", "workers": 0, "quiet": True}
     run = train_module.train(narrow, dataset, folder=tmp_path / "run", **options)
     assert run.summary["skipped_steps"] == 0

@@ -13,14 +13,24 @@ import psutil
 import pytest
 from conftest import assert_equal_runs
 
-from reliability.harness import PATIENCE, Board, Event, launch, launch_run, undisturbed_run_of_two, wait_until
-from tinylab import checkpoint
-from tinylab.dataset import Dataset
-from tinylab.record import Run
+from reliability.harness import (
+    PATIENCE,
+    Board,
+    Event,
+    launch,
+    launch_run,
+    undisturbed_run_of_two,
+    wait_until,
+)
+from tinylab.data.dataset import Dataset
+from tinylab.run import checkpoint
+from tinylab.run.folder import Run
 
 pytestmark = [
     pytest.mark.promise("processes"),
-    pytest.mark.skipif(sys.platform != "linux", reason="elsewhere processes are not told that their parent is gone"),
+    pytest.mark.skipif(
+        sys.platform != "linux", reason="elsewhere processes are not told that their parent is gone"
+    ),
 ]
 
 AT_MOST = 15
@@ -30,7 +40,7 @@ WAITING = """
 import os, sys, time
 from pathlib import Path
 import torch
-from tinylab.distributed import highest, join
+from tinylab.training.distributed import highest, join
 
 with join(torch.device("cpu")) as world:
     (Path(sys.argv[1]) / f"{world.rank}.pid").write_text(str(os.getpid()))
@@ -51,9 +61,13 @@ def group() -> Iterator[list[psutil.Process]]:
 
 
 @pytest.fixture(scope="module")
-def run_of_two(small_dataset: Dataset, subprocess_environment: dict, tmp_path_factory: pytest.TempPathFactory) -> Run:
+def run_of_two(
+    small_dataset: Dataset, subprocess_environment: dict, tmp_path_factory: pytest.TempPathFactory
+) -> Run:
     """A run of two processes that nothing disturbed. Read only."""
-    return undisturbed_run_of_two(small_dataset, subprocess_environment, lambda: tmp_path_factory.mktemp("two"))
+    return undisturbed_run_of_two(
+        small_dataset, subprocess_environment, lambda: tmp_path_factory.mktemp("two")
+    )
 
 
 def alive(processes: list[psutil.Process]) -> list[psutil.Process]:
@@ -66,7 +80,9 @@ def alive(processes: list[psutil.Process]) -> list[psutil.Process]:
     return [each for each in processes if lives(each)]
 
 
-def assert_all_end(launcher: subprocess.Popen, processes: list[psutil.Process], since: float) -> str:
+def assert_all_end(
+    launcher: subprocess.Popen, processes: list[psutil.Process], since: float
+) -> str:
     """None hangs, none is left; returns what they wrote to standard error."""
     _, err = launcher.communicate(timeout=max(0.1, since + AT_MOST - time.monotonic()))
     wait_until(lambda: not alive(processes), max(0.1, since + AT_MOST - time.monotonic()))
@@ -103,7 +119,9 @@ def test_two_processes_disturbed_again_and_again_end_the_same(
 ) -> None:
     """In each run one incident after the other, within a step or a save, after at least one more step was saved."""
     rng = random.Random(0)
-    for number, incidents in enumerate([INCIDENTS, INCIDENTS, INCIDENTS[:2]] if full else [INCIDENTS[:2]]):
+    for number, incidents in enumerate(
+        [INCIDENTS, INCIDENTS, INCIDENTS[:2]] if full else [INCIDENTS[:2]]
+    ):
         folder, resumed = tmp_path / str(number) / "run", []
         folder.parent.mkdir()
         for which, what in enumerate([*incidents, None]):
@@ -118,7 +136,10 @@ def test_two_processes_disturbed_again_and_again_end_the_same(
                 resumed.append(board.resumed)
                 continue
             event, count = rng.choice([(Event.STEP, 2), (Event.WRITE, 2), (Event.SYNC, 3)])
-            wait_until(lambda board=board, event=event, count=count: board.count(event) >= count, 2 * PATIENCE)
+            wait_until(
+                lambda board=board, event=event, count=count: board.count(event) >= count,
+                2 * PATIENCE,
+            )
             ranks = ranks_of(launcher)
             assert sorted(ranks) == [0, 1]
             group += ranks.values()

@@ -15,12 +15,12 @@ import pytest
 import torch
 
 from reliability.places import TRAIN, impatient, make_template
-from tinylab import checkpoint
 from tinylab.cli import main
-from tinylab.dataset import Dataset
-from tinylab.model import load_weights
-from tinylab.recipe import UserError
-from tinylab.record import Run
+from tinylab.data.dataset import Dataset
+from tinylab.exceptions import UserError
+from tinylab.run import checkpoint
+from tinylab.run.folder import Run
+from tinylab.run.weights import load_weights
 
 pytestmark = pytest.mark.promise("hostile")
 
@@ -61,14 +61,22 @@ def nested(mark: Path) -> Touch:
 
 
 def in_metadata(mark: Path) -> bytes:
-    header = json.dumps({"__metadata__": {"wnids": pickle.dumps(evil(mark), 0).decode("latin-1")}}).encode()
+    header = json.dumps(
+        {"__metadata__": {"wnids": pickle.dumps(evil(mark), 0).decode("latin-1")}}
+    ).encode()
     return len(header).to_bytes(8, "little") + header
 
 
 def zipped(mark: Path) -> bytes:
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
-        for name in ("archive/data.pkl", "rows.npy", "labels.npy", "logits.npy", "tiny-imagenet-200/wnids.txt"):
+        for name in (
+            "archive/data.pkl",
+            "rows.npy",
+            "labels.npy",
+            "logits.npy",
+            "tiny-imagenet-200/wnids.txt",
+        ):
             archive.writestr(name, pickle.dumps(evil(mark)))
     return buffer.getvalue()
 
@@ -96,7 +104,9 @@ PAYLOADS: dict[str, Callable[[Path], bytes]] = {
     "JSON that asks for it": lambda mark: json.dumps(
         {"py/reduce": [{"py/type": "builtins.exec"}, {"py/tuple": [f"open({str(mark)!r}, 'w')"]}]}
     ).encode(),
-    "YAML that asks for it": lambda mark: f"!!python/object/apply:os.system ['touch {mark}']\n".encode(),
+    "YAML that asks for it": lambda mark: (
+        f"!!python/object/apply:os.system ['touch {mark}']\n".encode()
+    ),
 }
 
 PLACES = {
@@ -121,7 +131,7 @@ PLACES = {
 
 
 @pytest.fixture(scope="module")
-def place(small_dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def compute(small_dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_template(tmp_path_factory.mktemp("template"), small_dataset)
 
 
@@ -148,25 +158,29 @@ def test_the_payloads_work(kind: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", PAYLOADS)
 def test_no_payload_is_executed_anywhere(
-    kind: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tally: Callable
+    kind: str, compute: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tally: Callable
 ) -> None:
     monkeypatch.setenv("TINY_IMAGENET", "nowhere.zip")
     mark = tmp_path / "executed"
     content, loads = PAYLOADS[kind](mark), 0
     for number, (name, lines) in enumerate(PLACES.items()):
         here = tmp_path / str(number)
-        shutil.copytree(place, here)
+        shutil.copytree(compute, here)
         monkeypatch.chdir(here)
         (here / name).parent.mkdir(parents=True, exist_ok=True)
         data = content
         if name.endswith(".ckpt"):
             (here / "run" / "summary.json").unlink()
             (here / "run" / "checkpoints" / "previous.ckpt").unlink(missing_ok=True)
-            data = checkpoint.MAGIC + hashlib.sha256(content).digest() + content  # its hash is right
+            data = (
+                checkpoint.MAGIC + hashlib.sha256(content).digest() + content
+            )  # its hash is right
         (here / name).write_bytes(data)
         if name.endswith(".safetensors"):
             run = Run(here / "run")
-            run.write("summary.json", run.summary | {"model_sha256": hashlib.sha256(data).hexdigest()})
+            run.write(
+                "summary.json", run.summary | {"model_sha256": hashlib.sha256(data).hexdigest()}
+            )
         for line in lines:
             with impatient():
                 main(line.split())
@@ -190,20 +204,29 @@ def test_the_loaders_themselves_refuse(kind: str, tmp_path: Path, tally: Callabl
     tally(hostile_files_loaded=3)
 
 
-def test_what_tinylab_saves_needs_no_exception(place: Path) -> None:
+def test_what_tinylab_saves_needs_no_exception(compute: Path) -> None:
     """Checkpoints load without any class being allowed, predictions without pickle."""
-    found = [path for path in (place / "run" / "checkpoints").iterdir() if path.suffix == ".ckpt"]
+    found = [path for path in (compute / "run" / "checkpoints").iterdir() if path.suffix == ".ckpt"]
     assert found
     for path in found:
         whole = path.read_bytes()
         payload = whole[len(checkpoint.MAGIC) + hashlib.sha256().digest_size :]
         assert torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(payload)) == []
         assert checkpoint.read(path) is not None
-    assert Run(place / "run").predictions.keys() == {"rows", "labels", "logits"}
+    assert Run(compute / "run").predictions.keys() == {"rows", "labels", "logits"}
 
 
 BARE = {"eval", "exec", "compile", "__import__"}
-METHODS = {"extractall", "extract", "unpack_archive", "Unpickler", "getoutput", "import_module", "mktemp", "popen"}
+METHODS = {
+    "extractall",
+    "extract",
+    "unpack_archive",
+    "Unpickler",
+    "getoutput",
+    "import_module",
+    "mktemp",
+    "popen",
+}
 UNSAFE_MODULES = {"pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib", "yaml"}
 
 
@@ -241,8 +264,14 @@ def test_the_search_finds(line: str) -> None:
 
 
 def test_no_program_here_runs_what_a_file_says(repository: Path, tally: Callable) -> None:
-    paths = [path for folder in ("src", "notebooks", "benchmarks") for path in (repository / folder).rglob("*.py")]
-    guilty = {path.name: found for path in paths if (found := problems(path.read_text(encoding="utf-8")))}
+    paths = [
+        path
+        for folder in ("src", "notebooks", "benchmarks")
+        for path in (repository / folder).rglob("*.py")
+    ]
+    guilty = {
+        path.name: found for path in paths if (found := problems(path.read_text(encoding="utf-8")))
+    }
     assert len(paths) > 20
     assert not guilty
     tally(programs_read=len(paths))

@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from tinylab import checkpoint
-from tinylab.checkpoint import NEWEST, PREVIOUS, clean, load, save
-from tinylab.recipe import UserError
+from tinylab.exceptions import UserError
+from tinylab.run import checkpoint
+from tinylab.run.checkpoint import NEWEST, PREVIOUS, clean, load, save
 
 pytestmark = pytest.mark.promise("saving")
 
@@ -37,7 +37,9 @@ class Calls:
     """Counts every write, flush, fsync and rename of `checkpoint`, and lets one of them fail: before it is done, or
     (writes) after half of it."""
 
-    def __init__(self, patched: pytest.MonkeyPatch, fail_at: int, error: Callable[[], BaseException]) -> None:
+    def __init__(
+        self, patched: pytest.MonkeyPatch, fail_at: int, error: Callable[[], BaseException]
+    ) -> None:
         self.count, self.fail_at, self.error = 0, fail_at, error
         calls = self
 
@@ -123,7 +125,9 @@ def test_a_save_that_fails_anywhere_leaves_a_whole_checkpoint(
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="a process is killed in a fork of this one")
 @pytest.mark.parametrize("point", POINTS)
-def test_a_process_killed_at_any_point_leaves_a_whole_checkpoint(tmp_path: Path, tally: Callable, point: int) -> None:
+def test_a_process_killed_at_any_point_leaves_a_whole_checkpoint(
+    tmp_path: Path, tally: Callable, point: int
+) -> None:
     for number in (1, 2):
         save(tmp_path, state(number))
     child = os.fork()
@@ -144,7 +148,7 @@ def test_a_process_killed_at_any_point_leaves_a_whole_checkpoint(tmp_path: Path,
 SAVING = """
 import sys, torch
 from pathlib import Path
-from tinylab.checkpoint import clean, load, save
+from tinylab.run.checkpoint import clean, load, save
 
 folder = Path(sys.argv[1])
 clean(folder)
@@ -162,13 +166,17 @@ except KeyboardInterrupt:
 
 
 @pytest.fixture
-def saving(subprocess_environment: dict[str, str], tmp_path: Path) -> Iterator[Callable[[], subprocess.Popen]]:
+def saving(
+    subprocess_environment: dict[str, str], tmp_path: Path
+) -> Iterator[Callable[[], subprocess.Popen]]:
     """A function that starts a process which saves 46 MB after 46 MB, and waits until it has done so once."""
     started = []
 
     def start() -> subprocess.Popen:
         command = [sys.executable, "-c", SAVING, str(tmp_path)]
-        started.append(subprocess.Popen(command, env=subprocess_environment, stdout=subprocess.PIPE, text=True))
+        started.append(
+            subprocess.Popen(command, env=subprocess_environment, stdout=subprocess.PIPE, text=True)
+        )
         assert started[-1].stdout.readline() == "ready\n"
         assert started[-1].stdout.readline().strip().isdecimal()
         return started[-1]
@@ -179,9 +187,17 @@ def saving(subprocess_environment: dict[str, str], tmp_path: Path) -> Iterator[C
         process.communicate()
 
 
-@pytest.mark.parametrize(("number", "quick", "most"), [(signal.SIGKILL, 1, 30), (signal.SIGINT, 1, 12)])
+@pytest.mark.parametrize(
+    ("number", "quick", "most"), [(signal.SIGKILL, 1, 30), (signal.SIGINT, 1, 12)]
+)
 def test_real_signals_while_46_mb_are_saved(
-    saving: Callable, tmp_path: Path, full: bool, tally: Callable, number: int, quick: int, most: int
+    saving: Callable,
+    tmp_path: Path,
+    full: bool,
+    tally: Callable,
+    number: int,
+    quick: int,
+    most: int,
 ) -> None:
     rng, seen = random.Random(int(number)), 0
     for _ in range(most if full else quick):

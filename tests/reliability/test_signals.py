@@ -28,12 +28,12 @@ from reliability.harness import (
     rich_recipe,
     train_plan,
 )
-from tinylab import checkpoint
 from tinylab.cli import main
-from tinylab.dataset import Dataset
-from tinylab.recipe import accurate, published, smoke
-from tinylab.record import Run
-from tinylab.train import train
+from tinylab.data.dataset import Dataset
+from tinylab.recipes import accurate, published, smoke
+from tinylab.run import checkpoint
+from tinylab.run.folder import Run
+from tinylab.training.train import train
 
 pytestmark = [
     pytest.mark.promise("signals"),
@@ -56,10 +56,27 @@ def children() -> Iterator[Children]:
 
 def arguments(plan: Plan, folder: Path) -> list[str]:
     """The command that trains the plan."""
-    given = ["train", plan.recipe.name, "--data", str(plan.data), "--run", str(folder), "--device", "cpu"]
+    given = [
+        "train",
+        plan.recipe.name,
+        "--data",
+        str(plan.data),
+        "--run",
+        str(folder),
+        "--device",
+        "cpu",
+    ]
     given += ["--precision", plan.precision]
     base = {"accurate": accurate, "smoke": smoke, "published": published}[plan.recipe.name]()
-    for name in ("epochs", "batch_size", "width", "resolution", "test_resolution", "ema_decay", "ema_bn_batches"):
+    for name in (
+        "epochs",
+        "batch_size",
+        "width",
+        "resolution",
+        "test_resolution",
+        "ema_decay",
+        "ema_bn_batches",
+    ):
         if getattr(plan.recipe, name) != getattr(base, name):
             given += [f"--{name.replace('_', '-')}", str(getattr(plan.recipe, name))]
     return given
@@ -85,7 +102,12 @@ class Ended:
 
 
 def signalled(
-    children: Children, plan: Plan, folder: Path, when: Kill, number: int, patience: float = PATIENCE
+    children: Children,
+    plan: Plan,
+    folder: Path,
+    when: Kill,
+    number: int,
+    patience: float = PATIENCE,
 ) -> Ended:
     """A child that gets a signal then."""
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -96,7 +118,9 @@ def signalled(
     steps, sent = board.count(Event.STEPPED), time.monotonic()
     os.kill(process.pid, number)
     process.join(PATIENCE)
-    return Ended(process.exitcode, folder.with_name("stderr").read_text(), time.monotonic() - sent, steps)
+    return Ended(
+        process.exitcode, folder.with_name("stderr").read_text(), time.monotonic() - sent, steps
+    )
 
 
 def assert_stopped(ended: Ended, folder: Path, number: int) -> None:
@@ -118,7 +142,10 @@ def named_plans(dataset: Dataset) -> list[Plan]:
 
 
 def sizes(recipe: object) -> dict:
-    return {name: getattr(recipe, name) for name in ("epochs", "batch_size", "width", "resolution", "test_resolution")}
+    return {
+        name: getattr(recipe, name)
+        for name in ("epochs", "batch_size", "width", "resolution", "test_resolution")
+    }
 
 
 @pytest.mark.slow
@@ -126,7 +153,16 @@ def test_a_signal_anywhere_saves_and_the_run_ends_the_same(
     children: Children, small_dataset: Dataset, tmp_path: Path, full: bool, tally: Callable
 ) -> None:
     rng, slowest = random.Random(0), 0.0
-    places = [Event.STEP, Event.TEST, Event.SAVE, Event.WRITE, Event.RENAME, Event.STEPPED, Event.SAVED, Event.LOADED]
+    places = [
+        Event.STEP,
+        Event.TEST,
+        Event.SAVE,
+        Event.WRITE,
+        Event.RENAME,
+        Event.STEPPED,
+        Event.SAVED,
+        Event.LOADED,
+    ]
     for number, plan in enumerate(named_plans(small_dataset)):
         folder = tmp_path / str(number) / "run"
         for which in range(10 if full else 3):
@@ -159,7 +195,9 @@ def notebook(plan: Plan, folder: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("event", [Event.STEP, Event.SYNC, Event.TEST], ids=lambda event: event.name.lower())
+@pytest.mark.parametrize(
+    "event", [Event.STEP, Event.SYNC, Event.TEST], ids=lambda event: event.name.lower()
+)
 def test_a_notebook_cell_interrupted_and_run_again_ends_the_same(
     children: Children, small_dataset: Dataset, tmp_path: Path, tally: Callable, event: Event
 ) -> None:
@@ -179,7 +217,12 @@ def test_a_notebook_cell_interrupted_and_run_again_ends_the_same(
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("number", STATUS, ids=["ctrl-c", "sigterm"])
 def test_a_step_of_many_seconds_does_not_hold_a_signal_up(
-    children: Children, sample_dataset: Dataset, tmp_path: Path, full: bool, tally: Callable, number: int
+    children: Children,
+    sample_dataset: Dataset,
+    tmp_path: Path,
+    full: bool,
+    tally: Callable,
+    number: int,
 ) -> None:
     """ResNet-18 in full, 256 images per step, on one thread: the step under way is given up, and leaves no trace."""
     if not full:
@@ -193,7 +236,10 @@ def test_a_step_of_many_seconds_does_not_hold_a_signal_up(
     assert time.monotonic() - began > 3 * AT_MOST, "the steps are too short to show anything"
     assert_stopped(ended, folder, number)
     assert ended.steps == 1
-    states = [checkpoint.read(folder / "checkpoints" / name) for name in (checkpoint.NEWEST, checkpoint.PREVIOUS)]
+    states = [
+        checkpoint.read(folder / "checkpoints" / name)
+        for name in (checkpoint.NEWEST, checkpoint.PREVIOUS)
+    ]
     assert [state["step"] for state in states] == [1, 1]
     for part in ("model", "totals", "skips"):
         ours, before = (state[part] if part == "model" else {part: state[part]} for state in states)
@@ -219,8 +265,25 @@ def start(
     started = []
 
     def call(*options: str) -> subprocess.Popen:
-        command = [sys.executable, "-m", "tinylab", "train", "smoke", "--data", str(small_dataset.folder)]
-        command += ["--run", str(tmp_path / "run"), "--width", "16", "--precision", "fp32", "--device", "cpu"]
+        command = [
+            sys.executable,
+            "-m",
+            "tinylab",
+            "train",
+            "smoke",
+            "--data",
+            str(small_dataset.folder),
+        ]
+        command += [
+            "--run",
+            str(tmp_path / "run"),
+            "--width",
+            "16",
+            "--precision",
+            "fp32",
+            "--device",
+            "cpu",
+        ]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         settings = {"env": subprocess_environment, "start_new_session": True} | pipes
         started.append(subprocess.Popen([*command, *options], **settings))
@@ -242,7 +305,11 @@ def wait_for(path: Path, process: subprocess.Popen) -> None:
 
 @pytest.mark.slow
 def test_a_killed_process_continues_and_ends_the_same(
-    start: Callable, small_dataset: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str], tally: Callable
+    start: Callable,
+    small_dataset: Dataset,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    tally: Callable,
 ) -> None:
     killed = start("--epochs", "6")
     wait_for(tmp_path / "run" / "checkpoints" / checkpoint.PREVIOUS, killed)
@@ -257,10 +324,15 @@ def test_a_killed_process_continues_and_ends_the_same(
     assert main(killed.args[3:]) == 0
     out, err = capsys.readouterr()
     assert err == ""
-    assert f"continuing {run.folder} in epoch {saved['epoch']} after {saved['step']} of its steps" in out
+    assert (
+        f"continuing {run.folder} in epoch {saved['epoch']} after {saved['step']} of its steps"
+        in out
+    )
     assert run.summary["stops"] == 1
     options = {"precision": "fp32", "device": "cpu", "quiet": True}
-    assert_equal_runs(run, train(run.recipe, small_dataset, folder=tmp_path / "unkilled", **options))
+    assert_equal_runs(
+        run, train(run.recipe, small_dataset, folder=tmp_path / "unkilled", **options)
+    )
 
 
 @pytest.mark.slow

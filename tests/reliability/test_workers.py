@@ -13,13 +13,23 @@ import pytest
 import torch
 from conftest import assert_equal_runs
 
-from reliability.harness import Children, Event, Kill, Plan, children_of, differing, plain_recipe, reference, send
-from tinylab import loader
-from tinylab import train as train_module
-from tinylab.dataset import Dataset
+from reliability.harness import (
+    Children,
+    Event,
+    Kill,
+    Plan,
+    children_of,
+    differing,
+    plain_recipe,
+    reference,
+    send,
+)
+from tinylab.data import loader
+from tinylab.data.dataset import Dataset
 from tinylab.recipe import Recipe
-from tinylab.record import Run
-from tinylab.train import Stopped, train
+from tinylab.run.folder import Run
+from tinylab.training import train as train_module
+from tinylab.training.train import Stopped, train
 
 pytestmark = pytest.mark.promise("workers")
 
@@ -74,7 +84,9 @@ def test_workers_do_not_change_a_bit(
     if not persistent:
         watched = loader.DataLoader
         options = {"persistent_workers": False}
-        monkeypatch.setattr(loader, "DataLoader", lambda *args, **given: watched(*args, **(given | options)))
+        monkeypatch.setattr(
+            loader, "DataLoader", lambda *args, **given: watched(*args, **(given | options))
+        )
     before = set(psutil.Process().children())
     helped = run(recipe, small_dataset, tmp_path / "run", workers)
     assert made == [(workers, persistent)]
@@ -84,7 +96,12 @@ def test_workers_do_not_change_a_bit(
 
 
 def test_another_number_of_workers_continues_a_run(
-    recipe: Recipe, small_dataset: Dataset, alone: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tally: Callable
+    recipe: Recipe,
+    small_dataset: Dataset,
+    alone: Run,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    tally: Callable,
 ) -> None:
     """Stopped in the midst of either epoch, with batches that workers have prepared ahead."""
     real, count = train_module.train_step, iter(range(1, 100))
@@ -119,7 +136,9 @@ def workers() -> Iterator[list[psutil.Process]]:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="children are forked from a server, and killed by SIGKILL")
+@pytest.mark.skipif(
+    sys.platform != "linux", reason="children are forked from a server, and killed by SIGKILL"
+)
 def test_a_killed_run_leaves_no_worker_and_ends_the_same(
     children: Children,
     workers: list[psutil.Process],
@@ -138,7 +157,12 @@ def test_a_killed_run_leaves_no_worker_and_ends_the_same(
             return None
         count = 1 if done else 2
         count = rng.randint(count, max(count, (plan.steps - position) // 3))
-        return rng.choice([Kill(Event.STEP, count, delay=rng.uniform(0, 0.01)), Kill(Event.SAVE, count, held=True)])
+        return rng.choice(
+            [
+                Kill(Event.STEP, count, delay=rng.uniform(0, 0.01)),
+                Kill(Event.SAVE, count, held=True),
+            ]
+        )
 
     def note_workers(_folder: Path, process: BaseProcess) -> None:
         workers[:] = psutil.Process(process.pid).children(recursive=True)
@@ -146,11 +170,15 @@ def test_a_killed_run_leaves_no_worker_and_ends_the_same(
 
     def wait_for_workers(_folder: Path) -> None:
         _, alive = psutil.wait_procs(workers, timeout=ORPHANS_END)
-        assert not [each for each in alive if each.status() != psutil.STATUS_ZOMBIE], "workers have outlived their run"
+        assert not [each for each in alive if each.status() != psutil.STATUS_ZOMBIE], (
+            "workers have outlived their run"
+        )
 
     kills = 0
     while kills < 16:
-        tale = children.killed(plan, tmp_path / str(kills) / "run", next_kill, note_workers, wait_for_workers)
+        tale = children.killed(
+            plan, tmp_path / str(kills) / "run", next_kill, note_workers, wait_for_workers
+        )
         assert tale.error is None
         assert min(tale.resumed) > 0
         kills += tale.kills

@@ -1,0 +1,1 @@
+"""The data set: downloaded, checked, decoded once, split, augmented, served in batches."""

@@ -1,0 +1,1 @@
+"""What a finished run gets wrong, and where its network looks."""

@@ -1,0 +1,1 @@
+"""Every figure. Functions return a matplotlib Figure and write nothing."""

@@ -1,0 +1,1 @@
+"""Pictures in; ONNX, model card and report out."""

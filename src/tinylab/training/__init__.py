@@ -1,0 +1,1 @@
+"""One run: optimiser steps, averages, tests, and the loop around them."""

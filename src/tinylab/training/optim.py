@@ -1,0 +1,215 @@
+"""What moves the weights: SGD or Muon under a one-cycle schedule, in groups that say what decays and how fast.
+
+The first group always learns at the recipe's `max_learning_rate`: it is the one that logs and `schedule` tell of.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import OneCycleLR
+
+from tinylab.exceptions import UserError
+from tinylab.recipe import Recipe
+
+# Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024, https://kellerjordan.github.io/posts/muon
+NEWTON_SCHULZ_STEPS = 5
+NEWTON_SCHULZ_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+
+
+def make_optimizer(
+    model: nn.Module, recipe: Recipe, total_steps: int, fused: bool = False
+) -> tuple[torch.optim.SGD, OneCycleLR]:
+    """SGD or `Muon`, and its one-cycle schedule over `total_steps` optimiser steps (Smith, Topin, "Super-Convergence",
+    2018).
+
+    fused: one kernel for all parameters of a group, which on CUDA also spares loss scaling a wait for the device in
+    every step; Muon has none. Without it PyTorch's foreach, whose results are a plain loop's to the last bit; a CPU's
+    fused kernel rounds otherwise, and saves less than a hundredth of a step.
+    """
+    groups = _parameter_groups(model, recipe)
+    kind = Muon if recipe.optimizer == "muon" else torch.optim.SGD
+    fused = fused and kind is not Muon
+    optimizer = kind(
+        groups,
+        lr=recipe.max_learning_rate,  # the schedule sets the real one
+        momentum=recipe.max_momentum,
+        nesterov=recipe.nesterov,
+        weight_decay=recipe.weight_decay,
+        foreach=not fused,
+        fused=fused,
+    )
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            # A fused step that loss scaling skips would leave the first momentum uninitialised; it starts at zero.
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    warmup_share = recipe.warmup_share
+    if (
+        warmup_share * total_steps == 1
+    ):  # the one length of a run for which OneCycleLR divides by zero
+        warmup_share *= 1 + 1e-9
+    scheduler = OneCycleLR(
+        optimizer,
+        max_lr=[group["lr"] for group in optimizer.param_groups],
+        total_steps=total_steps,
+        pct_start=warmup_share,
+        anneal_strategy=recipe.anneal,
+        cycle_momentum=True,
+        base_momentum=recipe.base_momentum,
+        max_momentum=recipe.max_momentum,
+        div_factor=recipe.start_divisor,
+        final_div_factor=recipe.final_divisor,
+    )
+    return optimizer, scheduler
+
+
+def _parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict]:
+    """The parameters by what happens to them, each in the model's order; no group is empty.
+
+    What has one dimension is told by that and not by its name: "bn" is not in the name of a shortcut's batch norm.
+    """
+    parameters = list(model.parameters())
+    orthogonal = (
+        [each for each in parameters if each.ndim == 4] if recipe.optimizer == "muon" else []
+    )
+    flat = [each for each in parameters if each.ndim <= 1] if not recipe.decay_1d else []
+    apart = {id(each) for each in (*orthogonal, *flat)}
+    groups = [
+        {"params": [each for each in parameters if id(each) not in apart]},
+        {"params": flat, "weight_decay": 0.0},
+        {
+            "params": orthogonal,
+            "lr": recipe.muon_learning_rate,
+            "weight_decay": recipe.muon_weight_decay,
+        },
+    ]
+    if recipe.optimizer == "muon":
+        for group in groups:
+            group["orthogonal"] = group["params"] is orthogonal
+    return [group for group in groups if group["params"]]
+
+
+def schedule(recipe: Recipe, images: int) -> Iterator[tuple[int, float, float]]:
+    """(step from 0, learning rate, momentum) of every optimiser step of a run on `images` training images; with Muon,
+    of the parameters that SGD moves.
+
+    Raises `UserError` if the run would have no step.
+    """
+    total_steps = recipe.epochs * recipe.steps_per_epoch(images)
+    if total_steps < 1:
+        raise UserError(
+            f"{images:,} training images do not fill a batch of {recipe.batch_size:,}: lower --batch-size"
+        )
+    stand_in = nn.ParameterList(
+        [nn.Parameter(torch.zeros(1, 1))]
+    )  # the schedule does not depend on the network
+    return _walk(*make_optimizer(stand_in, recipe, total_steps), total_steps)
+
+
+def _walk(
+    optimizer: torch.optim.SGD, scheduler: OneCycleLR, steps: int
+) -> Iterator[tuple[int, float, float]]:
+    for step in range(steps):
+        group = optimizer.param_groups[0]
+        yield step, group["lr"], group["momentum"]
+        optimizer.step()
+        scheduler.step()
+
+
+class Muon(torch.optim.SGD):
+    """SGD that orthogonalises the momentum of the groups marked `orthogonal`, whose parameters are convolution weights
+    (out, in, height, width), each one matrix of shape (out, in x height x width).
+
+    Momentum (Nesterov's, if the group has it) accumulates as in SGD and is then replaced by the nearest matrix whose
+    singular values are all about one, so that rare directions move as far as frequent ones. Weight decay is decoupled:
+    weights shrink by learning rate x `muon_weight_decay`. All other groups move exactly as SGD moves them.
+
+    Source: Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024; for convolutions, airbench
+    (github.com/KellerJordan/cifar10-airbench, airbench94_muon.py). PyTorch's own, from 2.9 on, takes matrices only.
+    Each step waits for the device, to see whether it is to be skipped.
+    """
+
+    def step(self, closure: Callable[[], torch.Tensor] | None = None) -> torch.Tensor | None:
+        """One update of all groups. closure: as in every optimiser of PyTorch, computes loss and gradients anew."""
+        groups = self.param_groups
+        self.param_groups = [group for group in groups if not group["orthogonal"]]
+        try:
+            loss = super().step(closure)
+        finally:
+            self.param_groups = groups
+        with torch.no_grad():
+            for group in groups:
+                if group["orthogonal"]:
+                    self._orthogonal_step(group)
+        return loss
+
+    def _orthogonal_step(self, group: dict) -> None:
+        """Parameters of one shape are handled together: a GPU would spend its time on starting small kernels."""
+        by_shape: dict[torch.Size, list[nn.Parameter]] = {}
+        for parameter in group["params"]:
+            if parameter.grad is not None:
+                by_shape.setdefault(parameter.shape, []).append(parameter)
+        for parameters in by_shape.values():
+            gradients = [parameter.grad for parameter in parameters]
+            momenta = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
+            torch._foreach_mul_(momenta, group["momentum"])
+            torch._foreach_add_(momenta, gradients)
+            moves = (
+                torch._foreach_add(gradients, momenta, alpha=group["momentum"])
+                if group["nesterov"]
+                else momenta
+            )
+            directions = orthogonalise(torch.stack([move.flatten(1) for move in moves]))
+            rows, columns = directions.shape[1:]
+            # A tall matrix has fewer singular values than rows: this keeps its entries as large as a square one's.
+            reach = group["lr"] * math.sqrt(max(1, rows / columns))
+            torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+            for parameter, direction in zip(parameters, directions, strict=True):
+                parameter.add_(direction.view_as(parameter), alpha=-reach)
+
+
+def muon_petaflop(model: nn.Module, steps: int) -> float:
+    """PFLOP of orthogonalising the convolution weights of `model` in `steps` optimiser steps."""
+    flop = 0
+    for parameter in model.parameters():
+        if parameter.ndim == 4:
+            short, long = sorted((parameter.shape[0], parameter[0].numel()))
+            square_products = NEWTON_SCHULZ_STEPS + 3 * (NEWTON_SCHULZ_STEPS - 1)
+            flop += 2 * short**2 * (2 * long + square_products * short)
+    return float(f"{flop * steps / 1e15:.4g}")
+
+
+def orthogonalise(matrices: torch.Tensor) -> torch.Tensor:
+    """Return about U V' of the singular value decomposition U S V' of each matrix.
+
+    matrices: (N, rows, columns); the result has the same shape and dtype. Singular values come out
+    between about 0.7 and 1.2, or lower if they were next to nothing; zeros stay zeros.
+
+    Five Newton-Schulz steps with Jordan's quintic polynomial, which is steep at 0 and therefore
+    quick, not exact. It is applied to X X', the small square matrix: the long side of X (4,608 in
+    the last stage) takes part in two products, not eleven. Known as Gram Newton-Schulz. In fp32 on
+    every device: of 16 bits the error grows twelvefold a step where a singular value is near zero.
+    """
+    a, b, c = NEWTON_SCHULZ_COEFFICIENTS
+    tall = matrices.shape[1] > matrices.shape[2]
+    x = (matrices.mT if tall else matrices).float()
+    x = x / (
+        torch.linalg.matrix_norm(x)[:, None, None] + 1e-7
+    )  # the iteration needs singular values up to 1
+
+    def quintic(
+        gram: torch.Tensor,
+    ) -> torch.Tensor:  # a I + b G + c G^2, which times X is Jordan's step
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        polynomial.diagonal(dim1=1, dim2=2).add_(a)
+        return polynomial
+
+    gram = x @ x.mT
+    product = polynomial = quintic(gram)
+    for _ in range(NEWTON_SCHULZ_STEPS - 1):
+        gram = polynomial @ gram @ polynomial
+        polynomial = quintic(gram)
+        product = polynomial @ product
+    x = product @ x
+    return (x.mT if tall else x).to(matrices.dtype)
