@@ -40,7 +40,7 @@ from tinylab.recipe import GFLOP_PER_IMAGE, SIZE, Recipe
 from tinylab.recipes import named
 from tinylab.run.environment import PRECISIONS, Compute, choose
 from tinylab.training.evaluate import compute_logits
-from tinylab.training.step import TrainState, inference, new_state, train_step
+from tinylab.training.step import TrainState, make_forward, new_state, train_step
 
 CLASSES = 200
 STEPS = 1000
@@ -102,7 +102,7 @@ def make_parts(recipe: Recipe, compute: Compute, state: TrainState) -> Iterator[
 
     def tests() -> None:
         batches = evaluation_batches(None, rows, device, size, images)
-        compute_logits(inference(state.tested, recipe, compute), batches, count)
+        compute_logits(make_forward(state.tested, recipe, compute), batches, count)
 
     gflop = GFLOP_PER_IMAGE * (recipe.width / 64) ** 2
     for name, work in (("forward, backward", forward_backward), ("whole step", whole_step)):

@@ -97,7 +97,8 @@ from tinylab.run import environment as device
 from tinylab.run import folder as record
 from tinylab.share import card
 from tinylab.share.predict import export_onnx, load, predict, read_image
-from tinylab.training.train import schedule, train
+from tinylab.training.optim import schedule
+from tinylab.training.train import train
 
 compute = device.choose()
 on_cpu = compute.device.type == "cpu"

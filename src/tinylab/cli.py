@@ -209,20 +209,15 @@ class Evaluate:
 
     def run(self) -> None:
         finished, dataset, rows = open_finished(self.run_folder, self.data)
-        from tinylab.data.loader import evaluation_batch_size, evaluation_batches
         from tinylab.run.environment import choose
-        from tinylab.training.evaluate import compute_logits, score, with_flip
-        from tinylab.training.step import inference
-        from tinylab.training.train import shown
+        from tinylab.training.evaluate import score, test_logits, with_flip
 
         compute = choose(self.device, self.precision)
-        forward = inference(
-            trained_model(finished, dataset).to(compute.device), finished.recipe, compute
+        network = trained_model(finished, dataset).to(compute.device)
+        view = with_flip if self.tta == "flip" else None
+        result = score(
+            *test_logits(network, dataset, rows.test, finished.recipe, compute, view=view)
         )
-        forward = with_flip(forward) if self.tta == "flip" else forward
-        total = -(-len(rows.test) // evaluation_batch_size(compute.device))
-        batches = shown(evaluation_batches(dataset, rows.test, compute.device), "test", total)
-        result = score(*compute_logits(forward, batches, len(rows.test)))
         print(f"{len(rows.test):,} test images of {finished.folder}, {compute}")
         print(
             json.dumps(

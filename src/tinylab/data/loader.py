@@ -27,7 +27,24 @@ from tinylab.data.augment import (
 from tinylab.data.dataset import Dataset, available_cores
 from tinylab.exceptions import UserError
 from tinylab.recipe import Recipe
-from tinylab.training.distributed import ALONE, World, share
+
+class World(NamedTuple):
+    """This process's number, and how many there are."""
+
+    rank: int = 0
+    size: int = 1
+
+
+ALONE = World()
+
+
+def share(count: int, rank: int | World, ranks: int = 1) -> range:
+    """Return which of `count` things in a row this process takes; lengths differ by one at most."""
+    rank, ranks = rank if isinstance(rank, World) else (rank, ranks)
+    each, left = divmod(count, ranks)
+    first = rank * each + min(rank, left)
+    return range(first, first + each + (rank < left))
+
 
 EVALUATION_BATCH = 500
 CPU_EVALUATION_BATCH = 32
@@ -66,13 +83,16 @@ def make_loader(
     seed: int,
     device: torch.device,
     workers: int | None = None,
-    world: World = ALONE,
+    *,
+    rank: int = 0,
+    ranks: int = 1,
     images: "Images | None" = None,
 ) -> "TrainingLoader | BatchedLoader":
     """The loader that the recipe's `augmentation` asks for; `images` are shared with it if it works on the device.
 
     Raises `UserError` for a seed or number of workers that cannot be.
     """
+    world = World(rank, ranks)
     if recipe.augmentation == "albumentations":
         return TrainingLoader(dataset, rows, recipe, seed, device, workers, world)
     if workers:
@@ -117,9 +137,7 @@ class TrainingBatches(_EpochRows, TorchDataset):
     ) -> None:
         super().__init__(rows, recipe, seed)
         self.images, self.labels = dataset.images, dataset.labels
-        self.world = replace(
-            world, control=None
-        )  # worker processes need its numbers, not its connections
+        self.world = world  # worker processes need its numbers, not its connections
         self._transform = None
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:

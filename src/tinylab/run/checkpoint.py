@@ -27,7 +27,7 @@ Parts = tuple[bytes, memoryview]
 """A checkpoint file's content, in two pieces so that its hundred megabytes are not copied."""
 
 
-def save(folder: Path, state: dict) -> Parts:
+def save(folder: Path, state: dict, mirror: Path | None = None, warn: Callable = print) -> Parts:
     """Makes `state` the newest checkpoint in `folder` and keeps the one before; at any moment one of them is whole.
     Returns the content of the file. Raises `UserError` if it cannot be written: what could be read before still can."""
     buffer = io.BytesIO()

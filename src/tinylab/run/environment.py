@@ -157,3 +157,15 @@ def device_name(device: torch.device) -> str:
         lines = []
     models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return f"CPU ({models[0] if models else platform.processor() or platform.machine()})"
+
+
+def compile_cache() -> str:
+    from tinylab.run import folder
+
+    return folder.compile_cache()
+
+
+def describe_environment(compute: Compute) -> dict:
+    from tinylab.run import folder
+
+    return folder.describe_environment(compute)

@@ -1,4 +1,4 @@
-"""From a network and test images to counts, and from counts to the numbers that are reported."""
+"""From a network and test images to logits, and from logits to the numbers that are reported."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -6,16 +6,27 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import nn
 
+from tinylab.data.dataset import Dataset
+from tinylab.data.loader import Images, evaluation_batch_size, evaluation_batches, share
 from tinylab.exceptions import UserError
+from tinylab.recipe import Recipe
+from tinylab.run.environment import Compute
+from tinylab.training.distributed import ALONE, Ranks
+from tinylab.training.progress import watched
+from tinylab.training.step import make_forward
+
+Forward = Callable[[torch.Tensor], torch.Tensor]
+"""From images uint8 (B, 64, 64, 3) to logits fp32 (B, classes)."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Counts over all test images, and what follows from them.
+    """Counts over all test images.
 
-    logits: float16 (N, classes), labels: int64 (N,), as they are stored: every number here is computed from the rounded
-    logits, so whoever reads them again gets the same result. loss: mean cross-entropy over images, in nats.
+    logits: float16 (N, classes), labels: int64 (N,), as they are stored; every number comes from
+    the rounded logits, so that it can be had again from the file. loss: nats per image.
     """
 
     logits: np.ndarray
@@ -25,52 +36,77 @@ class Evaluation:
     correct_top5: int
 
     @property
-    def total(self) -> int:
-        return len(self.labels)
-
-    @property
     def top1(self) -> float:
         """Percent of images whose highest logit is the true class."""
-        return 100 * self.correct / self.total
+        return 100 * self.correct / len(self.labels)
+
+    @property
+    def top5(self) -> float:
+        """Percent of images whose true class is among the five highest logits."""
+        return 100 * self.correct_top5 / len(self.labels)
 
     def numbers(self) -> dict:
-        """What is reported, as plain values."""
+        """Return what metrics.jsonl holds."""
         return {
             "test_loss": self.loss,
             "test_top1": self.top1,
             "test_top5": self.top5,
             "test_correct": self.correct,
-            "test_total": self.total,
+            "test_total": len(self.labels),
         }
 
-    @property
-    def top5(self) -> float:
-        """Percent of images whose true class is among the five highest logits (all, with five classes or fewer)."""
-        return 100 * self.correct_top5 / self.total
+
+def mirrored(forward: Forward) -> Forward:
+    """Return the logits of each image's mirror image."""
+    return lambda images: forward(images.flip(2))  # (B, height, width, 3)
 
 
-def mirrored(
-    forward: Callable[[torch.Tensor], torch.Tensor],
-) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The logits of each image's mirror image."""
-    return lambda images: forward(images.flip(2))  # (B, height, width, 3): axis 2 is the width
-
-
-def with_flip(
-    forward: Callable[[torch.Tensor], torch.Tensor],
-) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Flip test-time augmentation: the mean of the logits of each image and its mirror image. Reported apart."""
+def with_flip(forward: Forward) -> Forward:
+    """Return the mean of the logits of each image and its mirror image."""
     return lambda images: (forward(images) + mirrored(forward)(images)) / 2
 
 
-def compute_logits(
-    forward: Callable[[torch.Tensor], torch.Tensor],
-    batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
-    count: int,
+def test_logits(
+    network: nn.Module,
+    dataset: Dataset,
+    rows: np.ndarray,
+    recipe: Recipe,
+    compute: Compute,
+    *,
+    view: Callable[[Forward], Forward] | None = None,
+    images: Images | None = None,
+    ranks: Ranks = ALONE,
+    watch: Callable = watched,
+    title: str = "test",
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits fp32 (N, classes) and labels int64 (N,) of all batches, on the batches' device; nothing waits for it.
+    """Return logits fp32 (N, classes) and labels int64 (N,) of the images `rows`.
 
-    forward: images uint8 (B, 64, 64, 3) -> logits (B, classes). count: N, above 0, the images of all batches.
+    Each of several processes tests its share of the batches, and all of them get everything.
+    view: `mirrored` or `with_flip`. watch: wraps the batches, for a bar.
+    """
+    size = evaluation_batch_size(compute.device, recipe.micro_batch)
+    forward = make_forward(network, recipe, compute)
+    mine = share(-(-len(rows) // size), ranks.rank, ranks.size)
+    part = rows[mine.start * size : mine.stop * size]
+    batches = evaluation_batches(dataset, part, compute.device, size, images)
+    batches = watch(batches, title, len(mine))
+    own = (
+        compute_logits(view(forward) if view else forward, batches, len(part)) if len(mine) else ()
+    )
+    parts = [each for each in ranks.gather(own) if each]
+    logits, labels = (torch.cat([each[i].to(compute.device) for each in parts]) for i in (0, 1))
+    return logits, labels
+
+
+test_logits.__test__ = False  # pytest takes the name for a test's
+
+
+def compute_logits(
+    forward: Forward, batches: Iterable[tuple[torch.Tensor, torch.Tensor]], count: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return logits fp32 (N, classes) and labels int64 (N,) of all batches, on their device.
+
+    count: N, the images of all batches. Nothing waits for the device.
     """
     logits = labels = None
     done = 0
@@ -78,8 +114,8 @@ def compute_logits(
         for images, batch_labels in batches:
             outputs = forward(images)
             if logits is None:
-                # Made at once: small results kept between large temporaries would keep the latters' memory from being
-                # given back, several times what the results take.
+                # Made at once: small results kept between large temporaries would keep the
+                # latter's memory from being given back.
                 logits = outputs.new_empty((count, outputs.shape[1]), dtype=torch.float32)
                 labels = batch_labels.new_empty(count)
             logits[done : done + len(images)] = outputs
@@ -91,19 +127,16 @@ def compute_logits(
 
 
 def score(logits: torch.Tensor, labels: torch.Tensor) -> Evaluation:
-    """Counts from logits (N, classes) and labels int64 (N,). Equal logits rank by class number, so ties are no luck.
+    """Count hits in logits (N, classes) with labels int64 (N,). Equal logits rank by class number.
 
-    Raises `UserError` if a logit is not a finite float16 number: the network has diverged.
+    Raise `UserError` if a logit is not a finite float16 number.
     """
     stored = logits.half()
     if not torch.isfinite(stored).all():
-        raise UserError(
-            "the network's outputs are not finite: it has diverged; lower max-learning-rate"
-        )
+        raise UserError("the network's outputs are not finite: lower max-learning-rate")
     logits = stored.float()
-    classes = logits.shape[1]
     own = logits.gather(1, labels[:, None])
-    earlier = torch.arange(classes, device=labels.device)[None, :] < labels[:, None]
+    earlier = torch.arange(logits.shape[1], device=labels.device)[None, :] < labels[:, None]
     rank = ((logits > own) | ((logits == own) & earlier)).sum(dim=1)
     return Evaluation(
         logits=stored.cpu().numpy(),
@@ -115,7 +148,7 @@ def score(logits: torch.Tensor, labels: torch.Tensor) -> Evaluation:
 
 
 def per_class(logits: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """How many images of each class are right, and how many there are: int64 (classes,) each, from predictions."""
+    """Return the hits and the images of each class: int64 (classes,) each."""
     classes = logits.shape[1]
     hit = logits.argmax(axis=1) == labels
     return np.bincount(labels[hit], minlength=classes), np.bincount(labels, minlength=classes)

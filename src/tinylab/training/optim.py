@@ -1,6 +1,6 @@
-"""What moves the weights: SGD or Muon under a one-cycle schedule, in groups that say what decays and how fast.
+"""The optimiser, SGD or Muon, under a one-cycle schedule.
 
-The first group always learns at the recipe's `max_learning_rate`: it is the one that logs and `schedule` tell of.
+The first group always learns at `max_learning_rate`: logs and `tinylab schedule` show its rate.
 """
 
 import math
@@ -21,12 +21,10 @@ NEWTON_SCHULZ_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 def make_optimizer(
     model: nn.Module, recipe: Recipe, total_steps: int, fused: bool = False
 ) -> tuple[torch.optim.SGD, OneCycleLR]:
-    """SGD or `Muon`, and its one-cycle schedule over `total_steps` optimiser steps (Smith, Topin, "Super-Convergence",
-    2018).
+    """Return SGD or `Muon` and its schedule (Smith, Topin, "Super-Convergence", 2018).
 
-    fused: one kernel for all parameters of a group, which on CUDA also spares loss scaling a wait for the device in
-    every step; Muon has none. Without it PyTorch's foreach, whose results are a plain loop's to the last bit; a CPU's
-    fused kernel rounds otherwise, and saves less than a hundredth of a step.
+    fused: one kernel per group, which on CUDA spares loss scaling a wait in every step. Without it
+    PyTorch's foreach, whose results are a plain loop's to the last bit.
     """
     groups = _parameter_groups(model, recipe)
     kind = Muon if recipe.optimizer == "muon" else torch.optim.SGD
@@ -42,7 +40,7 @@ def make_optimizer(
     )
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            # A fused step that loss scaling skips would leave the first momentum uninitialised; it starts at zero.
+            # A fused step that loss scaling skips would leave the first momentum uninitialised.
             optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     warmup_share = recipe.warmup_share
     if (
@@ -65,9 +63,9 @@ def make_optimizer(
 
 
 def _parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict]:
-    """The parameters by what happens to them, each in the model's order; no group is empty.
+    """Return the parameters by what happens to them, in the model's order; no group is empty.
 
-    What has one dimension is told by that and not by its name: "bn" is not in the name of a shortcut's batch norm.
+    1-D parameters are found by ndim: a shortcut's batch norm has no "bn" in its name.
     """
     parameters = list(model.parameters())
     orthogonal = (
@@ -91,15 +89,15 @@ def _parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict]:
 
 
 def schedule(recipe: Recipe, images: int) -> Iterator[tuple[int, float, float]]:
-    """(step from 0, learning rate, momentum) of every optimiser step of a run on `images` training images; with Muon,
-    of the parameters that SGD moves.
+    """Yield (step from 0, learning rate, momentum) of every step of a run on `images` images.
 
-    Raises `UserError` if the run would have no step.
+    With Muon, of the parameters that SGD moves. Raise `UserError` if the run has no step.
     """
     total_steps = recipe.epochs * recipe.steps_per_epoch(images)
     if total_steps < 1:
         raise UserError(
-            f"{images:,} training images do not fill a batch of {recipe.batch_size:,}: lower --batch-size"
+            f"{images:,} training images do not fill a batch of {recipe.batch_size:,}: "
+            "lower --batch-size"
         )
     stand_in = nn.ParameterList(
         [nn.Parameter(torch.zeros(1, 1))]
@@ -118,20 +116,21 @@ def _walk(
 
 
 class Muon(torch.optim.SGD):
-    """SGD that orthogonalises the momentum of the groups marked `orthogonal`, whose parameters are convolution weights
-    (out, in, height, width), each one matrix of shape (out, in x height x width).
+    """SGD that orthogonalises the momentum of the groups marked `orthogonal`.
 
-    Momentum (Nesterov's, if the group has it) accumulates as in SGD and is then replaced by the nearest matrix whose
-    singular values are all about one, so that rare directions move as far as frequent ones. Weight decay is decoupled:
-    weights shrink by learning rate x `muon_weight_decay`. All other groups move exactly as SGD moves them.
+    Their parameters are convolution weights (out, in, height, width), each taken as one matrix
+    (out, in x height x width). Momentum accumulates as in SGD and is then replaced by the nearest
+    matrix whose singular values are all about one, so that rare directions move as far as frequent
+    ones. Weight decay is decoupled: weights shrink by learning rate x `muon_weight_decay`. All
+    other groups move exactly as SGD moves them.
 
-    Source: Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024; for convolutions, airbench
-    (github.com/KellerJordan/cifar10-airbench, airbench94_muon.py). PyTorch's own, from 2.9 on, takes matrices only.
-    Each step waits for the device, to see whether it is to be skipped.
+    Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024; for
+    convolutions, airbench94_muon.py (github.com/KellerJordan/cifar10-airbench). PyTorch's own, from
+    2.9 on, takes matrices only.
     """
 
     def step(self, closure: Callable[[], torch.Tensor] | None = None) -> torch.Tensor | None:
-        """One update of all groups. closure: as in every optimiser of PyTorch, computes loss and gradients anew."""
+        """Update all groups. closure: as in every optimiser of PyTorch."""
         groups = self.param_groups
         self.param_groups = [group for group in groups if not group["orthogonal"]]
         try:
@@ -145,7 +144,7 @@ class Muon(torch.optim.SGD):
         return loss
 
     def _orthogonal_step(self, group: dict) -> None:
-        """Parameters of one shape are handled together: a GPU would spend its time on starting small kernels."""
+        """Move parameters of one shape together: on a GPU small kernels cost their start."""
         by_shape: dict[torch.Size, list[nn.Parameter]] = {}
         for parameter in group["params"]:
             if parameter.grad is not None:
@@ -162,7 +161,7 @@ class Muon(torch.optim.SGD):
             )
             directions = orthogonalise(torch.stack([move.flatten(1) for move in moves]))
             rows, columns = directions.shape[1:]
-            # A tall matrix has fewer singular values than rows: this keeps its entries as large as a square one's.
+            # A tall matrix has fewer singular values than rows: this keeps its entries as large.
             reach = group["lr"] * math.sqrt(max(1, rows / columns))
             torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
             for parameter, direction in zip(parameters, directions, strict=True):
@@ -170,7 +169,7 @@ class Muon(torch.optim.SGD):
 
 
 def muon_petaflop(model: nn.Module, steps: int) -> float:
-    """PFLOP of orthogonalising the convolution weights of `model` in `steps` optimiser steps."""
+    """Return PFLOP of orthogonalising the convolution weights of `model` in `steps` steps."""
     flop = 0
     for parameter in model.parameters():
         if parameter.ndim == 4:

@@ -1,0 +1,214 @@
+"""What a run says while it goes on, and how it is asked to stop."""
+
+import contextlib
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
+
+from tqdm import tqdm
+
+from tinylab.data.dataset import interactive
+from tinylab.recipe import SIZE, Recipe
+from tinylab.training.step import TrainState
+
+LINE_SECONDS = 60
+"""Between two lines about an epoch or a test, where no bar is shown."""
+LOOK_SECONDS = 0.5
+"""Between two looks at the loss, for which a GPU has to be waited for."""
+
+Item = TypeVar("Item")
+
+
+class StopRequest:
+    """Note SIGINT and SIGTERM while entered; the loop stops after its step.
+
+    A second signal takes its usual effect at once, unless `patient`: torchrun forwards a signal
+    that each process has received already.
+    """
+
+    def __init__(self, say: Callable[[str], None], patient: bool = False) -> None:
+        self.received: int | None = None
+        self._say, self._patient = say, patient
+        self._before: dict[int, object] = {}
+
+    def __enter__(self) -> "StopRequest":
+        if threading.current_thread() is threading.main_thread():  # handlers are allowed only there
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _frame: object) -> None:
+        if self.received is None:
+            self.received = number
+            with contextlib.suppress(RuntimeError):  # the signal came in the middle of a print
+                self._say("stopping after this step")
+        if not self._patient:
+            for each, handler in self._before.items():
+                signal.signal(each, handler)
+
+
+class Progress:
+    """An epoch's clock and its bar, or a line a minute; once, what the rest of the run takes."""
+
+    def __init__(
+        self, state: TrainState, recipe: Recipe, steps: int, images: tuple[int, int],
+        tested: list[int], say: Callable[[str], None], forecast: bool,
+    ) -> None:  # fmt: skip
+        self.state, self.recipe, self.steps, self.images = state, recipe, steps, images
+        self.say, self.tested, self.forecast = say, tested, forecast
+        self.second_step: tuple[float, float] | None = None
+        self.since_saved = 0.0
+
+    def begin(self) -> None:
+        """Begin the state's epoch, or what is left of it."""
+        self.title = f"epoch {self.state.epoch}/{self.recipe.epochs}"
+        self.bar = make_bar(self.say, self.title, self.steps, self.state.step, "step")
+        self.looked, self.since_saved = time.perf_counter(), 0.0
+        self.line = (self.looked, self.state.step, self.left())
+        self._clocks = (self.looked, time.process_time())
+
+    def tick(self) -> float:
+        """Add the time since the last tick to the epoch's, and return what the clock says."""
+        now, cpu = time.perf_counter(), time.process_time()
+        before, before_cpu = self._clocks
+        self.state.epoch_seconds += now - before
+        self.state.epoch_cpu_seconds += cpu - before_cpu
+        self.since_saved += now - before
+        self._clocks = (now, cpu)
+        return now
+
+    def step(self) -> None:
+        """Show that a step is done. Raise `RecipeFailed` if the loss is not finite."""
+        self.bar.update()
+        now = self.tick()
+        if self.forecast:
+            self._forecast(now)
+        if now - self.looked <= min(LOOK_SECONDS, LINE_SECONDS):
+            return
+        self.looked = now
+        self.state.require_finite()
+        loss, top1, _ = means(self.state)
+        self.bar.set_postfix_str(f"loss {loss:.4f}, accuracy {top1:.2f} %", refresh=False)
+        since, step, left = self.line
+        if self.bar.disable and now - since > LINE_SECONDS:
+            self.line = (now, self.state.step, self.left())
+            rate = (self.state.step - step) * self.recipe.batch_size / (now - since)
+            seconds = self.left() * (now - since) / (left - self.left())
+            self.say(
+                f"  {self.title}, step {self.state.step}/{self.steps}: loss {loss:.4f}, "
+                f"{rate:.0f} images/s, {duration(seconds)} left"
+            )
+
+    def left(self) -> float:
+        """Return what is left to compute, in training images of 64 x 64 pixels."""
+        recipe, state = self.recipe, self.state
+        train_images, test_images = self.images
+        epochs = range(state.epoch, recipe.epochs + 1)
+        areas = {epoch: (recipe.resolution_at(epoch) / SIZE) ** 2 for epoch in epochs}
+        trained = sum(areas.values()) * train_images
+        trained -= areas[state.epoch] * state.step * recipe.batch_size
+        tests = sum(epoch in self.tested for epoch in epochs)
+        statistics = 0 if state.average is None else recipe.ema_bn_batches * recipe.batch_size
+        # And the mirror images at the end. A forward pass is a third of a step.
+        forward = tests * (test_images + min(statistics, train_images)) + test_images
+        return trained + (recipe.test_resolution / SIZE) ** 2 * forward / 3
+
+    def _forecast(self, now: float) -> None:
+        """Say what the rest takes, from the steps after the second, once they took a second."""
+        if self.second_step is None:
+            if self.state.step >= 2:
+                self.second_step = (now, self.left())
+            return
+        began, left = self.second_step
+        if now - began >= 1 and left > self.left():
+            self.forecast = False
+            rate = (left - self.left()) / (now - began)
+            advice = "; a GPU is far faster, and --limit-classes, --epochs and --width make it less"
+            seconds = self.left() / rate
+            self.say(
+                f"this CPU trains {rate:,.0f} images/s of 64 x 64 pixels: {duration(seconds)}"
+                f"{advice if seconds > 600 else ''}"
+            )
+
+
+def watched(
+    batches: Iterable[Item],
+    title: str,
+    total: int | None = None,
+    say: Callable[[str], None] | None = None,
+) -> Iterator[Item]:
+    """Yield the batches of a test, with a bar or a line a minute."""
+    say, line = say or print_line, time.perf_counter()
+    with make_bar(say, title, total) as bar:
+        for number, batch in enumerate(batches):
+            if bar.disable and time.perf_counter() - line > LINE_SECONDS:
+                line = time.perf_counter()
+                say(f"  {title}: {number}{f' of {total}' if total else ''} batches")
+            yield batch
+            bar.update()
+
+
+def make_bar(
+    say: Callable[[str], None], title: str, total: int | None, done: int = 0, unit: str = "batch"
+) -> tqdm:
+    """Return a bar, disabled where nobody watches."""
+    hidden = say is silent or not interactive()
+    return tqdm(
+        desc=title, total=total, initial=done, unit=unit, leave=False, mininterval=0.5, ncols=79,
+        disable=hidden,
+    )  # fmt: skip
+
+
+def means(state: TrainState) -> tuple[float, float, float]:
+    """Return mean loss, top-1 and top-5 in percent of the epoch so far, in this process."""
+    loss, top1, top5, images = state.totals.tolist()
+    images = max(images, 1.0)  # none yet, if loss scaling has skipped every step
+    return loss / images, 100 * top1 / images, 100 * top5 / images
+
+
+def duration(seconds: float) -> str:
+    """Return a time in words."""
+    if seconds >= 5400:
+        return f"about {seconds / 3600:.1f} hours"
+    return f"about {max(1, round(seconds / 60))} min"
+
+
+def log_lines(row: dict, epochs: int) -> str:
+    """Return the course run's two lines of an epoch: training, and the test if there was one."""
+    filled = round(row["train_top1"] / 5)
+    bar = "#" * filled + "." * (20 - filled)
+    count = row.get("skipped_steps")
+    skipped = f", {count} steps skipped by loss scaling" if count else ""
+    training = (
+        f"epoch {row['epoch']:>{len(str(epochs))}}/{epochs}  "
+        f"learning rate {row['learning_rate']:.6f}  loss {row['train_loss']:.4f}  "
+        f"accuracy {row['train_top1']:5.2f} % [{bar}]  "
+        f"{row['train_seconds']:.0f} s, {row['images_per_second']:.0f} images/s{skipped}"
+    )
+    if "test_top1" not in row:
+        return training
+    return (
+        f"{training}\n  test: average loss {row['test_loss']:.4f}, "
+        f"accuracy {row['test_correct']}/{row['test_total']} ({row['test_top1']:.2f} %), "
+        f"top-5 {row['test_top5']:.2f} %"
+    )
+
+
+def make_say(quiet: bool) -> Callable[[str], None]:
+    """Return what prints a line of the log at once, or nothing."""
+    return silent if quiet else print_line
+
+
+def print_line(line: str) -> None:
+    """Print a line at once."""
+    print(line, flush=True)
+
+
+def silent(_line: str) -> None:
+    """Say nothing."""

@@ -1,0 +1,155 @@
+"""What a run records: whose it is, the numbers of an epoch, the files of a finished run."""
+
+import hashlib
+import io
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from tinylab.data.archive import class_order_sha256
+from tinylab.data.dataset import Dataset
+from tinylab.data.split import Split
+from tinylab.files import write_atomically
+from tinylab.recipe import Recipe, training_petaflop
+from tinylab.run import checkpoint
+from tinylab.run.environment import Compute
+from tinylab.run.folder import (
+    Run,
+    refuse_another,
+    refuse_foreign,
+    relative_to_here,
+    write_checksums,
+)
+from tinylab.run.weights import weights_file
+from tinylab.training.evaluate import score
+from tinylab.training.optim import muon_petaflop
+from tinylab.training.step import TrainState
+
+
+def identity_of(dataset: Dataset, rows: Split, seed: int, compute: Compute, compiled: bool) -> dict:
+    """Return what decides a run's result besides its recipe: the contents of run.json."""
+    return {
+        "protocol": rows.protocol,
+        "classes": rows.classes,
+        "seed": seed,
+        "precision": compute.precision,
+        "device": compute.device.type,
+        **({"compiled": True} if compiled else {}),
+        "content_sha256": dataset.content_sha256,
+        "split_sha256": rows.sha256,
+        "class_order_sha256": class_order_sha256(dataset.wnids[: rows.classes]),
+        "data_folder": relative_to_here(dataset.folder),
+    }
+
+
+def restore(run: Run, mirror: Path | None, now: dict) -> tuple[bool, dict | None, str | None]:
+    """Return whether the run is finished, its newest checkpoint, and a line for the user.
+
+    now: recipe and identity of the run that is to be. Raise `UserError` if the folder or the
+    checkpoint is another run's.
+    """
+    saved = note = None
+    if not run.finished:
+        saved, note = checkpoint.load(run.checkpoints, mirror)
+    if run.begun:
+        refuse_another(run, now)  # says more than a checkpoint does
+    else:
+        refuse_foreign(run)
+    if saved is not None:
+        refuse_another(run, now, saved.get("run", {}))
+    return run.finished, saved, note
+
+
+def epoch_row(state: TrainState, totals: torch.Tensor) -> dict:
+    """Return a line of metrics.jsonl without the test's part: percent, nats per image, seconds.
+
+    totals: of all processes, as `TrainState.totals`.
+    """
+    loss, top1, top5, images = totals.tolist()
+    counted = max(images, 1.0)
+    return {
+        "epoch": state.epoch,
+        "learning_rate": state.epoch_learning_rate,
+        "train_loss": loss / counted,
+        "train_top1": 100 * top1 / counted,
+        "train_top5": 100 * top5 / counted,
+        "train_seconds": round(state.epoch_seconds, 3),
+        **(
+            {}
+            if math.isnan(state.epoch_cpu_seconds)  # an older version did not count them
+            else {"train_cpu_seconds": round(state.epoch_cpu_seconds, 3)}
+        ),
+        "eval_seconds": 0.0,
+        "images_per_second": round(images / state.epoch_seconds, 1),
+        "skipped_steps": int(state.skipped),
+    }
+
+
+def summarise(state: TrainState, recipe: Recipe, rows: Split, steps: int) -> dict:
+    """Return the contents of summary.json but for the file's hash and the mirror images' top-1.
+
+    Time to accuracy is all training and the one last test, warm; cold has the set-up, too.
+    steps: of an epoch.
+    """
+    last = state.history[-1]
+    train_seconds, cpu_seconds = (
+        sum(row.get(clock, math.nan) for row in state.history)
+        for clock in ("train_seconds", "train_cpu_seconds")
+    )
+    images = min(len(rows.train), steps * recipe.batch_size)
+    warm = train_seconds + last["eval_seconds"]
+    muon = muon_petaflop(state.model, steps * recipe.epochs)
+    tested = ("train_loss", "train_top1", "test_loss", "test_top1", "test_top5", "test_correct")
+    return {
+        "recipe": recipe.name,
+        "protocol": rows.protocol,
+        "classes": rows.classes,
+        "seed": state.run["seed"],
+        "epochs": recipe.epochs,
+        "train_images": len(rows.train),
+        "test_images": len(rows.test),
+        **{name: last[name] for name in tested},
+        "parameters": sum(parameter.numel() for parameter in state.model.parameters()),
+        "set_up_seconds": round(state.set_up_seconds, 3),
+        "train_petaflop": training_petaflop(recipe, len(rows.train)),
+        "muon_petaflop": muon if recipe.optimizer == "muon" else None,
+        "train_seconds": round(train_seconds, 3),
+        "train_cpu_seconds": None if math.isnan(cpu_seconds) else round(cpu_seconds, 3),
+        "eval_seconds": round(sum(row["eval_seconds"] for row in state.history), 3),
+        "time_to_accuracy_seconds": round(warm, 3),
+        "cold_time_to_accuracy_seconds": round(warm + state.set_up_seconds, 3),
+        "images_per_second": round(images * recipe.epochs / train_seconds, 1),
+        "skipped_steps": sum(row["skipped_steps"] for row in state.history),
+        "stops": state.stops,
+    }
+
+
+def finish(
+    run: Run,
+    state: TrainState,
+    recipe: Recipe,
+    dataset: Dataset,
+    rows: Split,
+    steps: int,
+    logits: torch.Tensor,
+    of_mirror_images: torch.Tensor,
+    labels: torch.Tensor,
+) -> None:
+    """Write predictions, weights, checksums and, last, the summary that says the run is finished.
+
+    logits, of_mirror_images: fp32 (N, classes) of the test images; labels: int64 (N,).
+    """
+    final, flipped = score(logits, labels), score((logits + of_mirror_images) / 2, labels)
+    predictions = io.BytesIO()
+    np.savez_compressed(predictions, rows=rows.test, labels=final.labels, logits=final.logits)
+    write_atomically(run.folder / "predictions.npz", predictions.getvalue())
+
+    summary = summarise(state, recipe, rows, steps) | {"flip_tta_top1": flipped.top1}
+    classes = (dataset.wnids[: rows.classes], dataset.names[: rows.classes])
+    weights = weights_file(state.tested, recipe, *classes, summary, dataset.content_sha256)
+    write_atomically(run.weights, weights)
+    summary["model_sha256"] = hashlib.sha256(weights).hexdigest()
+    write_checksums(run, summary)
+    run.write("summary.json", summary)
