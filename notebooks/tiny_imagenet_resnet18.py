@@ -53,7 +53,7 @@ import sys
 from pathlib import Path
 
 places = [Path.cwd(), *Path.cwd().parents, Path.cwd() / "tinylab"]
-home = next((compute for compute in places if (compute / "src" / "tinylab").is_dir()), None)
+home = next((each for each in places if (each / "src" / "tinylab").is_dir()), None)
 if home is None:
     if "/OWNER/" in REPOSITORY:
         raise SystemExit("The code is not here: set REPOSITORY to the address of its repository.")
