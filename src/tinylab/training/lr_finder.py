@@ -20,7 +20,8 @@ from tinylab.exceptions import UserError
 from tinylab.recipe import Recipe
 from tinylab.run.environment import Compute, choose, fastest_convolutions
 from tinylab.training.progress import make_bar, print_line, silent
-from tinylab.training.step import TrainState, memory_hint, new_state, rehearsal, train_step
+from tinylab.training.step import TrainState, new_state, train_step
+from tinylab.training.warm_up import memory_hint, rehearsal
 
 RECENT = 5  # losses whose mean decides when to stop
 TOO_HIGH = 4  # times the best such mean

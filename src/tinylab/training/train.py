@@ -25,8 +25,9 @@ from tinylab.training.distributed import join
 from tinylab.training.evaluate import mirrored, score, test_logits
 from tinylab.training.progress import Progress, StopRequest, log_lines, make_say, watched
 from tinylab.training.record import epoch_row, finish, identity_of, restore
-from tinylab.training.step import memory_hint, new_state, train_step, warm_up
+from tinylab.training.step import new_state, train_step
 from tinylab.training.track import Tracker
+from tinylab.training.warm_up import memory_hint, warm_up
 
 SAVE_SECONDS = 300  # an epoch that takes longer is saved within, too
 _RUNS = itertools.count()  # only a process's first run has a cold clock

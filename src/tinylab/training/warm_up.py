@@ -1,0 +1,85 @@
+"""What happens around the steps: a rehearsal before the clock starts, and too little memory."""
+
+import contextlib
+import copy
+from collections.abc import Iterator
+
+import torch
+
+from tinylab.data.augment import normalise, resize
+from tinylab.data.loader import Batch, evaluation_batch_size
+from tinylab.exceptions import RecipeFailed, UserError
+from tinylab.recipe import SIZE, Recipe
+from tinylab.run.environment import Compute
+from tinylab.training.average import reestimate_batch_norm
+from tinylab.training.step import TrainState, make_forward, train_step
+
+
+@contextlib.contextmanager
+def rehearsal(state: TrainState) -> Iterator[None]:
+    """Leave the state as it was, whatever happens inside."""
+    saved = copy.deepcopy(state.to_checkpoint())
+    state.model.train()
+    try:
+        yield
+    finally:
+        state.optimizer.zero_grad(set_to_none=True)
+        state.load_checkpoint(saved)
+
+
+def warm_up(state: TrainState, recipe: Recipe, compute: Compute, images: tuple[int, int]) -> None:
+    """Run every shape of the run once on made-up images, before the clock starts.
+
+    Compilation, the choice of convolution algorithms and the first allocation of memory happen
+    here. images: how many there are to train on and to test. The state stays as it was.
+    Raise `UserError` if torch.compile fails.
+    """
+    train_images, test_images = images
+    last = 0 if recipe.drop_last else train_images % recipe.batch_size
+    largest = evaluation_batch_size(compute.device, recipe.micro_batch)
+
+    def made_up(count: int) -> Batch:
+        pixels = torch.arange(count * SIZE * SIZE * 3, device=compute.device) % 251
+        labels = torch.zeros(count, dtype=torch.int64, device=compute.device)
+        return Batch(pixels.to(torch.uint8).view(count, SIZE, SIZE, 3), labels)
+
+    with rehearsal(state):
+        for resolution in {recipe.resolution_at(epoch) for epoch in range(1, recipe.epochs + 1)}:
+            for size in {recipe.batch_size, last} - {0}:
+                for _ in range(2):  # the second step has momentum
+                    try:
+                        train_step(state, recipe, compute, made_up(size), resolution=resolution)
+                    except Exception as error:  # a compiler's own traceback has a hundred lines
+                        if not type(error).__module__.startswith("torch._"):
+                            raise
+                        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+                        raise UserError(
+                            f"torch.compile fails here ({reason}): leave --compile out"
+                        ) from error
+        forward = make_forward(state.tested, recipe, compute)
+        if state.average is not None:
+            plain = made_up(min(recipe.batch_size, largest)).images
+            with compute.autocast():
+                inputs = normalise(resize(plain, recipe.test_resolution), recipe)
+                reestimate_batch_norm(state.tested, [inputs])
+        with torch.inference_mode():
+            for size in {min(largest, test_images), test_images % largest} - {0}:
+                forward(made_up(size).images)
+        compute.synchronise()
+
+
+@contextlib.contextmanager
+def memory_hint(recipe: Recipe, compute: Compute) -> Iterator[None]:
+    """Turn running out of memory into one line that says what to do."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        # On a CPU torch has no type for it.
+        words = ("out of memory", "can't allocate memory", "not enough memory")
+        if not isinstance(error, MemoryError) and not any(each in str(error) for each in words):
+            raise
+        raise RecipeFailed(
+            f"out of memory on {compute.device} with {recipe.micro_batch or recipe.batch_size} "
+            "images at once: a smaller --micro-batch trains the same batch in pieces that fit "
+            "(in another --run); --width makes the network smaller"
+        ) from error
