@@ -88,15 +88,15 @@ def train(
             raise UserError("--compile serves a single process")
         stack.enter_context(environment.fastest_convolutions(compute))
         stack.enter_context(memory_hint(recipe, compute))
-        if writes:
-            stack.enter_context(run.lock())
-            stack.enter_context(lock(mirror) if mirror else contextlib.nullcontext())
 
         # ---- set up: everything slow, before the clock starts ----
         images = Images(dataset.images, dataset.labels, compute.device)
         share = {"rank": ranks.rank, "ranks": ranks.size, "images": images}
         loader = make_loader(dataset, rows.train, recipe, seed, compute.device, workers, **share)
         stack.enter_context(contextlib.closing(loader))
+        if writes:
+            stack.enter_context(run.lock())
+            stack.enter_context(lock(mirror) if mirror else contextlib.nullcontext())
         how = {"ranks": ranks, "compiled": compiled}
         state = new_state(recipe, rows.classes, seed, loader.steps, compute, **how)
         identity = identity_of(dataset, rows, seed, compute, compiled)
