@@ -3,10 +3,10 @@
 # make test             set up, then run the tests
 # make soak             every test of reliability in full (about a quarter of an hour), and its table
 # make bench            benchmarks, a table and one JSON line each
-# make gpu              everything that needs a GPU: throughput, choices, final runs; stop it and it goes on
-# make trial            the same chain in miniature on made-up images, on a CPU, in runs/trial
+# make gpu              the runs that need a GPU; stop it and it goes on
 # make check            style, and that the committed notebook is its source's
 # make compat           the fast tests with the versions that Colab has
+# make publish RUN=runs/NAME   records of a finished run into results/, all tables anew; make tables: only these
 # make notebook         run the committed notebook again, in place, on Tiny ImageNet
 
 PYTHON ?= python3
@@ -30,7 +30,7 @@ else
   $(error DATA must be sample or full, not $(DATA))
 endif
 
-.PHONY: run test soak bench gpu trial check compat notebook setup
+.PHONY: run test soak bench gpu check compat notebook publish tables setup
 .DEFAULT_GOAL := run
 
 setup: $(VENV)/.done
@@ -62,8 +62,8 @@ soak: setup
 bench: setup
 	@for script in benchmarks/bench_*.py; do echo "== $$script"; $(VENV_PYTHON) "$$script" || exit 1; done
 
-gpu trial: setup
-	@$(VENV_PYTHON) benchmarks/gpu_suite.py $(if $(filter trial,$@),--trial)
+gpu: setup
+	@PYTHON=$(VENV_PYTHON) dev/gpu.sh
 
 check: setup
 	@$(VENV_PYTHON) -m ruff check
@@ -72,6 +72,12 @@ check: setup
 
 notebook: setup
 	@$(VENV_PYTHON) notebooks/run.py $(NOTEBOOK)
+
+publish: setup
+	@$(VENV_PYTHON) dev/publish.py $(RUN)
+
+tables: setup
+	@$(VENV_PYTHON) dev/publish.py
 
 COMPAT := .venv-compat
 compat: $(COMPAT)/.done

@@ -39,12 +39,16 @@ from tinylab.exceptions import UserError
 from tinylab.files import as_csv, write_atomically
 from tinylab.recipe import SIZE
 from tinylab.recipes import accurate
-from tinylab.results import THROUGHPUT
 from tinylab.run.environment import Compute, choose, device_name, fastest_convolutions
 from tinylab.run.folder import describe_environment
-from tinylab.training.step import TrainState, new_state, out_of_memory, train_step
+from tinylab.training.step import TrainState, new_state, train_step
 
 CLASSES = 200
+THROUGHPUT = (
+    "gpu", "torch", "commit", "date", "precision", "layout", "compiled", "batch", "resolution",
+    "images_per_second", "share_of_peak", "peak_tflops", "status",
+)  # fmt: skip
+"""Columns of results/throughput.csv. status: "ok", or why there is no number."""
 
 
 class Setting(NamedTuple):
@@ -190,7 +194,9 @@ def row_of(setting: Setting, device: str, peaks: dict[str, float], quick: bool =
             raise  # the device is lost to this process, and so would all other rows be
         said = (str(error).strip() or type(error).__name__).splitlines()[0][:100]
         return row | {
-            "status": "out of memory" if out_of_memory(error) else f"{type(error).__name__}: {said}"
+            "status": "out of memory"
+            if isinstance(error, torch.OutOfMemoryError)
+            else f"{type(error).__name__}: {said}"
         }
     finally:
         torch.compiler.reset()  # its graphs hold memory

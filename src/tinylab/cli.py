@@ -520,36 +520,6 @@ class Verify:
             )
 
 
-@dataclass(frozen=True)
-class Publish:
-    """Copy a finished run's records (no weights, no paths) to results/ and rewrite the tables."""
-
-    run_folder: Annotated[Positional[Path], tyro.conf.arg(name="run")]
-    """The run folder."""
-
-    def run(self) -> None:
-        from tinylab.results import publish_run
-        from tinylab.run.folder import Run
-
-        run = Run(self.run_folder)
-        _ = run.identity, run.summary  # refuses what is no finished run
-        require_repository()
-        for path in publish_run(run, RESULTS, README):
-            print(path)
-
-
-@dataclass(frozen=True)
-class Table:
-    """Rewrite results/results.csv and the README's generated parts from the records in results/."""
-
-    def run(self) -> None:
-        from tinylab.results import rewrite_tables
-
-        require_repository()
-        for path in rewrite_tables(RESULTS, README):
-            print(path)
-
-
 COMMANDS = {
     "sample": Sample,
     "prepare": Prepare,
@@ -563,8 +533,6 @@ COMMANDS = {
     "find-lr": FindLr,
     "summary": Summary,
     "verify": Verify,
-    "publish": Publish,
-    "table": Table,
 }
 WITH_RECIPE = ("train", "schedule", "find-lr")
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from publish import replace_between
 
-from tinylab.results import replace_between
 from tinylab.run.environment import device_name
 
 PROMISES = {

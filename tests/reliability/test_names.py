@@ -20,6 +20,7 @@ import torch
 from markdown_it import MarkdownIt
 from nbconvert import HTMLExporter
 from PIL import Image
+from publish import PROTOCOLS, figures_part, publish_run, rewrite_tables
 from test_plots import FIGURES, draw, texts
 
 from tinylab.cli import main
@@ -29,7 +30,6 @@ from tinylab.figures import plots
 from tinylab.model import ResNet18
 from tinylab.recipe import Recipe
 from tinylab.recipes import smoke
-from tinylab.results import PROTOCOLS, figures_part, publish_run, rewrite_tables
 from tinylab.run.folder import Run, default_folder
 from tinylab.run.weights import load_weights, weights_file
 
