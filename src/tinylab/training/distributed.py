@@ -8,7 +8,6 @@ import contextlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -17,25 +16,17 @@ from torch.nn.parallel import DistributedDataParallel
 
 from tinylab.exceptions import UserError
 
-PATIENCE = timedelta(minutes=5)
-"""How long a process waits for the others: longer than any test or save takes."""
-
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process's number, how many there are, and its number on its machine."""
+    """This process's number, and how many there are."""
 
     rank: int
     size: int
-    local_rank: int
 
     def any(self, flag: bool) -> bool:
         """Return whether the flag is set in any process, so that all of them act alike."""
-        if self.size > 1:
-            votes = torch.tensor(int(flag))
-            dist.all_reduce(votes, dist.ReduceOp.MAX)
-            return bool(votes)
-        return flag
+        return bool(self.sum(torch.tensor(int(flag)))) if self.size > 1 else flag
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return the sum of all processes' tensors."""
@@ -51,16 +42,19 @@ class Ranks:
             dist.all_gather_object(values, value)
         return values
 
+    def copy_buffers(self, model: nn.Module) -> None:
+        """Give all processes the first one's batch-norm statistics: on CPUs each has its own."""
+        if self.size > 1:
+            for buffer in model.buffers():
+                dist.broadcast(buffer, 0)
 
-ALONE = Ranks(0, 1, 0)
+
+ALONE = Ranks(0, 1)
 
 
 @contextlib.contextmanager
 def join(device: torch.device) -> Iterator[Ranks]:
-    """Connect the processes that torchrun started; without it, yield `ALONE`.
-
-    When one of them fails, torchrun ends the others.
-    """
+    """Connect the processes that torchrun started; it ends them all when one of them fails."""
     if os.environ.get("WORLD_SIZE", "1") == "1":
         yield ALONE
         return
@@ -69,10 +63,9 @@ def join(device: torch.device) -> Iterator[Ranks]:
         if local >= torch.cuda.device_count():
             raise UserError(f"this machine has {torch.cuda.device_count()} GPUs: start as many")
         torch.cuda.set_device(local)
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=PATIENCE)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     try:
-        yield Ranks(rank, size, local)
+        yield Ranks(rank, size)
     finally:
         dist.destroy_process_group()
 
@@ -83,5 +76,4 @@ def wrap(model: nn.Module, ranks: Ranks) -> nn.Module:
         return model
     if next(model.parameters()).is_cuda:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        return DistributedDataParallel(model, device_ids=[ranks.local_rank])
     return DistributedDataParallel(model)

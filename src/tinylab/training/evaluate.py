@@ -10,7 +10,7 @@ from torch import nn
 
 from tinylab.data.dataset import Dataset
 from tinylab.data.loader import Images, evaluation_batch_size, evaluation_batches, share
-from tinylab.exceptions import UserError
+from tinylab.exceptions import RecipeFailed
 from tinylab.recipe import Recipe
 from tinylab.run.environment import Compute
 from tinylab.training.distributed import ALONE, Ranks
@@ -129,11 +129,11 @@ def compute_logits(
 def score(logits: torch.Tensor, labels: torch.Tensor) -> Evaluation:
     """Count hits in logits (N, classes) with labels int64 (N,). Equal logits rank by class number.
 
-    Raise `UserError` if a logit is not a finite float16 number.
+    Raise `RecipeFailed` if a logit is not a finite float16 number.
     """
     stored = logits.half()
     if not torch.isfinite(stored).all():
-        raise UserError("the network's outputs are not finite: lower max-learning-rate")
+        raise RecipeFailed("the network's outputs are not finite: lower max-learning-rate")
     logits = stored.float()
     own = logits.gather(1, labels[:, None])
     earlier = torch.arange(logits.shape[1], device=labels.device)[None, :] < labels[:, None]

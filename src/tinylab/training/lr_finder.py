@@ -20,7 +20,7 @@ from tinylab.exceptions import UserError
 from tinylab.recipe import Recipe
 from tinylab.run.environment import Compute, choose, fastest_convolutions
 from tinylab.training.progress import make_bar, print_line, silent
-from tinylab.training.step import TrainState, new_state, train_step
+from tinylab.training.step import TrainState, new_state, require_batches, train_step
 from tinylab.training.warm_up import memory_hint, rehearsal
 
 RECENT = 5  # losses whose mean decides when to stop
@@ -66,9 +66,7 @@ def find_lr(
         raise UserError("a range test serves a single process: start it without torchrun")
     compute = choose(device, precision)
     rows = make_split(dataset, split, limit_classes)
-    if recipe.batch_size > len(rows.train):
-        few = f"the {len(rows.train)} training images"
-        raise UserError(f"batch-size {recipe.batch_size} is more than {few}; lower it")
+    require_batches(recipe, len(rows.train))
     loader = make_loader(dataset, rows.train, recipe, seed, compute.device, workers)
 
     def batches() -> Iterator[Batch]:

@@ -16,7 +16,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from tinylab.data.augment import normalise, resize
 from tinylab.data.loader import Batch
-from tinylab.exceptions import RecipeFailed
+from tinylab.exceptions import RecipeFailed, UserError
 from tinylab.model import build_model
 from tinylab.recipe import Recipe
 from tinylab.run.environment import Compute
@@ -97,8 +97,9 @@ class TrainState:
         self.scaler.load_state_dict(saved["scaler"])
         # After the schedule, which would overwrite its learning rate.
         self.optimizer.load_state_dict(saved["optimizer"])
-        self.totals.copy_(saved["totals"])
-        # Older checkpoints count three kinds of skipped steps, and no processor time.
+        # Older checkpoints hold a row of totals for each process, count three kinds of skipped
+        # steps, and no processor time.
+        self.totals.copy_(saved["totals"].reshape(-1, 4).sum(dim=0))
         self.skipped.copy_(saved["skipped"] if "skipped" in saved else saved["skips"][0])
         self.epoch_cpu_seconds = saved.get("epoch_cpu_seconds", math.nan)
         for name in (
@@ -124,6 +125,18 @@ class TrainState:
                 f"step {self.step}: the run has diverged; what is saved is finite; start another "
                 f"run with a lower max-learning-rate{fp32}"
             )
+
+
+def require_batches(recipe: Recipe, images: int, ranks: Ranks = ALONE) -> None:
+    """Raise `UserError` if a batch has more images than there are, or too few for the processes."""
+    if recipe.batch_size > images:
+        few = f"the {images} training images of this split"
+        raise UserError(f"batch-size {recipe.batch_size} is more than {few}; lower it")
+    last = 0 if recipe.drop_last else images % recipe.batch_size
+    smallest = last or recipe.batch_size
+    if smallest < ranks.size:
+        few = f"an epoch's smallest batch has {smallest} images"
+        raise UserError(f"{ranks.size} processes, but {few}: choose another batch-size")
 
 
 def new_state(

@@ -25,7 +25,7 @@ from tinylab.training.distributed import join
 from tinylab.training.evaluate import mirrored, score, test_logits
 from tinylab.training.progress import Progress, StopRequest, log_lines, make_say, watched
 from tinylab.training.record import epoch_row, finish, identity_of, restore
-from tinylab.training.step import new_state, train_step
+from tinylab.training.step import new_state, require_batches, train_step
 from tinylab.training.track import Tracker
 from tinylab.training.warm_up import memory_hint, warm_up
 
@@ -69,21 +69,18 @@ def train(
     run = Run(Path(folder or default_folder(recipe, split, seed)))
     refuse_inside(dataset, run.folder, "run")
     if mirror is not None:
-        mirror = Path(mirror)
         refuse_inside(dataset, mirror, "mirror")
         if mirror.resolve() in (run.folder.resolve(), run.checkpoints.resolve()):
             raise UserError(f"the mirror {mirror} is the run's own folder: choose another --mirror")
     if test_every < 1:
         raise UserError(f"test-every must be at least 1, not {test_every}")
-    if recipe.batch_size > counts[0]:
-        few = f"the {counts[0]} training images of this split"
-        raise UserError(f"batch-size {recipe.batch_size} is more than {few}; lower it")
     tracker = Tracker(run.folder) if track else None
 
     with contextlib.ExitStack() as stack:
         ranks = stack.enter_context(join(compute.device))
         writes, several = ranks.rank == 0, ranks.size > 1
         say = make_say(quiet or not writes)
+        require_batches(recipe, counts[0], ranks)
         if several and compiled:
             raise UserError("--compile serves a single process")
         stack.enter_context(environment.fastest_convolutions(compute))
@@ -106,10 +103,8 @@ def train(
         finished, saved, note = ranks.gather(restore(run, mirror, state.run) if writes else None)[0]
         if not finished:
             say(f"device: {compute}{', compiled' if compiled else ''}")
-            say(
-                f"{counts[0]:,} training and {counts[1]:,} test images, {rows.classes} classes, "
-                f"{loader.steps} steps an epoch"
-            )
+            size = f"{counts[0]:,} training and {counts[1]:,} test images, {rows.classes} classes"
+            say(f"{size}, {loader.steps} steps an epoch")
             if compiled or (compute.device.type == "cuda" and not several):
                 warm_up(state, recipe, compute, counts)  # before the folder is this run's
         if writes:
@@ -130,9 +125,8 @@ def train(
         if note:
             say(f"note: {note}")
         if saved is not None:
-            # Saved as the sum over all processes; by older versions as a row for each.
-            saved["totals"] = saved["totals"].reshape(-1, 4).sum(dim=0) * writes
             state.load_checkpoint(saved)
+            state.totals *= writes  # saved as the sum over all processes
             state.stops += 1
             for row in state.history:
                 say(log_lines(row, recipe.epochs))
@@ -190,6 +184,7 @@ def train(
             compute.synchronise()
             progress.tick()
             state.require_finite()
+            ranks.copy_buffers(state.model)
             row = epoch_row(state, ranks.sum(state.totals))
 
             # ---- test: the average, with batch-norm statistics of its own ----
