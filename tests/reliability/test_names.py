@@ -20,7 +20,7 @@ import torch
 from markdown_it import MarkdownIt
 from nbconvert import HTMLExporter
 from PIL import Image
-from publish import PROTOCOLS, figures_part, publish_run, rewrite_tables
+from publish import PROTOCOLS, publish_run, render, rewrite_tables
 from test_plots import FIGURES, draw, texts
 
 from tinylab.cli import main
@@ -407,7 +407,8 @@ def test_the_caption_of_the_figures_holds_text_only(tmp_path: Path, tally: Calla
             "classes": 3,
         }
         (figures / "figures.json").write_text(json.dumps(shown | numbers))
-        assert_inert(figures_part(figures), r"results/[^/]+|images-A/curves\.png")
+        text = render("figures", [], tmp_path / "results", tmp_path)
+        assert_inert(text, r"results/[^/]+|images-A/curves\.png")
     tally(names_written=len(ALL))
 
 
