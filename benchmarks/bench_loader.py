@@ -39,7 +39,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from tinylab.data.archive import open_archive
+from tinylab.data.archive import Archive
 from tinylab.data.augment import normalise
 from tinylab.data.dataset import FOLDER, Dataset, available_cores, open_dataset, prepare
 from tinylab.data.loader import make_loader
@@ -278,7 +278,7 @@ def write_image_folder(
 ) -> str:
     """Writes the images `rows` as JPEG files, one folder per class; says where the files came from."""
     with contextlib.ExitStack() as stack:
-        opened = stack.enter_context(open_archive(archive)) if archive else None
+        opened = stack.enter_context(Archive(archive)) if archive else None
         origin = f"encoded anew, quality {JPEG_QUALITY}"
         if opened and len(opened.files) == len(dataset) and opened.wnids == dataset.wnids:
             origin = "the archive's own"

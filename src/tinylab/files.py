@@ -1,4 +1,4 @@
-"""Atomic writes, locks and CSV."""
+"""Atomic writes, locks, CSV and text that may be printed."""
 
 import contextlib
 import csv
@@ -6,7 +6,9 @@ import hashlib
 import io
 import os
 import re
+import sys
 import tempfile
+import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -15,32 +17,12 @@ import filelock
 from tinylab.exceptions import UserError
 
 
-def as_csv(rows: Iterable[Sequence[object]]) -> bytes:
-    """The rows as UTF-8, comma-separated, one per line. Text that a spreadsheet would take for a formula gets an
-    apostrophe in front; what UTF-8 cannot hold becomes an escape."""
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([_cell(value) for value in row] for row in rows)
-    return text.getvalue().encode("utf-8", "backslashreplace")
+def write_atomically(path: Path, *parts: bytes | memoryview, keep_as: Path | None = None) -> None:
+    """Replace `path` by the parts in one step; what it held before stays as `keep_as`, if given.
 
-
-def _cell(value: object) -> object:
-    return (
-        f"'{value}" if isinstance(value, str) and re.match(r"\s*[=+@＝＋－＠-]", value) else value
-    )
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """`path` holds `data` or what it held before, also if the process is killed or the disk is full meanwhile.
-
-    Written to a temporary name in the same folder, flushed to the disk, renamed. Raises `UserError` if that fails.
+    Written under another name, flushed to the disk, renamed: the file is whole or as before, also
+    after a kill or on a full disk. Raise `UserError` if that fails.
     """
-    write_and_rename(path, (data,))
-
-
-def write_and_rename(
-    path: Path, parts: tuple[bytes | memoryview, ...], keep_as: Path | None = None
-) -> None:
-    """Replaces `path` in one step; what it held before stays as `keep_as`, if that is given."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -51,55 +33,74 @@ def write_and_rename(
         if keep_as is not None and path.exists():
             os.replace(path, keep_as)
         os.replace(temporary, path)
-        sync_folder(path.parent)
+        with contextlib.suppress(OSError):  # not every system lets a folder be opened
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)  # makes the rename durable
+            finally:
+                os.close(folder)
     except OSError as error:
         size = sum(len(part) for part in parts)
-        raise UserError(
-            f"cannot write {path} ({size:,} bytes): {error.strerror or error}"
-        ) from error
+        reason = error.strerror or error
+        raise UserError(f"cannot write {path} ({size:,} bytes): {reason}") from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
 
 
-def sync_folder(folder: Path) -> None:
-    """Makes a rename durable, where the system lets a folder be opened."""
-    with contextlib.suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
 def sweep(folder: Path) -> None:
-    """Removes what a killed process was writing in `folder`; only the holder of the folder's lock may call this."""
+    """Remove what a killed process was writing; only the holder of the lock may call this."""
     for stray in folder.glob("*.tmp"):
         with contextlib.suppress(OSError):
             stray.unlink()
 
 
-# --- Checkpoints ------------------------------------------------------------------------------------------------------
-
-
 @contextlib.contextmanager
-def lock(folder: Path) -> Iterator[None]:
-    """Holds the folder, which need not exist: one writer at a time. Raises `UserError` if another process has it."""
-    # On the local disk: the folder may lie on a mounted Google Drive, which knows no locks.
-    user = os.getuid() if hasattr(os, "getuid") else 0  # another user's lock could not be opened
-    name = hashlib.sha256(f"{user} {folder.resolve()}".encode()).hexdigest()[:24]
+def lock(path: Path, waiting: str | None = None) -> Iterator[None]:
+    """Hold the lock of a file or folder, which need not exist: one process at a time.
+
+    waiting: print this and wait if another process has it; None: raise `UserError`.
+    """
+    # On the local disk: the path may lie on a mounted Google Drive, which knows no locks.
+    user = os.getuid() if hasattr(os, "getuid") else 0  # another user's lock cannot be opened
+    name = hashlib.sha256(f"{user} {path.resolve()}".encode(errors="replace")).hexdigest()[:24]
+    held = filelock.FileLock(Path(tempfile.gettempdir()) / f"tinylab-{name}.lock")
     try:
-        lock = filelock.FileLock(
-            Path(tempfile.gettempdir()) / f"tinylab-{name}.lock", blocking=False
-        )
-        lock.acquire()
+        held.acquire(timeout=0)
     except filelock.Timeout as error:
-        raise UserError(
-            f"another process is writing {folder}; wait for it or choose another --run"
-        ) from error
+        if waiting is None:
+            raise UserError(
+                f"another process is writing {path}; wait for it or choose another --run"
+            ) from error
+        print(waiting, file=sys.stderr)
+        held.acquire()
     except OSError as error:
-        raise UserError(f"cannot lock {folder}: {error.filename or ''} {error.strerror}") from error
+        raise UserError(f"cannot lock {path}: {error.filename or ''} {error.strerror}") from error
     try:
         yield
     finally:
-        lock.release()
+        held.release()
+
+
+def as_csv(rows: Iterable[Sequence[object]]) -> bytes:
+    """Return UTF-8 CSV that a spreadsheet opens without computing: formulas get an apostrophe."""
+
+    def cell(value: object) -> object:
+        formula = isinstance(value, str) and re.match(r"\s*[=+@＝＋－＠-]", value)
+        return f"'{value}" if formula else value
+
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerows([cell(value) for value in row] for row in rows)
+    return text.getvalue().encode("utf-8", "backslashreplace")
+
+
+def printable(text: object, limit: int = 200) -> str:
+    """Return the text in one line, without control, format and surrogate characters."""
+    kept = (each for each in str(text) if not unicodedata.category(each).startswith("C"))
+    return "".join(kept).strip()[:limit]
+
+
+def interactive() -> bool:
+    """Return whether somebody may be watching, in a terminal or a notebook: then there are bars."""
+    return "ipykernel" in sys.modules or (sys.stderr is not None and sys.stderr.isatty())

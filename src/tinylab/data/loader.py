@@ -6,7 +6,6 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -27,6 +26,7 @@ from tinylab.data.augment import (
 from tinylab.data.dataset import Dataset, available_cores
 from tinylab.exceptions import UserError
 from tinylab.recipe import Recipe
+
 
 class World(NamedTuple):
     """This process's number, and how many there are."""

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from tinylab.data.augment import network_input
-from tinylab.data.dataset import Dataset, interactive
+from tinylab.data.dataset import Dataset
 from tinylab.data.loader import TrainingBatches
 from tinylab.data.split import Split
 from tinylab.explain.gradcam import Explanation, explain, gradcam
@@ -21,6 +21,7 @@ from tinylab.explain.localisation import Localisation, localise
 from tinylab.explain.mistakes import Errors, analyse, label_conflicts, softmax
 from tinylab.explain.road import faithfulness
 from tinylab.figures import plots
+from tinylab.files import interactive
 from tinylab.run.folder import METHOD_NAMES, Run, published_history
 from tinylab.share.predict import normalised
 from tinylab.training.evaluate import per_class

@@ -24,11 +24,11 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from tinylab.data.archive import class_order_sha256, shown
+from tinylab.data.archive import class_order_sha256
 from tinylab.data.augment import network_input
 from tinylab.exceptions import UserError
 from tinylab.explain.mistakes import softmax
-from tinylab.files import write_atomically
+from tinylab.files import printable, write_atomically
 from tinylab.model import ResNet18
 from tinylab.recipe import SIZE, Recipe
 from tinylab.recipes import published
@@ -112,17 +112,17 @@ def read_image(path: Path) -> np.ndarray:
         raise _too_large(path) from error
     except Image.UnidentifiedImageError as error:
         raise UserError(
-            f"{shown(path)} {_what_it_is(path)}: save it as JPEG, PNG or WebP"
+            f"{printable(path)} {_what_it_is(path)}: save it as JPEG, PNG or WebP"
         ) from error
     except MemoryError as error:
         raise UserError(
-            f"{shown(path)} is too large for this machine's memory: make it smaller"
+            f"{printable(path)} is too large for this machine's memory: make it smaller"
         ) from error
     except Exception as error:  # Pillow raises many kinds for broken files, SyntaxError among them
         if getattr(error, "errno", None) is not None:
-            raise UserError(f"{shown(path)} cannot be read: {error.strerror}") from error
+            raise UserError(f"{printable(path)} cannot be read: {error.strerror}") from error
         raise UserError(
-            f"{shown(path)} is a damaged picture, or cut short: get a whole copy of it"
+            f"{printable(path)} is a damaged picture, or cut short: get a whole copy of it"
         ) from error
 
 
@@ -132,20 +132,20 @@ def _opened(path: Path) -> Iterator[io.BufferedReader]:
     try:
         status = path.stat()
     except FileNotFoundError as error:
-        raise UserError(f"there is no file {shown(path)}") from error
+        raise UserError(f"there is no file {printable(path)}") from error
     except ValueError as error:
-        raise UserError(f"{shown(path)} is not a name that a file can have") from error
+        raise UserError(f"{printable(path)} is not a name that a file can have") from error
     if stat.S_ISDIR(status.st_mode):
-        raise UserError(f"{shown(path)} is a folder: name the pictures in it")
+        raise UserError(f"{printable(path)} is a folder: name the pictures in it")
     if not stat.S_ISREG(status.st_mode):  # a pipe would be waited for, a device might never end
-        raise UserError(f"{shown(path)} is no regular file: name a picture")
+        raise UserError(f"{printable(path)} is no regular file: name a picture")
     if not 0 < status.st_size <= MOST_BYTES:
         problem = (
             f"has more than {MOST_BYTES:,} bytes: make it smaller"
             if status.st_size
             else "is empty: get a whole copy"
         )
-        raise UserError(f"{shown(path)} {problem}")
+        raise UserError(f"{printable(path)} {problem}")
     with open(path, "rb") as file:
         yield file
 
@@ -155,7 +155,7 @@ def _bound(path: Path, image: Image.Image) -> None:
     if min(image.size) < SMALLEST:
         size = f"{image.width:,} x {image.height:,}"
         raise UserError(
-            f"{shown(path)} has {size} pixels: at least {SMALLEST} on each side are needed"
+            f"{printable(path)} has {size} pixels: at least {SMALLEST} on each side are needed"
         )
     all_pixels = image.width * image.height
     if image.format in ("JPEG", "MPO"):
@@ -225,7 +225,7 @@ def _what_it_is(path: Path) -> str:
 
 def _too_large(path: Path) -> UserError:
     limits = f"{MOST_HELD // 10**6} million pixels ({MOST_PIXELS // 10**6} if it is a plain JPEG)"
-    return UserError(f"{shown(path)} is too large: more than {limits}; make it smaller")
+    return UserError(f"{printable(path)} is too large: more than {limits}; make it smaller")
 
 
 # --- The network ------------------------------------------------------------------------------------------------------
@@ -245,11 +245,11 @@ def load(path: Path) -> tuple[ResNet18, dict]:
         return _load_run(Run(path))
     if path.is_dir() and not (path / "model.safetensors").exists():
         raise UserError(
-            f"{shown(path)} holds no run and no model.safetensors: name the folder of a finished run"
+            f"{printable(path)} holds no run and no model.safetensors: name the folder of a finished run"
         )
     if not path.exists():
         raise UserError(
-            f"there is no {shown(path)}: name a finished run's folder, or a model.safetensors"
+            f"there is no {printable(path)}: name a finished run's folder, or a model.safetensors"
         )
     return _load_file(path / "model.safetensors" if path.is_dir() else path)
 
@@ -391,7 +391,7 @@ def export_onnx(model: nn.Module, about: dict, path: Path, opset: int = 18) -> d
         raise UserError(f'the export needs {", ".join(missing)}: pip install "tinylab[export]"')
     path = Path(path)
     if path.is_dir():
-        raise UserError(f"{shown(path)} is a folder: name the ONNX file to write in it")
+        raise UserError(f"{printable(path)} is a folder: name the ONNX file to write in it")
     network = copy.deepcopy(model).cpu().float().eval()
     program = _onnx_program(network, tested_as(about).test_resolution, opset)
     for key in ("wnids", "names", "mean", "std", "recipe", "metrics", "content_sha256"):
@@ -401,12 +401,12 @@ def export_onnx(model: nn.Module, about: dict, path: Path, opset: int = 18) -> d
     if not compared["largest_difference"] <= TOLERANCE * compared["largest_logit"]:
         difference = f"{compared['largest_difference']:.2g}"
         raise UserError(
-            f"{shown(path)} is not written: in onnxruntime its logits differ by up to {difference}"
+            f"{printable(path)} is not written: in onnxruntime its logits differ by up to {difference}"
         )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"cannot write {shown(path)}: {error.strerror or error}") from error
+        raise UserError(f"cannot write {printable(path)}: {error.strerror or error}") from error
     write_atomically(path, content)
     return {"file": str(path), "bytes": len(content), "opset": opset, **compared}
 

@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from tqdm import tqdm
 
-from tinylab.data.dataset import interactive
+from tinylab.files import interactive
 from tinylab.recipe import SIZE, Recipe
 from tinylab.training.step import TrainState
 

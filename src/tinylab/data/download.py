@@ -1,0 +1,92 @@
+"""Where Tiny ImageNet comes from: a place on this disk, or one of four addresses."""
+
+import os
+import re
+import urllib.parse
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import pooch
+import requests
+
+from tinylab.exceptions import UserError
+from tinylab.files import interactive, lock, printable
+
+NAME = "tiny-imagenet-200"
+URLS = (
+    "https://cs231n.stanford.edu/tiny-imagenet-200.zip",
+    "http://cs231n.stanford.edu/tiny-imagenet-200.zip",
+    # Unmodified copies. They need not be trusted: the bytes are checked.
+    "https://zenodo.org/records/10720917/files/tiny-imagenet-200.zip?download=1",
+    "https://huggingface.co/datasets/cnak47/cv-datasets/resolve/main/tiny-imagenet-200.zip",
+)
+ZIP_BYTES = 248_100_043
+ZIP_SHA256 = "6198c8ae015e2b3e007c7841da39ec069199b9aa3bfa943a462022fe5e43c821"
+
+
+def find(
+    source: str | Path = "auto", data_root: Path = Path("data"), urls: Sequence[str] = URLS
+) -> Path:
+    """Return the zip or folder that `source` means, downloaded if need be.
+
+    "auto" is the first of: $TINY_IMAGENET, the zip or the extracted folder in `data_root` or data/,
+    a download to `data_root`. Else a URL, a zip or a folder. What comes from `urls` has the right
+    sha256. Raise `UserError` if there is nothing, or the download fails.
+    """
+    if str(source) == "auto":
+        if named := os.environ.get("TINY_IMAGENET"):
+            return existing(named, f"TINY_IMAGENET is set to {named}")
+        for root in (Path(data_root), Path("data")):
+            for path in (root / f"{NAME}.zip", root / NAME / "wnids.txt"):
+                if path.is_file():
+                    return path if path.suffix == ".zip" else path.parent
+        return download(urls, Path(data_root) / f"{NAME}.zip", ZIP_SHA256)
+    if re.match(r"https?://", str(source)):
+        path = urllib.parse.unquote(urllib.parse.urlsplit(str(source)).path)
+        name = re.sub(r"[^A-Za-z0-9._-]", "_", Path(path).name).strip("._") or f"{NAME}.zip"
+        known = ZIP_SHA256 if str(source) in urls else None
+        return download([str(source)], Path(data_root) / name, known)
+    return existing(source, f"the source is {source}")
+
+
+def existing(named: str | Path, statement: str) -> Path:
+    """Return the path if a zip or a folder is there."""
+    path = Path(named).expanduser()
+    if not (path.is_file() or path.is_dir()):
+        raise UserError(f"{statement}, but there is no zip file and no folder of that name")
+    return path
+
+
+def download(urls: Sequence[str], target: Path, sha256: str | None = None) -> Path:
+    """Download the first of `urls` that gives the right bytes, and return `target`.
+
+    Without a hash it must be a zip. `target` appears whole or not at all. One process at a time.
+    """
+    problems = []
+    with lock(target, f"another process is downloading {target}; waiting for it"):
+        for url in urls:
+            host = urllib.parse.urlsplit(url).netloc
+            try:
+                pooch.retrieve(
+                    url,
+                    known_hash=f"sha256:{sha256}" if sha256 else None,
+                    fname=target.name,
+                    path=target.parent,
+                    downloader=pooch.HTTPDownloader(timeout=30, progressbar=interactive()),
+                )
+                if zipfile.is_zipfile(target):
+                    return target
+                target.unlink()
+                problems.append(f"{host}: sends something else than a zip")
+            except requests.RequestException as error:
+                problems.append(f"{host}: {printable(error)[:120]}")
+            except ValueError as error:  # pooch's word for a wrong hash, and for a bad address
+                wrong = "sends other bytes" if "hash" in str(error) else printable(error)[:120]
+                problems.append(f"{host}: {wrong}")
+            except OSError as error:
+                raise UserError(f"cannot write {target}: {error.strerror or error}") from error
+    raise UserError(
+        f"cannot download {target.name} ({'; '.join(dict.fromkeys(problems))}): get it by other "
+        f"means and put it at {target}, or set TINY_IMAGENET to where it is"
+    )
