@@ -19,6 +19,7 @@ from tinylab.data.synthetic import write_sample
 from tinylab.model import ResNet18
 from tinylab.recipe import Recipe
 from tinylab.recipes import accurate, smoke
+from tinylab.run.environment import Compute, choose
 from tinylab.run.folder import Run
 from tinylab.run.weights import load_weights
 from tinylab.training.train import train
@@ -35,6 +36,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def compute() -> Compute:
+    return choose("cpu", "fp32")
 
 
 @pytest.fixture(scope="session")
