@@ -1,12 +1,12 @@
 """How close does training with the recipe `cpu` come to what the processor can do?
 
 Every speed is compared with a plain matrix product, 2048 x 2048 x 2048, in the number format that
-`device.choose` picks. All parts take turns, `--repeat` times, in this one process; each is compared
-with the products of its own round. Images are made up and lie in memory, 64 x 64 pixels.
+`choose` picks. All parts take turns, `--repeat` times, in this one process; each is compared with
+the products of its own round. Images are made up and lie in memory, 64 x 64 pixels.
 
     forward, backward  the micro-batches of one batch, one by one: resize, normalise, network, loss,
                        backward pass; no optimiser, and no gradients added up
-    whole step         `train_step` on a batch from `BatchedLoader`: gather, augment, as many
+    whole step         `train_step` on a batch from the loader: gather, augment, as many
                        micro-batches, Muon, average of the weights
     tests              forward only, as a test of the run does it
 
@@ -22,29 +22,26 @@ import gc
 import itertools
 import json
 import statistics
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial, wraps
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from bench_loader import conditions, is_steady, print_conditions, spread
+from measuring import CLASSES, Work, conditions, is_steady, print_conditions, seconds, spread
 
 from tinylab.data.augment import normalise, resize
-from tinylab.data.loader import BatchedLoader, Images, evaluation_batch_size, evaluation_batches
+from tinylab.data.loader import make_loader
 from tinylab.exceptions import UserError
 from tinylab.recipe import GFLOP_PER_IMAGE, SIZE, Recipe
 from tinylab.recipes import named
 from tinylab.run.environment import PRECISIONS, Compute, choose
-from tinylab.training.evaluate import compute_logits
-from tinylab.training.step import TrainState, make_forward, new_state, train_step
+from tinylab.training.evaluate import test_logits
+from tinylab.training.step import TrainState, new_state, train_step
 
-CLASSES = 200
-STEPS = 1000
-"""Steps per epoch of the schedule; nothing here takes so many."""
 PIXELS = (32, 48, 64)
 PRODUCTS = 5
 """Plain products before each part, so that they are spread over the round like the parts."""
@@ -55,25 +52,18 @@ FORWARD_BACKWARD, WHOLE_STEP = 0.85, {"bf16": 0.80, "fp32": 0.85}
 class Part(NamedTuple):
     """What takes its turn. work: one measurement. gflop: the network's, per image."""
 
-    work: Callable[[], object]
+    work: Work
     images: int
     gflop: float
 
 
-def seconds(work: Callable[[], object]) -> float:
-    """Measure one call."""
-    started = time.perf_counter()
-    work()
-    return time.perf_counter() - started
-
-
-def clock(owner: object, method: str) -> list[float]:
+def clock(owner: object, method: str, compute: Compute) -> list[float]:
     """Make the method note the seconds of each call in the list that is returned."""
     call, noted = getattr(owner, method), []
 
     @wraps(call)  # the schedule looks for its mark on the optimiser's step
     def timed(*arguments: object) -> None:
-        noted.append(seconds(partial(call, *arguments)))
+        noted.append(seconds(partial(call, *arguments), compute))
 
     setattr(owner, method, timed)
     return noted
@@ -81,28 +71,29 @@ def clock(owner: object, method: str) -> list[float]:
 
 def make_parts(recipe: Recipe, compute: Compute, state: TrainState) -> Iterator[tuple[str, Part]]:
     """Give each part by its name; they share the state, which does not know about sizes."""
-    rng, count, device = np.random.default_rng(0), 2 * recipe.batch_size, compute.device
+    rng, count = np.random.default_rng(0), 2 * recipe.batch_size
     pixels = rng.integers(0, 256, (count, SIZE, SIZE, 3), dtype=np.uint8)
-    images, rows = Images(pixels, rng.integers(0, CLASSES, count), device), np.arange(count)
-    loader = BatchedLoader(rows, recipe, 0, images)
-    resident, numbers = loader.batch(1, 0), itertools.cycle(range(loader.steps))
+    dataset = SimpleNamespace(images=pixels, labels=rng.integers(0, CLASSES, count))
+    rows = np.arange(count)
+    loader = make_loader(dataset, rows, recipe, 0, compute.device)
+    resident, numbers = next(loader.epoch(1)), itertools.cycle(range(loader.steps))
     pieces = [each.split(recipe.micro_batch) for each in (resident.images, resident.labels)]
-    smoothing, size = recipe.label_smoothing, evaluation_batch_size(device, recipe.micro_batch)
 
     def forward_backward(recipe: Recipe) -> None:
         for part, labels in zip(*pieces, strict=True):
             state.optimizer.zero_grad(set_to_none=True)
             with compute.autocast():
                 logits = state.network(normalise(resize(part, recipe.resolution), recipe)).float()
+            smoothing = recipe.label_smoothing
             loss = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=smoothing)
             (loss / recipe.batch_size).backward()
 
     def whole_step(recipe: Recipe) -> None:
-        train_step(state, recipe, compute, loader.batch(1, next(numbers)))
+        train_step(state, recipe, compute, next(loader.epoch(1, next(numbers))))
 
     def tests() -> None:
-        batches = evaluation_batches(None, rows, device, size, images)
-        compute_logits(make_forward(state.tested, recipe, compute), batches, count)
+        watch = lambda batches, *_: batches  # noqa: E731  no bar
+        test_logits(state.tested, dataset, rows, recipe, compute, watch=watch)
 
     gflop = GFLOP_PER_IMAGE * (recipe.width / 64) ** 2
     for name, work in (("forward, backward", forward_backward), ("whole step", whole_step)):
@@ -112,17 +103,18 @@ def make_parts(recipe: Recipe, compute: Compute, state: TrainState) -> Iterator[
     yield f"tests, {SIZE} px", Part(tests, count, gflop / 3)
 
 
-def measure_round(parts: dict[str, Part], side: int, dtype: torch.dtype, clocks: dict) -> dict:
+def measure_round(parts: dict[str, Part], side: int, compute: Compute, clocks: dict) -> dict:
     """Give each part's images/s and share of the round's product, and the seconds on the clocks."""
+    dtype = PRECISIONS[compute.precision]
     product = partial(torch.matmul, *(torch.randn(side, side).to(dtype) for _ in range(2)))
     product()  # the first one finds a cold processor
     products, found = [], {}
     for name, part in parts.items():
         gc.collect()
-        products += [seconds(product) for _ in range(PRODUCTS)]
+        products += [seconds(product, compute) for _ in range(PRODUCTS)]
         for each in clocks.values():
             each.clear()
-        found[name] = {"images_per_second": part.images / seconds(part.work)}
+        found[name] = {"images_per_second": part.images / seconds(part.work, compute)}
         found[name] |= {key: sum(each) for key, each in clocks.items() if each}
     peak = 2e-9 * side**3 / statistics.median(products)
     for name, row in found.items():
@@ -131,11 +123,9 @@ def measure_round(parts: dict[str, Part], side: int, dtype: torch.dtype, clocks:
     return {"plain product": {"gflops": peak}} | found
 
 
-def report(rows: dict[str, dict], found: dict[str, object]) -> None:
+def print_report(rows: dict[str, dict], found: dict[str, object]) -> None:
     """Print the table, what is met, and the JSON line."""
-    print_conditions(found, found["repeat"])
-    print("  {precision}, {threads} threads, width {width}; ".format_map(found), end="")
-    print("{batch} images per step, {micro_batch} at once".format_map(found))
+    print_conditions(found)
     heads = ("images/s", "lowest", "highest", "GFLOP/s", "share", "optimiser", "average")
     print(" " * 27 + "".join(f"{head:>10}" for head in heads))
     for name, row in rows.items():
@@ -171,20 +161,19 @@ def main() -> None:
     if arguments.quick:
         recipe = replace(recipe, width=16, batch_size=4, micro_batch=2)
         repeat, side = 1, 512
-    found = conditions(compute, "made-up images in memory")
-    found |= {"width": recipe.width, "batch": recipe.batch_size, "micro_batch": recipe.micro_batch}
-    state = new_state(recipe, CLASSES, 0, STEPS, compute)
+    sizes = {"width": recipe.width, "batch": recipe.batch_size, "micro_batch": recipe.micro_batch}
+    found = conditions(compute, "made-up images in memory", **sizes, product=side, repeat=repeat)
+    state = new_state(recipe, CLASSES, 0, 1000, compute)
     state.model.train()
-    clocks = {"optimizer_seconds": clock(state.optimizer, "step")}
-    clocks["average_seconds"] = clock(state.average, "update_parameters")
-    parts, dtype = dict(make_parts(recipe, compute, state)), PRECISIONS[compute.precision]
+    clocks = {"optimizer_seconds": clock(state.optimizer, "step", compute)}
+    clocks["average_seconds"] = clock(state.average, "update_parameters", compute)
+    parts = dict(make_parts(recipe, compute, state))
     # The first round is not counted: it allocates memory and prepares kernels.
-    rounds = [measure_round(parts, side, dtype, clocks) for _ in range(repeat + 1)][1:]
+    rounds = [measure_round(parts, side, compute, clocks) for _ in range(repeat + 1)][1:]
     rows = {}
     for name, row in rounds[0].items():
         rows[name] = {key: spread([each[name][key] for each in rounds]) for key in row}
-    found |= {"product": side, "repeat": repeat, "skipped_steps": int(state.skips[0])}
-    report(rows, found)
+    print_report(rows, found | {"skipped_steps": int(state.skipped)})
 
 
 if __name__ == "__main__":
