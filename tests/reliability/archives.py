@@ -8,7 +8,6 @@ import random
 import subprocess
 import sys
 import textwrap
-import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -75,14 +74,6 @@ def write_folder(path: Path, files: dict[str, bytes]) -> Path:
     return path
 
 
-def rewritten(path: Path, member: str, change: Callable[[zipfile.ZipInfo], None]) -> Path:
-    """Changes one member's record in the zip's directory, which is written when the zip is closed."""
-    with zipfile.ZipFile(path, "a") as out:
-        change(out.getinfo(f"{ROOT}{member}"))
-        out.comment = b"rewritten"
-    return path
-
-
 def real_archive() -> Path | None:
     named = Path(
         os.environ.get("TINY_IMAGENET") or Path(__file__).parents[2] / "data/tiny-imagenet-200.zip"
@@ -126,8 +117,8 @@ def contents(folder: Path) -> dict[str, str]:
 def change_meta(folder: Path, **changes: object) -> None:
     """Rewrites fields of a data set's meta.json, its hash of itself included: what somebody else may have made."""
     meta = json.loads((folder / "meta.json").read_text()) | changes
-    meta["sha256"]["meta.json"] = dataset._meta_sha256(meta)
-    (folder / "meta.json").write_bytes(dataset._meta_bytes(meta))
+    meta["sha256"]["meta.json"] = dataset.meta_sha256(meta)
+    (folder / "meta.json").write_bytes(dataset.meta_bytes(meta))
 
 
 # --- Damage -----------------------------------------------------------------------------------------------------------
@@ -140,17 +131,17 @@ def damaged(whole: bytes, kind: str, chance: random.Random) -> bytes:
     size = len(whole)
     result = bytearray(whole)
     while result == whole:
-        compute = chance.randrange(size)
+        place = chance.randrange(size)
         if kind == "flip":
-            result[compute] ^= 1 << chance.randrange(8)
+            result[place] ^= 1 << chance.randrange(8)
         elif kind == "flip near the end":
             result[-1 - chance.randrange(min(size, 25_000))] ^= 1 << chance.randrange(8)
         elif kind == "truncate":
-            del result[compute:]
+            del result[place:]
         elif kind == "zero tail":
-            result[compute:] = bytes(size - compute)
+            result[place:] = bytes(size - place)
         elif kind == "zero page":
-            result[compute : compute + PAGE] = bytes(len(result[compute : compute + PAGE]))
+            result[place : place + PAGE] = bytes(len(result[place : place + PAGE]))
         elif kind == "append":
             result += chance.randbytes(1 + chance.randrange(PAGE))
         else:
@@ -165,35 +156,13 @@ def damaged(whole: bytes, kind: str, chance: random.Random) -> bytes:
     return bytes(result)
 
 
-# --- Processes --------------------------------------------------------------------------------------------------------
-
-needs_proc = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads Linux's /proc")
+# --- Processes --------------------------------------------------------------------------------------
 
 
 def run(script: str, *arguments: str) -> subprocess.Popen:
-    """A Python process of its own, leader of a new process group, in which tinylab can be imported."""
+    """Start a Python process of its own, in which tinylab can be imported."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    environment |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    environment |= {"OMP_NUM_THREADS": "1"}
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
     command = [sys.executable, "-c", textwrap.dedent(script), *arguments]
     return subprocess.Popen(command, env=environment, text=True, **pipes, start_new_session=True)
-
-
-def group_members(group: int) -> list[int]:
-    """Process ids of a process group that are alive."""
-    alive = []
-    for entry in Path("/proc").iterdir():
-        try:
-            state, _, pgrp = (entry / "stat").read_text().rpartition(")")[2].split()[:3]
-        except (OSError, ValueError):
-            continue
-        if int(pgrp) == group and state != "Z":
-            alive.append(int(entry.name))
-    return alive
-
-
-def wait_until_gone(group: int) -> None:
-    deadline = time.monotonic() + 5
-    while group_members(group):
-        assert time.monotonic() < deadline, "worker processes outlive the builder"
-        time.sleep(0.02)

@@ -29,7 +29,6 @@ PROMISES = {
     "damaged-archives": "damaged archives: refused or harmless, never silently wrong",
     "hostile": "hostile archives and images: refused in one line, nothing outside, under 200 MB",
     "names": "hostile class names: text in every figure, page, table and file name",
-    "downloads": "ways in which a server misbehaves: the right file or none",
     "concurrent": "eight processes prepare at once, some builders killed: one whole data set",
     "disk-full": "disk full at preparing, saving, drawing: one line, the old state whole",
     "non-finite": "numbers that are not finite: never in weights, averages or statistics",

@@ -1,16 +1,15 @@
 """Damaged archives are refused, or give the very same data set: never one that differs in silence."""
 
-import hashlib
 import random
 import shutil
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from reliability.archives import ROOT, damaged, jpeg, leftovers, made_up, readable, write_zip
-from tinylab.data import archive
-from tinylab.data.archive import LabelledFile, open_archive, verify_archive
+from reliability.archives import damaged, jpeg, leftovers, made_up, readable, refused, write_zip
+from tinylab.data.archive import Archive
 from tinylab.data.dataset import prepare
 from tinylab.exceptions import UserError
 
@@ -86,69 +85,10 @@ def test_without_a_hash_damage_is_refused_or_harmless(tmp_path, sound, full, tal
     assert all(map(readable, messages))
 
 
-def test_with_the_hash_every_damage_is_refused(tmp_path, sound, full, tally, monkeypatch):
-    """The size and the hashes of the download, and `verify_archive` of what counts as the published archive."""
-    zipped, chance, whole = tmp_path / "made.zip", random.Random(1), sound[zipfile.ZIP_DEFLATED]
-    md5, sha256 = hashlib.md5(whole).hexdigest(), hashlib.sha256(whole).hexdigest()
-    for name, value in {"ZIP_BYTES": len(whole), "ZIP_MD5": md5, "ZIP_SHA256": sha256}.items():
-        monkeypatch.setattr(archive, name, value)
-    zipped.write_bytes(whole)
-    assert "is the published archive" in verify_archive(zipped)
-    assert archive._difference(zipped, len(whole), md5, sha256) is None
-    refused_by_hash = refused_by_verify = 0
-    faults = 1200 if full else 120
-    for fault in range(faults):
-        zipped.write_bytes(damaged(whole, KINDS[fault % 10], chance))
-        refused_by_hash += archive._difference(zipped, len(whole), md5, sha256) is not None
-        try:
-            verify_archive(zipped)
-        except UserError:
-            refused_by_verify += 1
-    tally(faults_against_the_hash=faults, missed=faults - refused_by_hash)
-    assert refused_by_hash == faults
-    assert refused_by_verify == faults
-
-
-def test_bits_of_the_directory(tmp_path, full, tally):
-    """A flipped bit where the zip tells what is in it: the one place without a checksum."""
-    path = write_zip(tmp_path / "a.zip", made_up(), method=zipfile.ZIP_DEFLATED)
-    whole = path.read_bytes()
-
-    def contents() -> tuple[tuple[str, ...], list[tuple[LabelledFile, bytes]]]:
-        with open_archive(path) as opened:
-            return opened.names, [(file, opened.read(file)) for file in opened.files]
-
-    undamaged, start, refusals = contents(), whole.index(b"PK\1\2"), 0
-    bits = range(8 * start, 8 * len(whole), 3 if full else 61)
-    for bit in bits:
-        changed = bytearray(whole)
-        changed[bit // 8] ^= 1 << bit % 8
-        path.write_bytes(changed)
-        try:
-            assert contents() == undamaged
-        except UserError:
-            refusals += 1
-    tally(faults=len(bits), refused=refusals, harmless=len(bits) - refusals)
-    assert refusals > len(bits) // 2
-
-
-def test_truncated_zip_is_refused_at_any_length(tmp_path, tally):
-    whole = write_zip(tmp_path / "a.zip", made_up()).read_bytes()
-    lengths = [0, 1, 22, 100, *range(1000, len(whole), 997), len(whole) - 1]
+def test_truncated_zip_is_refused_at_any_length(tmp_path: Path, tally: Callable) -> None:
+    whole = write_zip(tmp_path / "whole.zip", made_up()).read_bytes()
+    lengths = range(0, len(whole), max(1, len(whole) // 60))
     for length in lengths:
-        (tmp_path / "cut.zip").write_bytes(whole[:length])
-        with pytest.raises(UserError, match="cut short"):
-            open_archive(tmp_path / "cut.zip")
+        (tmp_path / "made.zip").write_bytes(whole[:length])
+        assert "cut short" in refused(Archive, tmp_path / "made.zip")
     tally(faults=len(lengths), refused=len(lengths))
-
-
-def test_a_member_without_bytes_does_not_pass_for_one(tmp_path, tally):
-    """zipfile checks no CRC-32 of a member that claims to be empty: names would be lost."""
-    path = write_zip(tmp_path / "a.zip", made_up())
-    whole = bytearray(path.read_bytes())
-    entry = whole.index(f"{ROOT}words.txt".encode(), whole.index(b"PK\1\2")) - 46
-    whole[entry + 24 : entry + 28] = bytes(4)
-    path.write_bytes(whole)
-    with pytest.raises(UserError, match=r"words\.txt is shorter"):
-        open_archive(path)
-    tally(faults=1, refused=1)
