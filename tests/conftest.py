@@ -87,7 +87,7 @@ def real_dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
         dataset = prepare(source, tmp_path_factory.mktemp("real") / "tiny-imagenet", progress=False)
     else:
         pytest.skip("no Tiny ImageNet: set TINY_IMAGENET or put data/tiny-imagenet-200.zip there")
-    assert dataset.is_tiny_imagenet, f"{dataset.folder} is not the published data"
+    assert dataset.is_tiny_imagenet
     return dataset
 
 
@@ -101,15 +101,11 @@ def tiny_dataset(tmp_path_factory) -> Dataset:
     images[np.arange(18), :, :, labels] += 100
     images.flags.writeable = False
     return Dataset(
-        folder=tmp_path_factory.mktemp("tiny"),
-        images=images,
-        labels=labels,
+        folder=tmp_path_factory.mktemp("tiny"), images=images, labels=labels,
         boxes=np.tile(np.array([8, 8, 55, 55], dtype=np.uint8), (18, 1)),
-        wnids=("n90000001", "n90000002", "n90000003"),
-        names=("red", "green", "blue"),
-        train_count=15,
-        content_sha256="0" * 64,
-    )
+        wnids=("n90000001", "n90000002", "n90000003"), names=("red", "green", "blue"),
+        train_count=15, content_sha256="0" * 64,
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="session")
@@ -176,8 +172,7 @@ def at_each(monkeypatch) -> Callable[[Callable[[str], None]], None]:
 
 
 class Exact(ResNet18):
-    """The network in double precision, whatever precision it is asked for. In single precision a
-    CPU's rounding flips a ReLU now and then, and a gradient behind it changes by far more."""
+    """The network in float64: fp32 rounding flips a ReLU now and then, which changes gradients."""
 
     def float(self) -> "Exact":
         return self.double()
@@ -197,10 +192,8 @@ def assert_equal_runs(run: Run, reference: Run) -> None:
     assert_same(*(load_weights(each.weights)[0].state_dict() for each in (run, reference)))
     for name, values in reference.predictions.items():
         np.testing.assert_array_equal(run.predictions[name], values)
-    for ours, theirs in zip(
-        (*run.history, run.summary), (*reference.history, reference.summary), strict=True
-    ):
-        assert without_seconds(ours) == without_seconds(theirs)
+    ours, theirs = ([*each.history, each.summary] for each in (run, reference))
+    assert [without_seconds(row) for row in ours] == [without_seconds(row) for row in theirs]
 
 
 def assert_same(first: object, second: object) -> None:

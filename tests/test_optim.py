@@ -22,10 +22,8 @@ STEPS = 8
 def model() -> ResNet18:
     """A narrow network whose parameters are all random, none of them 0 or 1 as the first are."""
     network = ResNet18(classes=3, width=4)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in network.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) / 4)
+    for parameter in network.parameters():
+        nn.init.normal_(parameter, std=0.25, generator=torch.Generator().manual_seed(0))
     return network
 
 
@@ -47,9 +45,6 @@ def walk(model: nn.Module, optimizer: torch.optim.Optimizer, scheduler: OneCycle
 def muon(**changes: object) -> Recipe:
     """The rate of the convolutions is a twentieth of the others'."""
     return replace(accurate(), optimizer="muon", muon_learning_rate=0.05, **changes)
-
-
-# ---- SGD ----
 
 
 @pytest.mark.parametrize("momentum", [(0.85, 0.95, True), (0.9, 0.9, False), (0.0, 0.0, False)])
@@ -85,9 +80,6 @@ def test_scales_shifts_and_biases_do_not_decay(model, kind) -> None:
     for first, now in zip(before.parameters(), model.parameters(), strict=True):
         share = now.norm() / first.norm()
         assert share == 1 if now.ndim == 1 else 0.9 < share < 0.9999
-
-
-# ---- Muon ----
 
 
 def test_muon_takes_the_convolutions_at_its_own_rate_and_sgd_all_else(model) -> None:
@@ -174,9 +166,6 @@ def test_the_arithmetic_of_muon_is_what_its_products_take(model) -> None:
                 orthogonalise(parameter.detach().flatten(1)[None])
     flop = counter.get_total_flops()
     assert muon_petaflop(model, steps=1000) == pytest.approx(flop * 1000 / 1e15, rel=1e-3)
-
-
-# ---- the schedule ----
 
 
 @pytest.mark.parametrize(

@@ -19,14 +19,7 @@ from tinylab.run.environment import Compute, choose
 from tinylab.training.average import reestimate_batch_norm
 from tinylab.training.distributed import Ranks
 from tinylab.training.optim import make_optimizer
-from tinylab.training.step import (
-    TrainState,
-    all_finite,
-    make_forward,
-    new_state,
-    require_batches,
-    train_step,
-)
+from tinylab.training.step import TrainState, make_forward, new_state, require_batches, train_step
 from tinylab.training.warm_up import memory_hint, warm_up
 
 CLASSES = 12
@@ -50,9 +43,6 @@ def state_of(recipe: Recipe, compute: Compute) -> TrainState:
     state = new_state(recipe, CLASSES, seed=0, steps_per_epoch=3, compute=compute)
     state.model.train()
     return state
-
-
-# ---- the loss and the counts ----
 
 
 def test_totals_against_numpy(compute, narrow) -> None:
@@ -83,16 +73,10 @@ def test_the_network_sees_the_resolution_of_its_epoch_and_of_the_test(compute, w
     assert state.tested is state.model
 
 
-# ---- cut into pieces ----
-
-
 @pytest.mark.parametrize("micro_batch", [1, 3, 8, 100])
 @pytest.mark.parametrize("share", [1.0, 0.7, 0.3])
 def test_a_cut_batch_against_a_plain_loop(compute, wide, micro_batch, share) -> None:
-    """One step of optimiser, schedule and average; batch norm sees piece by piece.
-
-    A mixed image has soft targets, and a hit on it is one on the label that weighs more.
-    """
+    """Batch norm sees piece by piece; a hit on a mixed image is one on its heavier label."""
     recipe, batch = replace(wide, micro_batch=micro_batch), made_batch(share=share)
     state, plain = state_of(recipe, compute), build_model(recipe, CLASSES, seed=0).train()
     optimizer, _ = make_optimizer(plain, recipe, 12)
@@ -120,9 +104,6 @@ def test_a_cut_batch_against_a_plain_loop(compute, wide, micro_batch, share) -> 
     assert (state.step, state.scheduler.last_epoch, int(state.average.n_averaged)) == (1, 1, 1)
 
 
-# ---- numbers that are none ----
-
-
 def test_loss_scaling_skips_its_own_steps_and_ends_where_none_is_left(compute, narrow) -> None:
     state = state_of(narrow, compute)
     state.scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
@@ -139,11 +120,6 @@ def test_loss_scaling_skips_its_own_steps_and_ends_where_none_is_left(compute, n
         state.require_finite()
 
 
-def test_the_largest_number_is_finite_and_one_bad_value_is_seen() -> None:
-    assert all_finite([torch.full((3,), 3e38), torch.arange(3)])
-    assert not all_finite([torch.zeros(2), torch.tensor([0.0, torch.inf])])
-
-
 def test_every_process_has_a_share_of_every_batch(narrow) -> None:
     recipe = replace(narrow, batch_size=9)
     require_batches(recipe, 28)
@@ -153,18 +129,12 @@ def test_every_process_has_a_share_of_every_batch(narrow) -> None:
         require_batches(recipe, 28, Ranks(0, 2))
 
 
-# ---- around the steps ----
-
-
 @pytest.mark.parametrize("optimizer", ["sgd", "muon"])
 def test_a_warm_up_meets_every_shape_and_changes_nothing(compute, wide, optimizer) -> None:
-    """And the run goes on as if there had been none."""
     recipe = replace(wide, ramp=((32, 0.5),), optimizer=optimizer, drop_last=False)
-    state, other = state_of(recipe, compute), state_of(recipe, compute)
-    for each in (state, other):
-        train_step(each, recipe, compute, made_batch())
-    before, shapes = copy.deepcopy(state.to_checkpoint()), {True: set(), False: set()}
-    generators = (torch.get_rng_state(), np.random.get_state()[1].copy())
+    state, shapes = state_of(recipe, compute), {True: set(), False: set()}
+    train_step(state, recipe, compute, made_batch())
+    before, generators = copy.deepcopy(state.to_checkpoint()), torch.get_rng_state()
     for network in (state.model, state.tested):
 
         def note(module, inputs, network=network) -> None:
@@ -175,12 +145,7 @@ def test_a_warm_up_meets_every_shape_and_changes_nothing(compute, wide, optimize
     assert shapes[True] == {(8, 32), (8, 64), (5, 32), (5, 64)}
     assert shapes[False] >= {(32, 64), (27, 64)}  # of 507 images, on a CPU
     assert_same(state.to_checkpoint(), before)
-    assert torch.equal(torch.get_rng_state(), generators[0])
-    assert np.array_equal(np.random.get_state()[1], generators[1])
-    for each in (state, other):
-        each.model.train()
-        train_step(each, recipe, compute, made_batch(seed=9))
-    assert_same(state.to_checkpoint(), other.to_checkpoint())
+    assert torch.equal(torch.get_rng_state(), generators)
 
 
 def test_running_out_of_memory_is_told_from_other_errors(compute, wide) -> None:

@@ -6,6 +6,7 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tinylab.exceptions import UserError
 from tinylab.training.track import TAGS, Tracker
@@ -28,8 +29,7 @@ def history(epochs: int, shift: float = 0.0) -> list[dict]:
 
 
 def assert_shown(folder: Path, rows: list[dict]) -> None:
-    module = "tensorboard.backend.event_processing.event_accumulator"
-    reader = pytest.importorskip(module).EventAccumulator(str(folder / "tensorboard"))
+    reader = EventAccumulator(str(folder / "tensorboard"))
     reader.Reload()
     for tag, field in TAGS.items() if rows else ():
         expected = [(row["epoch"], row[field]) for row in rows if field in row]
@@ -38,7 +38,6 @@ def assert_shown(folder: Path, rows: list[dict]) -> None:
 
 def track(folder: Path, before: list[dict], new: list[dict]) -> None:
     """Start once: continue from the epochs `before`, train those in `new`."""
-    pytest.importorskip("tensorboard")
     with closing(Tracker(folder)) as tracker:
         tracker.up_to(before)
         assert_shown(folder, before)
@@ -64,7 +63,6 @@ def test_what_was_lost_with_the_process_or_the_file_is_replaced(tmp_path, kept, 
 
 
 def test_what_fails_is_one_line(tmp_path, monkeypatch) -> None:
-    pytest.importorskip("tensorboard")
     (tmp_path / "tensorboard").write_text("a file")
     with pytest.raises(UserError, match="tensorboard for TensorBoard: "):
         Tracker(tmp_path).up_to(history(1))

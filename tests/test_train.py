@@ -32,13 +32,9 @@ from tinylab.training import warm_up as warm_up_module
 from tinylab.training.optim import schedule
 
 train_module = importlib.import_module("tinylab.training.train")
-TrainTiny = Callable[..., Run]
-AtEach = Callable[[Callable[[str], None]], None]
-Capture = pytest.CaptureFixture[str]
-Patch = pytest.MonkeyPatch
 
 
-def stop_at(at_each: AtEach, moment: int, signals: tuple[int, ...] = (signal.SIGINT,)) -> None:
+def stop_at(at_each: Callable, moment: int, signals: tuple[int, ...] = (signal.SIGINT,)) -> None:
     """Send this process the signals after so many moments: steps, and batches of tests."""
     moments = iter(range(moment))
 
@@ -54,9 +50,6 @@ def normalised(images: np.ndarray | torch.Tensor, recipe: Recipe) -> torch.Tenso
     """Return the network's input for uint8 (B, 64, 64, 3), written out."""
     images = torch.as_tensor(images) / 255
     return ((images - torch.tensor(recipe.mean)) / torch.tensor(recipe.std)).permute(0, 3, 1, 2)
-
-
-# ---- what a run computes ----
 
 
 def test_two_runs_are_equal(train_tiny, finished_run, rich_reference, tmp_path) -> None:
@@ -134,9 +127,6 @@ def test_a_compiled_run(train_tiny, narrow, tmp_path) -> None:
     assert not any(name.startswith("_") for name in load_weights(run.weights)[0].state_dict())
 
 
-# ---- what a run writes ----
-
-
 def test_a_finished_folder_holds_what_it_should(finished_run, narrow) -> None:
     assert {path.name for path in finished_run.folder.iterdir()} == {
         "recipe.json", "run.json", "environment.json", "metrics.jsonl", "checkpoints",
@@ -209,7 +199,7 @@ def test_the_summary_follows_from_the_predictions(finished_run, tiny_dataset) ->
 
 def test_the_weights_give_the_predictions_again(finished_run, rich_reference, tiny_dataset) -> None:
     for run in (finished_run, rich_reference):
-        network, metadata = load_weights(run.weights, tiny_dataset.wnids)
+        network, metadata = load_weights(run.weights)
         inputs = normalised(tiny_dataset.images[run.predictions["rows"]], run.recipe)
         with torch.inference_mode():
             logits, of_mirror_images = network(inputs), network(inputs.flip(3))
@@ -220,9 +210,6 @@ def test_the_weights_give_the_predictions_again(finished_run, rich_reference, ti
     saved, _ = checkpoint.load(rich_reference.checkpoints)
     assert torch.equal(network.conv1.weight, saved["average"]["module.conv1.weight"])
     assert not torch.equal(network.conv1.weight, saved["model"]["conv1.weight"])
-
-
-# ---- what a run says ----
 
 
 def test_the_log_reads_like_the_published_one(train_tiny, tmp_path, monkeypatch, capfd) -> None:
@@ -252,9 +239,7 @@ def test_the_log_reads_like_the_published_one(train_tiny, tmp_path, monkeypatch,
     assert capfd.readouterr() == ("", "")
 
 
-def test_a_line_a_minute_tells_how_far_it_is(
-    train_tiny, rich, tmp_path, monkeypatch, capsys
-) -> None:
+def test_a_line_a_minute(train_tiny, rich, tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.setattr(progress_module, "LINE_SECONDS", 0)
     train_tiny(tmp_path / "run", rich, quiet=False)
     text = capsys.readouterr().out
@@ -264,44 +249,27 @@ def test_a_line_a_minute_tells_how_far_it_is(
         assert f"\n  {title} batches\n" in text
 
 
-@pytest.fixture
-def clock(at_each, monkeypatch) -> list[float]:
-    """Seconds of a clock that moves by the second number at each step and batch of a test."""
-    now = [0.0, 1.0]
-    fake = SimpleNamespace(perf_counter=lambda: now[0], process_time=lambda: 2 * now[0])
-    monkeypatch.setattr(train_module, "time", fake)
-    monkeypatch.setattr(progress_module, "time", fake)
-    at_each(lambda _: now.__setitem__(0, now[0] + now[1]))
-    return now
-
-
-@pytest.mark.usefixtures("clock")
-def test_seconds_are_of_one_epoch_and_add_up_over_a_stop(train_tiny, at_each, tmp_path) -> None:
+def test_seconds_and_their_forecast(train_tiny, at_each, tmp_path, monkeypatch, capsys) -> None:
+    """By a clock that moves by ten minutes at each step and each batch of a test."""
+    now = [0]
+    clock = SimpleNamespace(perf_counter=lambda: now[0], process_time=lambda: 2 * now[0])
+    monkeypatch.setattr(train_module, "time", clock)
+    monkeypatch.setattr(progress_module, "time", clock)
+    at_each(lambda _: now.append(now.pop() + 600))
     stop_at(at_each, 1)
     with pytest.raises(Stopped):
         train_tiny(tmp_path / "run")
-    run = train_tiny(tmp_path / "run")
-    for name, seconds in (("train", 3), ("train_cpu", 6), ("eval", 1)):
+    run = train_tiny(tmp_path / "run", quiet=False)
+    for name, seconds in (("train", 1800), ("train_cpu", 3600), ("eval", 600)):
         assert [row[f"{name}_seconds"] for row in run.history] == [seconds, seconds]
         assert run.summary[f"{name}_seconds"] == 2 * seconds
-    assert [row["images_per_second"] for row in run.history] == [4, 4]
-    assert (run.summary["time_to_accuracy_seconds"], run.summary["stops"]) == (6 + 1, 1)
-
-
-def test_a_cpu_run_says_once_what_it_will_take(train_tiny, tmp_path, clock, capsys) -> None:
-    """24 images of training, 18 of tests at a third of the price; after three steps 15 are left."""
-    clock[1] = 600.0
-    train_tiny(tmp_path / "run", quiet=False)
-    lines = capsys.readouterr().out.splitlines()
-    (number,) = (number for number, line in enumerate(lines) if "this CPU trains" in line)
-    assert lines[number] == (
+    assert (run.summary["time_to_accuracy_seconds"], run.summary["stops"]) == (3600 + 600, 1)
+    # After three steps 9 images and the next epoch's, and 18 of tests at a third of the price.
+    forecast = [line for line in capsys.readouterr().out.splitlines() if "CPU trains" in line]
+    assert forecast == [
         "this CPU trains 0 images/s of 64 x 64 pixels: about 30 min; a GPU is far faster, "
         "and --limit-classes, --epochs and --width make it less"
-    )
-    assert lines[number + 2].startswith("epoch 1/2")
-
-
-# ---- stopping and continuing ----
+    ]
 
 
 def test_a_stop_costs_no_bit(train_tiny, rich_reference, at_each, tmp_path, capsys) -> None:
@@ -346,16 +314,13 @@ def test_a_second_signal_ends_at_once(train_tiny, at_each, tmp_path) -> None:
 
 def test_a_long_epoch_is_saved_within(train_tiny, at_each, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(train_module, "SAVE_SECONDS", 0)
-    saved = []
-    at_each(lambda _: saved.append(checkpoint.load(tmp_path / "run" / "checkpoints")[0]))
+    saved, folder = [], tmp_path / "run" / "checkpoints"
+    at_each(lambda _: saved.append(checkpoint.load(folder)[0]))
     train_tiny(tmp_path / "run")
-    done = [(state["epoch"], state["step"]) for state in saved[1:5]]
-    assert done == [(1, 1), (1, 2), (1, 3), (2, 0)]
+    assert [state["step"] for state in saved[1:5]] == [1, 2, 3, 0]
 
 
-def test_a_run_continues_from_its_mirror(
-    train_tiny, finished_run, at_each, tmp_path, capsys
-) -> None:
+def test_a_mirror_continues_the_run(train_tiny, finished_run, at_each, tmp_path, capsys) -> None:
     """In a thread: Python allows signal handlers in the main one only."""
     mirror, run = tmp_path / "mirror", Run(tmp_path / "run")
     stop_at(at_each, 6)
@@ -387,15 +352,11 @@ def test_a_run_of_an_older_version_continues(train_tiny, rich_reference, at_each
     assert run.summary["train_cpu_seconds"] is None
 
 
-# ---- what is refused ----
-
-
 @pytest.mark.parametrize(
     ("changes", "options", "named"),
     [
         ({}, {"seed": 1}, "seed 0 -> 1"),
         ({}, {"split": "official"}, "protocol merged -> official"),
-        ({}, {"limit_classes": 2}, "classes 3 -> 2"),
         ({"epochs": 5}, {}, "epochs 2 -> 5"),
         ({"micro_batch": 2}, {}, "micro_batch None -> 2"),
     ],
@@ -411,11 +372,9 @@ def test_the_folder_of_another_run_is_refused(
     ("options", "named"),
     [
         ({"seed": -1}, "seed"),
-        ({"seed": 2**63}, "seed"),
         ({"workers": 1000}, "workers"),
         ({"limit_classes": 1}, "limit-classes"),
         ({"split": "random"}, "split"),
-        ({"device": "tpu"}, "device"),
         ({"precision": "fp16"}, "fp16"),
         ({"test_every": 0}, "test-every must be at least 1"),
         ({"mirror": Path("run/checkpoints")}, "the run's own folder: choose another --mirror"),
@@ -442,9 +401,6 @@ def test_a_compiler_that_fails_is_refused_in_one_line(train_tiny, tmp_path, monk
     assert not Run(tmp_path / "run").begun
 
 
-# ---- when a run fails ----
-
-
 @pytest.mark.parametrize(
     ("after", "look_seconds", "stops", "message"),
     [
@@ -453,12 +409,11 @@ def test_a_compiler_that_fails_is_refused_in_one_line(train_tiny, tmp_path, monk
         (3, 60, False, "^the network's outputs are not finite: lower max-learning-rate$"),
         (3, 60, True, "^loss or weights are not finite in epoch 2, up to step 3: "),
     ],
-    ids=["within the epoch", "at its end", "in the test", "at a stop"],
 )
 def test_numbers_that_are_not_finite_end_the_run(
     train_tiny, finished_run, tmp_path, after, look_seconds, stops, message
 ) -> None:
-    """The weights go wrong with a step's update; after the last one no loss tells."""
+    """Within an epoch, at its end, in the test, at a stop: after the last update no loss tells."""
     real, run = train_module.train_step, Run(tmp_path / "run")
 
     def poison(state, *arguments, **options) -> None:
@@ -468,7 +423,7 @@ def test_numbers_that_are_not_finite_end_the_run(
             if stops:
                 signal.raise_signal(signal.SIGINT)
 
-    with Patch.context() as patched:
+    with pytest.MonkeyPatch.context() as patched:
         patched.setattr(train_module, "train_step", poison)
         patched.setattr(progress_module, "LOOK_SECONDS", look_seconds)
         with pytest.raises(RecipeFailed, match=message):
