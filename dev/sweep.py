@@ -135,13 +135,14 @@ class Sweep:
         folder = self.root / "runs" / f"select-{digest}"
         options = {"split": "select", "folder": folder, "seed": seed, "device": self.device}
         try:
-            summary = train(recipe, self.dataset, **options).summary
+            run = train(recipe, self.dataset, **options)
+            summary = run.summary
             kept = ("test_correct", "test_images", "train_images", "train_loss", "train_seconds")
-            result = {"status": "ok", "top1": summary["test_top1"]}
+            result = {"status": "ok", "top1": summary["test_top1"], "environment": run.environment}
             result |= {name: summary[name] for name in kept}
         except RecipeFailed as error:  # a result, too
-            result = {"status": str(error)}
-        line = {"stage": stage, "candidate": label, **result, "environment": self.environment}
+            result = {"status": str(error), "environment": self.environment}
+        line = {"stage": stage, "candidate": label, **result}
         self.lines.append(line | key)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         text = "".join(json.dumps(each) + "\n" for each in self.lines)
