@@ -1,23 +1,20 @@
 """The command line: `tinylab COMMAND ...`, also `python -m tinylab`.
 
-A command is a dataclass: its fields are the options (tyro parses them), `run` does the work. What a user can mend is
-one line on stderr and exit status 2; Ctrl-C is 130, SIGTERM 143; anything else is a bug and keeps its traceback. Heavy
-imports wait until a command runs, so that a bad option is refused at once.
+A command is a dataclass: its fields are the options (tyro parses them), `run` does the work. User
+errors are one line on stderr and exit status 2; Ctrl-C is 130, SIGTERM 143; anything else is a bug
+and keeps its traceback. Heavy imports wait until a command runs.
 """
 
 import contextlib
 import errno
-import io
-import itertools
 import json
-import math
 import os
 import re
 import signal
 import sys
 import threading
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -25,6 +22,7 @@ import tyro
 from tyro.conf import Positional
 
 from tinylab.exceptions import UserError
+from tinylab.files import printable
 from tinylab.recipe import Recipe
 from tinylab.recipes import RECIPES, named
 
@@ -33,30 +31,17 @@ if TYPE_CHECKING:
 
     from tinylab.data.dataset import Dataset
     from tinylab.data.split import Split
-    from tinylab.explain.analysis import Analysis
     from tinylab.model import ResNet18
     from tinylab.run.folder import Run
 
 DATA = Path("data/tiny-imagenet")
-RESULTS, README = Path("results"), Path("README.md")
-OF_THE_USER = (
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EFBIG,
-    errno.EROFS,
-    errno.EACCES,
-    errno.EPERM,
-    errno.ENAMETOOLONG,
-)
-"""What the operating system refuses and the user can mend."""
-MOST_SHOWN = 280
-"""Characters of an error's line, so that a name of five thousand does not bury what is wrong with it."""
+OF_THE_USER = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
+"""What the operating system refuses and the user can change."""
 MOST_EXPLAINED = 400
 """Rows of the figure of heat maps: a PNG of more than 65,535 pixels cannot be drawn."""
 DeviceName = Literal["auto", "cpu", "cuda", "mps"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Stage = Literal["layer1", "layer2", "layer3", "layer4"]
-Method = Literal["gradcam", "gradcam++", "hirescam", "layercam", "eigencam"]
 RecipeFields = Annotated[Recipe, tyro.conf.arg(name="", help="")]
 
 
@@ -105,8 +90,8 @@ class Train:
     data: Path = DATA
     """The data folder that `tinylab prepare` made."""
     run_folder: Annotated[Path | None, tyro.conf.arg(name="run", aliases=("--run-folder",))] = None
-    """The run folder; by default runs/<recipe>-<protocol>-s<seed>. (torchrun may take --run for its own: there
-    say --run-folder.)"""
+    """The run folder; by default runs/<recipe>-<protocol>-s<seed>. (torchrun takes --run for itself:
+    there use --run-folder.)"""
     seed: int = 0
     """Decides the first weights, the order of the images and their augmentation."""
     split: Literal["merged", "official", "select"] = "merged"
@@ -122,12 +107,12 @@ class Train:
     workers: int | None = None
     """Processes that run albumentations; they do not change the result."""
     mirror: Path | None = None
-    """A folder of this run's own, on another disk (Google Drive), that keeps the newest checkpoints, too."""
+    """A folder of this run's own, on another disk (Google Drive), that gets each checkpoint, too."""
     test_every: int = 1
-    """Test after every so many epochs, and after the last one. A test of 33,000 images costs as much as training on
-    11,000."""
+    """Test after every so many epochs, and after the last one. A test of 33,000 images costs as much
+    as training on 11,000."""
     track: Literal["none", "tensorboard"] = "none"
-    """tensorboard: also write each epoch's numbers to the run folder's tensorboard/ (needs the extra "track")."""
+    """tensorboard: also write each epoch's numbers to the run folder's tensorboard/."""
 
     def run(self) -> None:
         from tinylab.data.dataset import open_dataset
@@ -148,7 +133,7 @@ class Train:
             test_every=self.test_every,
             track=None if self.track == "none" else self.track,
         )
-        if not _first("RANK"):
+        if not first("RANK"):
             return  # one of several processes, of which the first tells the result
         final = finished.summary
         accuracy = f"{final['test_top1']:.2f} % top-1, {final['test_top5']:.2f} % top-5"
@@ -233,14 +218,12 @@ class Evaluate:
 
 @dataclass(frozen=True)
 class Explain:
-    """Tell what a finished run gets wrong and where it looks: tables, figures, Grad-CAM, box metric."""
+    """Show what a finished run gets wrong and where it looks: tables, figures, Grad-CAM, boxes."""
 
     run_folder: Annotated[Positional[Path], tyro.conf.arg(name="run")]
-    """The run folder; explain.json, classes.csv, confusion.csv, localisation.csv and figures/ are written there."""
+    """The run folder, into which explain.json, three CSV files and figures/ are written."""
     count: int = 10
     """Misclassified test images to show, drawn at random from all of them."""
-    method: Method = "gradcam"
-    """How activations and gradients become a map."""
     stage: Annotated[Stage, tyro.conf.arg(aliases=("--layer",))] = "layer4"
     """The stage whose maps are compared with the boxes."""
     sample: int = 2000
@@ -248,7 +231,7 @@ class Explain:
     all: bool = False
     """Compare the maps of all test images with the boxes."""
     faithfulness: int = 0
-    """Test images for ROAD, which asks whether the network needs what the maps point at; about a second each."""
+    """Test images for ROAD, which asks whether the network needs what the maps point at."""
     data: Path | None = None
     """The data folder, if it has moved since training."""
     figures: Path | None = None
@@ -257,7 +240,10 @@ class Explain:
     """Where to compute the maps."""
 
     def run(self) -> None:
-        _require_counts(self.count, self.sample, self.faithfulness)
+        if not 0 <= self.count <= MOST_EXPLAINED:
+            raise UserError(f"count must be from 0 to {MOST_EXPLAINED}, not {self.count}")
+        if self.sample < 0 or self.faithfulness < 0:
+            raise UserError("sample and faithfulness must be 0 or more")
         from tinylab.data.dataset import refuse_inside
 
         finished, dataset, rows = open_finished(self.run_folder, self.data)
@@ -268,7 +254,6 @@ class Explain:
         from tinylab.explain.analysis import analyse_run
         from tinylab.run.environment import choose
 
-        _ = predictions_of(finished, dataset, rows)
         compute = choose(self.device, "fp32")
         maps = self.count or self.sample or self.all or self.faithfulness
         analysis = analyse_run(
@@ -277,18 +262,19 @@ class Explain:
             rows,
             trained_model(finished, dataset).to(compute.device) if maps else None,
             count=self.count,
-            method=self.method,
             stage=self.stage,
             sample=None if self.all else self.sample,
             faithful=self.faithfulness,
             progress=True,
         )
-        _write_analysis(finished, analysis, self.figures)
+        for path in analysis.save(finished, self.figures):
+            print(path)
+        print(analysis.in_words())
 
 
 @dataclass(frozen=True)
 class Report:
-    """Write one HTML file that holds all of a finished run: recipe, curves, tables, galleries, maps."""
+    """Write one HTML file that holds all of a finished run: recipe, curves, tables, maps."""
 
     run_folder: Annotated[Positional[Path], tyro.conf.arg(name="run")]
     """The run folder. What `tinylab explain` has not yet found out is found out first."""
@@ -315,8 +301,8 @@ class Report:
             explanation = finished.explanation
         from tinylab.share.report import page
 
-        # explain.json may be anybody's: a name with a path in it would put another picture of this disk on the page.
-        names = [name for name in explanation["figures"] if re.fullmatch("[a-z_]{1,40}", str(name))]
+        # A name with a path in it would put another picture of this disk on the page.
+        names = [name for name in explanation["figures"] if re.fullmatch("[a-z_]+", str(name))]
         pictures = {name: finished.figures / f"{name}.png" for name in names}
         shown = {name: path.read_bytes() for name, path in pictures.items() if path.is_file()}
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -331,15 +317,13 @@ class Predict:
     run_folder: Annotated[Positional[Path], tyro.conf.arg(name="run")]
     """The folder of a finished run, or a model.safetensors that tinylab wrote."""
     images: Positional[tuple[Path, ...]]
-    """JPEG, PNG or WebP files of any size: turned upright, cut to their middle square, scaled to 64 x 64."""
+    """JPEG, PNG or WebP files of any size: turned upright, cut to a square, scaled to 64 x 64."""
     top: int = 5
     """How many classes to name."""
     json: bool = False
     """One JSON object per image on stdout, nothing else."""
     gradcam: Path | None = None
     """A folder that gets a figure for each image: what spoke for the class that was answered."""
-    method: Method = "gradcam"
-    """How activations and gradients become that map."""
 
     def run(self) -> None:
         if not 1 <= self.top <= 1000:
@@ -349,32 +333,47 @@ class Predict:
         if self.gradcam:
             require_folder(self.gradcam, "figures")
             refuse_data_folder(self.gradcam)
-        from tinylab.share.predict import load, predict, read_image
+        from tinylab.share.picture import read_image
+        from tinylab.share.predict import load, predict
 
-        model, about = load(self.run_folder)
-        pictures = [
-            read_image(path) for path in self.images
-        ]  # all before the first answer: one that is bad stops all
-        figures = [None] * len(pictures)
-        answers = [predict(model, about, picture[None], self.top)[0] for picture in pictures]
+        model, metadata = load(self.run_folder)
+        pictures = [read_image(path) for path in self.images]  # one that is bad stops all
+        answers = [predict(model, metadata, picture[None], self.top)[0] for picture in pictures]
+        figures: list[Path | None] = [None] * len(pictures)
         if self.gradcam:
-            figures = _explain_answers(self, model, about, pictures, answers)
+            figures = self._draw(model, metadata, pictures, answers)
         for path, answer, figure in zip(self.images, answers, figures, strict=True):
             if self.json:
-                print(
-                    json.dumps(
-                        {"image": str(path), "top": answer}
-                        | ({"figure": str(figure)} if figure else {})
-                    )
-                )
+                drawn = {"figure": str(figure)} if figure else {}
+                print(json.dumps({"image": str(path), "top": answer} | drawn))
                 continue
-            print(_shown(str(path)))
+            print(printable(path))
             for guess in answer:
-                print(
-                    f"{100 * guess['probability']:8.2f} %  {guess['wnid']}  {_shown(guess['name'])}"
-                )
+                share = f"{100 * guess['probability']:8.2f} %"
+                print(f"{share}  {guess['wnid']}  {printable(guess['name'])}")
             if figure:
                 print(f"            {figure}")
+
+    def _draw(
+        self, model: "ResNet18", metadata: dict, pictures: "list[np.ndarray]", answers: list[list]
+    ) -> list[Path]:
+        """Draw for each picture what spoke for the answer; return the figures' paths."""
+        import numpy as np
+
+        from tinylab.explain.analysis import explain_answers
+        from tinylab.figures import plots
+
+        paths: list[Path] = []
+        maps = explain_answers(model, metadata, np.stack(pictures), answers)
+        for path, picture, answer, heat in zip(self.images, pictures, answers, maps, strict=True):
+            taken = {other.name.casefold() for other in paths}  # some disks do not tell A from a
+            names = (
+                f"{path.stem}-{i}.png" if i > 1 else f"{path.stem}.png" for i in range(1, 10**6)
+            )
+            name = next(name for name in names if name.casefold() not in taken)
+            figure = plots.prediction(picture, answer, heat, title=path.name)
+            paths.append(drawn(figure, self.gradcam / name))
+        return paths
 
 
 @dataclass(frozen=True)
@@ -384,9 +383,10 @@ class Export:
     run_folder: Annotated[Positional[Path], tyro.conf.arg(name="run")]
     """The run folder."""
     to: Path | None = None
-    """The folder that gets model.safetensors, README.md (the model card) and classes.csv; by default RUN/export."""
+    """The folder that gets model.safetensors, README.md (the model card) and classes.csv; by default
+    RUN/export."""
     onnx: Path | None = None
-    """An ONNX file to write, which is then compared with the network in onnxruntime (needs the extra "export")."""
+    """An ONNX file to write, whose outputs are compared with the network's in onnxruntime."""
 
     def run(self) -> None:
         from tinylab.run.folder import Run
@@ -398,21 +398,20 @@ class Export:
             require_folder(path if path is folder else path.parent, "the model")
             refuse_data_folder(path)
         from tinylab.share.card import refuse_others_files, write_hand_over
-        from tinylab.share.predict import export_onnx, load
 
         refuse_others_files(folder)
+        checked = None
         if self.onnx:
+            from tinylab.share.onnx import export_onnx
+            from tinylab.share.predict import load
+
             refuse_as_file(self.onnx, finished)
-        model, about = load(finished.folder)
-        checked = export_onnx(model, about, self.onnx) if self.onnx else None
-        for path in write_hand_over(finished, about, folder):
+            checked = export_onnx(*load(finished.folder), self.onnx)
+        for path in write_hand_over(finished, folder):
             print(path)
         if checked:
-            print(
-                f"{self.onnx}: opset {checked['opset']}, logits in onnxruntime differ by at most ",
-                end="",
-            )
-            print(f"{checked['largest_difference']:.1e} from torch's")
+            difference = f"{checked['largest_difference']:.1e}"
+            print(f"{self.onnx}: opset {checked['opset']}, logits differ by at most {difference}")
 
 
 @dataclass(frozen=True)
@@ -444,16 +443,8 @@ class FindLr:
     """The picture to draw; by default runs/find-lr-<recipe>-<split>-s<seed>.png."""
 
     def run(self) -> None:
-        if not 0 < self.lowest < self.highest < math.inf:
-            raise UserError(
-                f"lowest must be above 0 and below highest, not {self.lowest} and {self.highest}"
-            )
-        if not 10 <= self.steps <= 2000:
-            raise UserError(f"steps must be from 10 to 2,000, not {self.steps}")
-        out = (
-            self.figure
-            or Path("runs") / f"find-lr-{self.recipe.name}-{self.split}-s{self.seed}.png"
-        )
+        name = f"find-lr-{self.recipe.name}-{self.split}-s{self.seed}.png"
+        out = self.figure or Path("runs") / name
         require_folder(out.parent, "the picture")
         from tinylab.data.dataset import open_dataset
         from tinylab.figures import plots
@@ -475,18 +466,20 @@ class FindLr:
             workers=self.workers,
         )
         curve = (found.learning_rates, found.losses, found.smoothed, found.suggestion)
-        print(_drawn(plots.learning_rate_test(*curve), out))
+        print(drawn(plots.learning_rate_test(*curve), out))
         if found.suggestion is None:
             print(f"no suggestion: {found.reason}")
             return
-        print(
-            f"{found.reason}; to try it: tinylab train {_with_learning_rate(self.recipe, found.suggestion)}"
-        )
+        options = f"--max-learning-rate {found.suggestion:.2g}"
+        if self.recipe.optimizer == "muon":
+            share = found.suggestion / self.recipe.max_learning_rate
+            options += f" --muon-learning-rate {self.recipe.muon_learning_rate * share:.2g}"
+        print(f"{found.reason}; to try it: tinylab train {self.recipe.name} {options}")
 
 
 @dataclass(frozen=True)
 class Verify:
-    """Read all of a data folder, an archive or a run, compare it with its hashes, and say what is wrong."""
+    """Compare a data folder, an archive or a run with its hashes, and say what is wrong."""
 
     path: Positional[Path] = DATA
     """A data folder, a zip or a folder with the archive's files, a run folder, or a mirror's."""
@@ -510,14 +503,9 @@ class Verify:
 
             dataset = open_dataset(path)
             verify(dataset)
-            known = (
-                "the published Tiny ImageNet"
-                if dataset.is_tiny_imagenet
-                else "not the published Tiny ImageNet"
-            )
-            print(
-                f"{path}: every file is as it was prepared; content sha256 {dataset.content_sha256}, {known}"
-            )
+            known = "the published" if dataset.is_tiny_imagenet else "not the published"
+            content = f"content sha256 {dataset.content_sha256}, {known} Tiny ImageNet"
+            print(f"{path}: every file is as it was prepared; {content}")
 
 
 COMMANDS = {
@@ -537,16 +525,8 @@ COMMANDS = {
 WITH_RECIPE = ("train", "schedule", "find-lr")
 
 
-def require_repository() -> None:
-    """Raises `UserError` unless the working folder is a checkout of the repository."""
-    if not (RESULTS.is_dir() and README.is_file()):
-        raise UserError(
-            f"there is no {RESULTS}/ or no {README} here: run this in the repository's folder"
-        )
-
-
 def open_finished(folder: Path, data: Path | None) -> "tuple[Run, Dataset, Split]":
-    """The finished run in `folder`, its data set and its split. Raises `UserError` if they do not belong together."""
+    """Return the finished run, its data set and its split, which belong together."""
     from tinylab.data.dataset import open_dataset
     from tinylab.data.split import make_split
     from tinylab.run.folder import Run
@@ -554,16 +534,10 @@ def open_finished(folder: Path, data: Path | None) -> "tuple[Run, Dataset, Split
     run = Run(folder)
     identity = run.identity
     _ = run.recipe, run.summary  # refuses an unfinished run
-    where = identity.get("data_folder", str(DATA))
-    if data is None and not isinstance(where, str):
-        raise UserError(
-            f"{folder}/run.json does not say where the data lies: name its folder with --data"
-        )
-    dataset = open_dataset(data or Path(where))
+    dataset = open_dataset(data or Path(identity.get("data_folder", DATA)))
     if dataset.content_sha256 != identity["content_sha256"]:
-        raise UserError(
-            f"{folder} was trained on other data than {dataset.folder} holds: name its folder with --data"
-        )
+        where = f"than {dataset.folder} holds: name its folder with --data"
+        raise UserError(f"{folder} was trained on other data {where}")
     rows = make_split(dataset, identity["protocol"], identity["classes"])
     if rows.sha256 != identity["split_sha256"]:
         raise UserError(f"{folder} was trained on another split than this version of tinylab makes")
@@ -571,177 +545,57 @@ def open_finished(folder: Path, data: Path | None) -> "tuple[Run, Dataset, Split
 
 
 def trained_model(run: "Run", dataset: "Dataset") -> "ResNet18":
-    """The run's network on the CPU, checked by `predict.load`, its classes against the data set's."""
+    """Return the run's network on the CPU; its classes are the data set's."""
     from tinylab.share.predict import load
 
-    model, about = load(run.folder)
-    if tuple(about["wnids"]) != dataset.wnids[: len(about["wnids"])]:
-        raise UserError(
-            f"{run.weights} was trained on other classes, or in another order, than this data set has"
-        )
+    model, metadata = load(run.folder)
+    if tuple(metadata["wnids"]) != dataset.wnids[: len(metadata["wnids"])]:
+        raise UserError(f"{run.weights} was trained on other classes, or in another order")
     return model
 
 
-def predictions_of(run: "Run", dataset: "Dataset", rows: "Split") -> "dict[str, np.ndarray]":
-    """The run's predictions. Raises `UserError` unless they are finite ones of exactly the split's test images."""
-    import numpy as np
-
-    found = run.predictions
-    expected = {"rows": rows.test, "labels": dataset.labels[rows.test]}
-    logits = found.get("logits")
-    whole = (
-        logits is not None
-        and logits.dtype == np.float16
-        and logits.shape == (len(rows.test), rows.classes)
-    )
-    same = all(
-        name in found and np.array_equal(found[name], values) for name, values in expected.items()
-    )
-    if not (whole and same and np.isfinite(logits).all()):
-        raise UserError(
-            f"{run.folder}/predictions.npz does not fit the run: delete {run.folder} and train again"
-        )
-    return found
-
-
 def require_folder(folder: Path, what: str) -> None:
-    """Raises `UserError` if `folder` is no folder and cannot become one, before anything is computed for it."""
+    """Raise `UserError` if `folder` cannot become one, before anything is computed for it."""
     nearest = next(
-        path for path in (folder, *folder.parents) if path.exists() or path == path.parent
+        each for each in (folder, *folder.parents) if each.exists() or each == each.parent
     )
     if not nearest.is_dir():
         raise UserError(f"cannot write {what} to {folder}: {nearest} is no folder")
 
 
 def refuse_as_file(path: Path, run: "Run | None" = None) -> None:
-    """Raises `UserError` if `path` is a folder, or a record of the run's, which would be replaced."""
+    """Raise `UserError` if `path` is a folder, or a record of the run's, which would be replaced."""
     if path.is_dir():
         raise UserError(f"{path} is a folder: name a file")
     if run is None:
         return
     from tinylab.run.folder import CHECKSUMS, EXPLAINED, FINAL_FILES
 
-    if path.resolve() in {
-        (run.folder / name).resolve()
-        for name in (*FINAL_FILES, *EXPLAINED, CHECKSUMS, "summary.json")
-    }:
+    records = (*FINAL_FILES, *EXPLAINED, CHECKSUMS, "summary.json")
+    if path.resolve() in {(run.folder / name).resolve() for name in records}:
         raise UserError(f"{path} is a record of the run: choose another name")
 
 
 def refuse_data_folder(path: Path) -> None:
-    """Raises `UserError` if `path` lies in a data folder: nothing else may be written there."""
+    """Raise `UserError` if `path` lies in a data folder."""
     for folder in (path, *path.absolute().parents):
         if (folder / "meta.json").exists() and (folder / "images.npy").exists():
-            raise UserError(
-                f"cannot write to {path}: {folder} is a data folder; choose another place"
-            )
+            raise UserError(f"cannot write to {path}: {folder} is a data folder")
 
 
-def _require_counts(count: int, sample: int, faithfulness: int) -> None:
-    if not 0 <= count <= MOST_EXPLAINED:
-        raise UserError(
-            f"count must be from 0 to {MOST_EXPLAINED}, not {count}: a row of the figure for each"
-        )
-    for name, number in (("sample", sample), ("faithfulness", faithfulness)):
-        if not 0 <= number <= 10**9:
-            raise UserError(
-                f"{name} must be 0 or more, not {number}: it is a number of test images"
-            )
-
-
-def _write_analysis(run: "Run", analysis: "Analysis", figures: Path | None) -> None:
-    """Writes figures, tables and, last, explain.json into the run folder, and the figures into `figures`, too."""
-    from tinylab.run.folder import note_figures
-
-    for target in filter(None, (run.figures, figures)):
-        for name, figure in analysis.figures.items():
-            print(_drawn(figure, target / f"{name}.png"))
-    # What an earlier analysis made and this one did not would be taken for this one's.
-    for name in ("misclassified", "class_maps", "gradcam", "localisation", "faithfulness"):
-        if name not in analysis.figures:
-            (run.figures / f"{name}.png").unlink(missing_ok=True)
-    if analysis.localisation is None:
-        (run.folder / "localisation.csv").unlink(missing_ok=True)
-    for path in analysis.write_tables(run.folder):
-        print(path)
-    run.write("explain.json", analysis.to_json(run))
-    if figures:
-        note_figures(run, figures)
-    if analysis.localisation is not None:
-        print(analysis.localisation.in_words())
-    seen = analysis.explanation
-    print(f"{seen.wrong:,} of {seen.tested:,} test images are wrong; {run.folder}/explain.json")
-
-
-def _explain_answers(
-    asked: Predict,
-    model: "ResNet18",
-    about: dict,
-    pictures: "list[np.ndarray]",
-    answers: list[list[dict]],
-) -> list[Path]:
-    """Draws for each picture what spoke for the answer; returns the figures' paths in the folder that was asked for."""
-    import numpy as np
-
-    from tinylab.explain.analysis import explain_answers
-    from tinylab.figures import plots
-
-    maps = explain_answers(model, about, np.stack(pictures), answers, asked.method)
-    paths: list[Path] = []
-    for path, picture, answer, heat in zip(asked.images, pictures, answers, maps, strict=True):
-        figure = plots.prediction(picture, answer, heat, title=path.name)
-        taken = {other.name.casefold() for other in paths}  # some disks do not tell A from a
-        names = (
-            f"{path.stem}{f'-{number}' if number > 1 else ''}.png" for number in itertools.count(1)
-        )
-        paths.append(
-            _drawn(
-                figure, asked.gradcam / next(name for name in names if name.casefold() not in taken)
-            )
-        )
-    return paths
-
-
-def _drawn(figure: object, path: Path) -> Path:
-    """Saves the figure; raises `UserError` if that fails."""
+def drawn(figure: object, path: Path) -> Path:
+    """Save a figure."""
     from tinylab.figures import plots
 
     try:
         return plots.save(figure, path)
     except OSError as error:
-        raise UserError(
-            f"cannot write figures to {path.parent}: {error.strerror or error}"
-        ) from error
-
-
-def _with_learning_rate(recipe: Recipe, learning_rate: float) -> str:
-    """The recipe's name and the options that make it `recipe` with that peak; Muon's keeps its proportion."""
-    changed = {"max_learning_rate": float(f"{learning_rate:.2g}")}
-    if recipe.optimizer == "muon":
-        share = learning_rate / recipe.max_learning_rate
-        changed["muon_learning_rate"] = float(f"{recipe.muon_learning_rate * share:.2g}")
-    usual, words = asdict(named(recipe.name)) if recipe.name in RECIPES else {}, [recipe.name]
-    for name, value in (asdict(recipe) | changed).items():
-        option = name.replace("_", "-")
-        if value == usual.get(name, value) and name not in changed:
-            continue
-        if isinstance(value, bool):
-            words.append(f"--{'' if value else 'no-'}{option}")
-        elif isinstance(value, tuple):
-            words.append(f"--{option} {' '.join(str(each) for row in value for each in _row(row))}")
-        else:
-            words.append(f"--{option} {value}")
-    return " ".join(words)
-
-
-def _row(value: object) -> tuple:
-    return value if isinstance(value, tuple) else (value,)
+        reason = error.strerror or error
+        raise UserError(f"cannot write figures to {path.parent}: {reason}") from error
 
 
 def parse(arguments: list[str]) -> object:
-    """The command that `arguments` name, options filled in. Raises `UserError` for anything that does not parse."""
-    if not all(map(_is_usable, arguments)):
-        raise UserError("an argument holds characters that no file name and no number can have")
+    """Return the command that the arguments name. tyro prints what does not parse, and exits."""
     name, rest = arguments[0], arguments[1:]
     if name not in COMMANDS:
         raise UserError(f"unknown command '{name}'; there are: {', '.join(COMMANDS)}")
@@ -750,46 +604,11 @@ def parse(arguments: list[str]) -> object:
         if {"-h", "--help"} & set(rest[:1]):
             rest = ["published", *rest]  # the options are the same for all
         if not rest or rest[0].startswith("-"):
-            raise UserError(
-                f"which recipe? `tinylab {name} RECIPE`; there are: {', '.join(RECIPES)}"
-            )
+            names = ", ".join(RECIPES)
+            raise UserError(f"which recipe? `tinylab {name} RECIPE`; there are: {names}")
         prog, default = f"{prog} {rest[0]}", {"default": COMMANDS[name](recipe=named(rest[0]))}
         rest = rest[1:]
-    complaint = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(complaint):
-            return tyro.cli(COMMANDS[name], prog=prog, args=rest, **default)
-    except SystemExit as stop:
-        if stop.code in (None, 0):
-            raise  # --help
-        raise UserError(
-            f"{_one_line(complaint.getvalue())} (`{prog} --help` lists the options)"
-        ) from stop
-
-
-def _is_usable(text: str) -> bool:
-    """Whether the operating system takes `text` as a name: no NUL, nothing that its encoding lacks."""
-    try:
-        return b"\0" not in os.fsencode(text)
-    except UnicodeEncodeError:
-        return False
-
-
-def _one_line(framed: str) -> str:
-    """What tyro complains of, without its frame and its explanations: the text up to the first rule. Where the terminal
-    has ASCII only, so has the frame."""
-    text = re.sub(r"\x1b\[[0-9;]*m", "", framed)
-    lines = [line.strip("│ ").strip() for line in text.splitlines()[1:]]
-    while lines and set(lines[0]) <= set("-+ "):
-        del lines[0]
-    said = []
-    for line in lines:
-        if not line or set(line) <= set("─╰╯╭╮-+"):
-            break
-        said.append(line)
-    suggestions = re.findall(r"^(--[a-z0-9-]+)", "\n".join(lines[len(said) :]), re.MULTILINE)
-    hint = f"; perhaps {suggestions[0]}?" if suggestions and "nrecognized" in " ".join(said) else ""
-    return (" ".join(said) or "the options do not parse") + hint
+    return tyro.cli(COMMANDS[name], prog=prog, args=rest, **default)
 
 
 class Terminated(KeyboardInterrupt):
@@ -799,15 +618,13 @@ class Terminated(KeyboardInterrupt):
 
 
 @contextlib.contextmanager
-def _terminable() -> Iterator[None]:
-    """While entered, SIGTERM raises `Terminated`. (Training puts its own handler in place, which saves first.)"""
+def terminable() -> Iterator[None]:
+    """Raise `Terminated` at SIGTERM while entered. (Training has a handler of its own.)"""
 
     def terminate(*_: object) -> None:
         raise Terminated("terminated")
 
-    if (
-        threading.current_thread() is not threading.main_thread()
-    ):  # Python allows handlers nowhere else
+    if threading.current_thread() is not threading.main_thread():  # handlers are allowed only there
         yield
         return
     before = signal.signal(signal.SIGTERM, terminate)
@@ -825,26 +642,15 @@ def usage() -> str:
     return "\n".join([*lines, "", f"recipes: {', '.join(RECIPES)}"])
 
 
-def _first(rank: str) -> bool:
-    """Whether this process is the first by that variable of torchrun's, or is not torchrun's at all."""
+def first(rank: str) -> bool:
+    """Return whether this process is torchrun's first by that variable, or not torchrun's at all."""
     return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get(rank, "0") == "0"
 
 
-def _complain(error: BaseException) -> None:
-    """One line on stderr. Of the processes that torchrun starts, one on each machine says what all of them know."""
-    only_here = type(error).__name__ == "RankError"  # without importing torch to know the type
-    if _first("LOCAL_RANK") or only_here:
-        print(f"tinylab: {_shown(str(error)) or 'stopped'}", file=sys.stderr)
-
-
-def _shown(text: str) -> str:
-    """`text` on one line of about `MOST_SHOWN` characters, its middle left out if need be, without those by which a
-    name could steer the terminal."""
-    line = " ".join(
-        "".join(character if character.isprintable() else " " for character in text).split()
-    )
-    half = MOST_SHOWN // 2 - 2
-    return line if len(line) <= MOST_SHOWN else f"{line[:half]} … {line[-half:]}"
+def complain(error: BaseException) -> None:
+    """Print one line on stderr; of torchrun's processes one on each machine does."""
+    if first("LOCAL_RANK"):
+        print(f"tinylab: {printable(error, 400) or 'stopped'}", file=sys.stderr)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -858,14 +664,14 @@ def main(arguments: list[str] | None = None) -> int:
             errors="backslashreplace"
         )  # a name that the terminal cannot show is no error
     try:
-        with _terminable():
+        with terminable():
             parse(list(arguments)).run()
             sys.stdout.flush()
     except UserError as error:
-        _complain(error)
+        complain(error)
         return 2
     except KeyboardInterrupt as stop:
-        _complain(stop)
+        complain(stop)
         return 128 + getattr(stop, "signal", signal.SIGINT)
     except BrokenPipeError:  # the reader, `head` perhaps, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -873,7 +679,7 @@ def main(arguments: list[str] | None = None) -> int:
         if error.errno not in OF_THE_USER:
             raise
         print(
-            f"tinylab: {_shown(str(error.filename or 'output') + ': ' + str(error.strerror))}",
+            f"tinylab: {printable(str(error.filename or 'output') + ': ' + str(error.strerror))}",
             file=sys.stderr,
         )
         return 2

@@ -4,7 +4,7 @@ and figures.
 Errors and calibration come from the stored predictions alone; only the maps need the network.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,16 +14,17 @@ from torch import nn
 
 from tinylab.data.augment import network_input
 from tinylab.data.dataset import Dataset
-from tinylab.data.loader import TrainingBatches
+from tinylab.data.loader import make_loader
 from tinylab.data.split import Split
+from tinylab.exceptions import UserError
 from tinylab.explain.gradcam import Explanation, explain, gradcam
 from tinylab.explain.localisation import Localisation, localise
 from tinylab.explain.mistakes import Errors, analyse, label_conflicts, softmax
 from tinylab.explain.road import faithfulness
 from tinylab.figures import plots
 from tinylab.files import interactive
-from tinylab.run.folder import METHOD_NAMES, Run, published_history
-from tinylab.share.predict import normalised
+from tinylab.run.folder import Run, note_figures, published_history
+from tinylab.run.weights import normalised
 from tinylab.training.evaluate import per_class
 from tinylab.training.optim import schedule
 
@@ -55,12 +56,36 @@ class Analysis:
             "figures": sorted(self.figures),
         }
 
-    def write_tables(self, folder: Path) -> list[Path]:
-        """Writes classes.csv, confusion.csv and, image by image, localisation.csv; returns their paths."""
-        paths = self.errors.write_tables(folder)
-        if self.localisation is not None:
-            paths.append(self.localisation.write_table(folder / "localisation.csv"))
-        return paths
+    def save(self, run: Run, figures: Path | None = None) -> Iterator[Path]:
+        """Write figures, tables and, last, explain.json into the run folder; yield their paths.
+
+        figures: a folder that gets the figures, too, and a note of which run they show.
+        """
+        for target in filter(None, (run.figures, figures)):
+            for name, figure in self.figures.items():
+                try:
+                    yield plots.save(figure, target / f"{name}.png")
+                except OSError as error:
+                    reason = error.strerror or error
+                    raise UserError(f"cannot write figures to {target}: {reason}") from error
+        # What an earlier analysis made and this one did not would be taken for this one's.
+        for name in ("misclassified", "class_maps", "gradcam", "localisation", "faithfulness"):
+            if name not in self.figures:
+                (run.figures / f"{name}.png").unlink(missing_ok=True)
+        if self.localisation is None:
+            (run.folder / "localisation.csv").unlink(missing_ok=True)
+        else:
+            yield self.localisation.write_table(run.folder / "localisation.csv")
+        yield from self.errors.write_tables(run.folder)
+        run.write("explain.json", self.to_json(run))
+        yield run.folder / "explain.json"
+        if figures:
+            note_figures(run, figures)
+
+    def in_words(self) -> str:
+        """Return the result in a line or two."""
+        counts = f"{self.explanation.wrong:,} of {self.explanation.tested:,} test images are wrong"
+        return f"{self.localisation.in_words()}\n{counts}" if self.localisation else counts
 
 
 def analyse_run(
@@ -70,20 +95,20 @@ def analyse_run(
     model: nn.Module | None,
     *,
     count: int = 10,
-    method: str = "gradcam",
     stage: str = "layer4",
     sample: int | None = 2000,
     faithful: int = 0,
     progress: bool = False,
 ) -> Analysis:
-    """Numbers and figures of a finished run, whose network is `model` (None: no map is asked for) and whose split is
-    `rows`.
+    """Return numbers and figures of a finished run.
 
-    count: misclassified images to explain one by one. sample: test images for the box metric, drawn by a fixed seed;
-    None: all, 0: leave it out. faithful: test images for ROAD, which costs about a second each; 0: leave it out.
-    Raises `UserError` for an unknown method or stage or a negative count.
+    model: its network; None: no map is asked for. count: misclassified images to explain one by
+    one. sample: test images for the box metric, None: all, 0: none. faithful: test images for ROAD.
     """
-    logits, recipe = run.predictions["logits"], run.recipe
+    predictions, recipe = run.predictions, run.recipe
+    logits = predictions["logits"]
+    if not np.array_equal(predictions["rows"], rows.test):
+        raise UserError(f"{run.folder}/predictions.npz does not fit the run: train it again")
     names, wnids = dataset.names[: rows.classes], dataset.wnids[: rows.classes]
     what = {
         "images": dataset.images,
@@ -92,53 +117,46 @@ def analyse_run(
         "normalise": network_input(recipe),
     }
     seen = {"labels": dataset.labels, "boxes": dataset.boxes}
-    explanation = explain(
-        model, **what, **seen, wnids=wnids, names=names, count=count, method=method
-    )
+    explanation = explain(model, **what, **seen, wnids=wnids, names=names, count=count)
     errors = analyse(logits, dataset.labels[rows.test], wnids, names)
     conflicts = label_conflicts(dataset.images, dataset.labels, rows.test, logits, dataset.names)
-    choice = {"method": method, "stage": stage, "progress": progress and interactive()}
+    choice = {"stage": stage, "progress": progress and interactive()}
     located = localise(model, **what, **seen, count=sample, **choice) if sample != 0 else None
     faith = faithfulness(model, **what, count=faithful, **choice) if faithful else None
     figures = figures_of_training(run, dataset, rows)
     figures |= figures_of_errors(errors, conflicts, dataset, rows, logits)
     figures |= figures_of_maps(explanation)
     if located is not None:
-        figures["localisation"] = plots.localisation(
-            located.summary | {"method": METHOD_NAMES[method]}
-        )
+        figures["localisation"] = plots.localisation(located.summary | {"method": "Grad-CAM"})
     if faith is not None:
-        figures["faithfulness"] = plots.faithfulness(faith | {"method": METHOD_NAMES[method]})
+        figures["faithfulness"] = plots.faithfulness(faith | {"method": "Grad-CAM"})
     return Analysis(explanation, errors, conflicts, located, faith, figures)
 
 
 def explain_answers(
-    model: nn.Module,
-    about: dict,
-    pictures: np.ndarray,
-    answers: Sequence[list[dict]],
-    method: str = "gradcam",
+    model: nn.Module, metadata: dict, pictures: np.ndarray, answers: Sequence[list[dict]]
 ) -> np.ndarray:
-    """What spoke for the first answer to each picture, float32 (n, h, w) in 0..1: maps of the last stage.
+    """Return what spoke for the first answer to each picture, float32 (n, h, w) in 0..1.
 
-    pictures: uint8 (n, 64, 64, 3); `answers` as `predict` gives them; `about` as `load_weights` does.
+    pictures: uint8 (n, 64, 64, 3). answers: as `predict` gives them. metadata: of the weights.
     """
-    classes = torch.tensor([about["wnids"].index(answer[0]["wnid"]) for answer in answers])
-    inputs = normalised(about)(torch.from_numpy(pictures))
-    return gradcam(model, inputs, classes, ("layer4",), method=method)["layer4"]
+    classes = torch.tensor([metadata["wnids"].index(answer[0]["wnid"]) for answer in answers])
+    inputs = normalised(metadata)(torch.from_numpy(pictures))
+    return gradcam(model, inputs, classes, ("layer4",))["layer4"]
 
 
 def figures_of_training(run: Run, dataset: Dataset, rows: Split) -> dict[str, plots.Figure]:
     """Figures by file name: sample images, augmentation, schedule, curves, accuracy per class."""
     recipe, names = run.recipe, dataset.names[: rows.classes]
-    batches = TrainingBatches(dataset, rows.train, recipe, run.identity["seed"])
-    first = batches.rows_at(1, 0)[:16]
+    on_cpu = torch.device("cpu")
+    loader = make_loader(dataset, rows.train, recipe, run.identity["seed"], on_cpu)
+    first = loader.rows_at(1, 0)[:16]
     images, titles = dataset.images[first], [names[label] for label in dataset.labels[first]]
     _, learning_rates, momenta = zip(*schedule(recipe, len(rows.train)), strict=True)
     correct, total = per_class(run.predictions["logits"], run.predictions["labels"])
     return {
         "samples": plots.image_grid(images, titles, dataset.boxes[first]),
-        "augmentation": plots.before_after(images, batches[1, 0][0][:16].numpy(), titles),
+        "augmentation": plots.before_after(images, loader.batch(1, 0).images[:16].numpy(), titles),
         "learning_rate": plots.learning_rate_curve(
             learning_rates, momenta, recipe.steps_per_epoch(len(rows.train))
         ),
@@ -177,7 +195,7 @@ def figures_of_maps(explanation: Explanation) -> dict[str, plots.Figure]:
     images, entries = explanation.images, explanation.entries
     if explanation.wrong and not entries:
         return {}  # none was asked for; a figure would say that there is none
-    method = METHOD_NAMES[explanation.method]
+    method = "Grad-CAM"
     last = explanation.maps.get("layer4", explanation.actual_maps)
     return {
         "misclassified": plots.misclassified(images, entries),

@@ -1,8 +1,8 @@
-"""Why the network was wrong: misclassified test images, and Grad-CAM for the class it chose and for the actual one.
+"""Why the network was wrong: misclassified test images, and Grad-CAM for both classes.
 
-Grad-CAM (Selvaraju et al. 2017, arXiv:1610.02391) weighs the channels of a stage by the mean gradient of a class's
-logit and adds them up; what is left above zero is where the stage speaks for that class. The maps come from the
-pytorch-grad-cam library (Gildenblat et al.).
+Grad-CAM (Selvaraju et al. 2017, arXiv:1610.02391) weighs the channels of a stage by the mean
+gradient of a class's logit and adds them up; what is above zero is where the stage speaks for that
+class. The maps come from the pytorch-grad-cam library (Gildenblat et al.).
 """
 
 import copy
@@ -11,8 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from pytorch_grad_cam import EigenCAM, GradCAM, GradCAMPlusPlus, HiResCAM, LayerCAM
-from pytorch_grad_cam.base_cam import BaseCAM
+from pytorch_grad_cam import GradCAM
 from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 from torch import Tensor, nn
 
@@ -23,36 +22,6 @@ from tinylab.explain.mistakes import softmax
 STAGES = ("layer1", "layer2", "layer3", "layer4")
 """The four stages of the network, in the order in which an image passes through them."""
 
-
-class SignedEigenCAM(EigenCAM):
-    """The library's Eigen-CAM (Muhammad and Yeasin 2020, arXiv:2008.00299): the first principal component of a stage's
-    activations, here with a definite sign, positive where the stage is more active than on average.
-
-    The sign of a singular vector is chance, so the library's maps are now and then the negative of what they mean. The
-    decomposition is the thin one: the library's makes a square matrix of all pixels, 67 MB for one image's layer1.
-    """
-
-    def get_cam_image(
-        self, input_tensor, target_layer, targets, activations, grads, eigen_smooth=False
-    ) -> np.ndarray:
-        flat = activations.reshape(*activations.shape[:2], -1)  # (B, C, h * w)
-        centred = flat - flat.mean(axis=2, keepdims=True)
-        _, strengths, places = np.linalg.svd(centred, full_matrices=False)
-        component = strengths[:, :1] * places[:, 0]
-        same_way = (component * centred.sum(axis=1)).sum(axis=1, keepdims=True) >= 0
-        signed = np.where(same_way, component, -component)
-        return signed.reshape(len(activations), *activations.shape[2:])
-
-
-METHODS: dict[str, type[BaseCAM]] = {
-    "gradcam": GradCAM,
-    "gradcam++": GradCAMPlusPlus,
-    "hirescam": HiResCAM,
-    "layercam": LayerCAM,
-    "eigencam": SignedEigenCAM,
-}
-"""Ways to turn activations and gradients into a map. One forward and one backward pass serve all stages. Eigen-CAM
-needs no gradients and knows no classes: its maps for the predicted and the actual class are the same."""
 
 RESAMPLES = 2000
 """Bootstrap samples; the ends of an interval then wobble by a few percent of its width."""
@@ -76,8 +45,6 @@ class Explanation:
     """How many of them the network got wrong."""
     seed: int
     """Seed of the choice."""
-    method: str
-    """Key of `METHODS`."""
 
     def to_json(self) -> dict:
         """The contents of `explain.json`: how the images were chosen and explained, and one object for each."""
@@ -85,18 +52,16 @@ class Explanation:
             "tested": self.tested,
             "wrong": self.wrong,
             "seed": self.seed,
-            "method": self.method,
+            "method": "gradcam",
             "explained_class": "predicted",
             "images": self.entries,
         }
 
 
 def misclassified(logits: np.ndarray, labels: np.ndarray, count: int, seed: int = 0) -> np.ndarray:
-    """Indices, int64 (at most `count`,), of images whose largest logit is not the label's: a fair draw, nothing picked.
+    """Return indices, int64 (at most `count`,), of wrongly answered images: a fair draw by `seed`.
 
-    `logits` is (N, C), `labels` integer (N,). The images are shuffled by `seed` and the first wrong ones taken, in
-    shuffled order: every class can occur, the same predictions always give the same images, and a larger `count`
-    begins with the images of a smaller one. Raises `UserError` for a negative count.
+    logits (N, C), labels integer (N,). A larger `count` begins with the images of a smaller one.
     """
     if count < 0:
         raise UserError(
@@ -109,8 +74,7 @@ def misclassified(logits: np.ndarray, labels: np.ndarray, count: int, seed: int 
 
 
 def sample(tested: int, count: int | None, seed: int = 0) -> np.ndarray:
-    """Which of the tested images are looked at, int64 (at most `count`,): the first of a permutation by `seed`, so that
-    a larger sample begins with a smaller one; None: all. Raises `UserError` for a negative count."""
+    """Return the first `count` of a permutation by `seed`, int64; None: all."""
     if count is not None and count < 0:
         raise UserError(
             f"count must be 0 or more, not {count}: it is the number of images to look at"
@@ -124,21 +88,15 @@ def gradcam(
     targets: Tensor,
     stages: Sequence[str] = STAGES,
     batch_size: int = 32,
-    method: str = "gradcam",
 ) -> dict[str, np.ndarray]:
-    """Class activation maps, float32 (B, h, w) in 0..1, of each stage at its own size (64, 32, 16 and 8 pixels a side).
+    """Return maps float32 (B, h, w) in 0..1 of each stage at its own size (64, 32, 16, 8 a side).
 
-    `inputs` is float32 (B, 3, H, W), at least one image, normalised as in training; `targets` is integer (B,), the
-    class that each image's map speaks for. Each map is scaled to itself, from its smallest value to its largest, so
-    brightness cannot be compared between images, stages or classes; one that is 0 everywhere found nothing.
-
-    Works in float32 (on GPUs, torch's setting may make TF32 of it in convolutions) on a copy (45 MB for ResNet-18) in
-    evaluation mode: the model keeps its mode, gradients and hooks, may be compiled or wrapped, and the caller may be
-    inside `no_grad`, `inference_mode` or autocast. Gradients are computed down to the first of `stages` only, so the
-    last stage alone costs little more than a forward pass.
-    Raises `UserError` for an unknown stage or method, `ValueError` for targets that do not fit the images.
+    inputs: float32 (B, 3, H, W), normalised. targets: integer (B,), the class that each map speaks
+    for. Each map is scaled to itself, so brightness cannot be compared; one that is 0 everywhere
+    found nothing. In fp32 on a copy in eval mode: the model keeps its mode, gradients and hooks,
+    and may be compiled or wrapped. Gradients are computed down to the first of `stages` only.
     """
-    require_known(method, stages)
+    require_known(stages)
     # The library gives an image without a target a map of zeros, and prints and swallows an index out of range.
     if targets.shape != inputs.shape[:1]:
         raise ValueError(
@@ -161,7 +119,7 @@ def gradcam(
         layers = [getattr(network, stage) for stage in ordered]
         # The copy's weights ask for no gradient: the first stage's output does, before the library's hooks see it.
         layers[0].register_forward_hook(lambda _module, _inputs, output: output.requires_grad_())
-        with _at_native_size(METHODS[method])(network, layers) as cam:
+        with NativeGradCAM(network, layers) as cam:
             for images, wanted in zip(
                 inputs.split(batch_size), targets.split(batch_size), strict=True
             ):
@@ -172,13 +130,11 @@ def gradcam(
                 cam.outputs = (
                     None  # or the graph would be kept during the next batch's forward pass
                 )
-    return {stage: _to_full_scale([maps[i] for maps in batches]) for i, stage in enumerate(ordered)}
+    return {stage: to_full_scale([maps[i] for maps in batches]) for i, stage in enumerate(ordered)}
 
 
-def require_known(method: str, stages: Sequence[str]) -> None:
-    """Raises `UserError` unless the method is one of `METHODS` and the stages are of `STAGES`, one or more."""
-    if method not in METHODS:
-        raise UserError(f"unknown method '{method}'; there are: {', '.join(METHODS)}")
+def require_known(stages: Sequence[str]) -> None:
+    """Raise `UserError` unless the stages are of `STAGES`, one or more."""
     for stage in stages or [""]:
         if stage not in STAGES:
             raise UserError(f"unknown layer '{stage}'; there are: {', '.join(STAGES)}")
@@ -197,22 +153,16 @@ def explain(
     normalise: Callable[[Tensor], Tensor],
     count: int = 10,
     seed: int = 0,
-    method: str = "gradcam",
 ) -> Explanation:
-    """Draws `count` misclassified test images and shows, for each, what spoke for the class the network predicted, and
-    in the last stage what spoke for the actual class.
+    """Draw `count` misclassified test images, with what spoke for each of their two classes.
 
-    `images` uint8 (M, 64, 64, 3), `labels` (M,) and `boxes` (M, 4) are the whole data set's, in canonical order, and
-    may be memory-mapped: only the drawn rows are read. `rows` (N,) says which of them were tested, `logits` (N, C) what
-    the network answered. `normalise` turns uint8 (n, 64, 64, 3) into the network's float32 (n, 3, 64, 64).
-
-    An entry holds `row`; `predicted` and `actual`, each with wnid, name and probability; `box`, the actual object's x0
-    y0 x1 y1, inclusive; `box_area`, its share of the image; and for each of `stages`, and for `actual_map`, the map's
-    `size`, its `mean` and `energy_in_box`, the share of the map that lies in the box. A map that knows nothing would
-    score `box_area`; None stands where the box is degenerate or the map is 0. Raises `UserError` as `misclassified` and
-    `gradcam` do.
+    images uint8 (M, 64, 64, 3), labels (M,) and boxes (M, 4) are the whole data set's; rows (N,)
+    are those that were tested, logits (N, C) the answers. normalise: uint8 (n, 64, 64, 3) to the
+    network's input.
+    An entry holds `row`; `predicted` and `actual`, each with wnid, name and probability; `box`, x0
+    y0 x1 y1; `box_area`, its share of the image; and for each of `stages`, and for `actual_map`,
+    the map's `size`, `mean` and `energy_in_box`. A map that knows nothing would score `box_area`.
     """
-    require_known(method, STAGES)
     assert logits.shape == (len(rows), len(wnids)), (
         f"logits {logits.shape}: {len(rows)} rows, {len(wnids)} classes"
     )
@@ -222,9 +172,9 @@ def explain(
     actual = np.empty((0, 8, 8), np.float32)
     if len(drawn):
         inputs = normalise(torch.from_numpy(images[rows[drawn]]))
-        maps = gradcam(model, inputs, torch.from_numpy(logits[drawn].argmax(axis=1)), method=method)
+        maps = gradcam(model, inputs, torch.from_numpy(logits[drawn].argmax(axis=1)))
         labelled = torch.from_numpy(labels[rows[drawn]].astype(np.int64))
-        actual = gradcam(model, inputs, labelled, STAGES[-1:], method=method)[STAGES[-1]]
+        actual = gradcam(model, inputs, labelled, STAGES[-1:])[STAGES[-1]]
 
     probabilities = softmax(logits[drawn])
     entries = []
@@ -234,12 +184,12 @@ def explain(
         for answer, index in answers.items():
             probability = round(float(probabilities[i, index]), 6)
             entry[answer] = {"wnid": wnids[index], "name": names[index], "probability": probability}
-        entry |= _box_figures(
+        entry |= box_figures(
             boxes[row], {stage: stage_maps[i] for stage, stage_maps in maps.items()}
         )
-        entry["actual_map"] = _box_figures(boxes[row], {"": actual[i]})["stages"][""]
+        entry["actual_map"] = box_figures(boxes[row], {"": actual[i]})["stages"][""]
         entries.append(entry)
-    return Explanation(images[rows[drawn]], maps, actual, entries, len(rows), wrong, seed, method)
+    return Explanation(images[rows[drawn]], maps, actual, entries, len(rows), wrong, seed)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -257,19 +207,17 @@ def frozen_copy(model: nn.Module) -> nn.Module:
 def bootstrap(
     measures: Mapping[str, np.ndarray], seed: int = 0
 ) -> dict[str, dict[str, float] | None]:
-    """Of each measure, float (n,), one value per image: its mean and its 95 % interval, as mean, low and high; None
-    where there are no values.
+    """Return mean, low and high (95 %) of each measure float (n,); None where there are no values.
 
-    Percentiles of the means of 2,000 samples of n images, drawn with replacement (Efron and Tibshirani 1993, section
-    13.3). All measures see the same samples, so that a difference of two belongs to the same images. `seed` decides
-    which samples.
+    Percentiles of the means of 2,000 samples with replacement (Efron and Tibshirani 1993, section
+    13.3). All measures see the same samples, so differences of two belong to the same images.
     """
     values = np.stack(list(measures.values()), axis=1).astype(np.float64)
     count = len(values)
     if count == 0:
         return dict.fromkeys(measures)
     rng = np.random.default_rng(seed)
-    # How often each image was drawn, one sample at a time: all samples of 33,000 images would take half a gigabyte.
+    # One sample at a time: all samples of 33,000 images would take half a gigabyte.
     drawn = (
         np.bincount(rng.integers(count, size=count), minlength=count) for _ in range(RESAMPLES)
     )
@@ -284,29 +232,24 @@ def bootstrap(
     }
 
 
-def _at_native_size(method: type[BaseCAM]) -> type[BaseCAM]:
-    """The library's method, made to return a list of one (B, h, w) array per layer: neither enlarged nor averaged."""
+class NativeGradCAM(GradCAM):
+    """The library's Grad-CAM as a list of one (B, h, w) array per layer: not enlarged, not averaged."""
 
-    class NativeSize(method):
-        def get_target_width_height(self, input_tensor: Tensor) -> None:
-            return None
+    def get_target_width_height(self, input_tensor: Tensor) -> None:
+        return None
 
-        def aggregate_multi_layers(
-            self, cam_per_target_layer: list[np.ndarray]
-        ) -> list[np.ndarray]:
-            return [maps[:, 0] for maps in cam_per_target_layer]
-
-    return NativeSize
+    def aggregate_multi_layers(self, cam_per_target_layer: list[np.ndarray]) -> list[np.ndarray]:
+        return [maps[:, 0] for maps in cam_per_target_layer]
 
 
-def _to_full_scale(batches: list[np.ndarray]) -> np.ndarray:
+def to_full_scale(batches: list[np.ndarray]) -> np.ndarray:
     """One array whose maps peak at exactly 1: the library adds 1e-7 to its divisor, which dims weak maps."""
     maps = np.concatenate(batches)
     peak = maps.max(axis=(1, 2), keepdims=True)
     return maps / np.where(peak > 0, peak, 1)
 
 
-def _box_figures(box: np.ndarray, maps: dict[str, np.ndarray]) -> dict:
+def box_figures(box: np.ndarray, maps: dict[str, np.ndarray]) -> dict:
     """The entries `box`, `box_area` and `stages` of one image, whose maps are (h, w); see `explain`."""
     boxes = box[None]
     stages = {}

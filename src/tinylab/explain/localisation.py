@@ -76,7 +76,7 @@ class Localisation:
         return f"highest point of {scored}: {', '.join(said) or 'no box to compare with'}"
 
     def write_table(self, path: Path) -> Path:
-        """Writes the table as CSV, every number in full, so that anybody can compute the summary again."""
+        """Write the table as CSV, every number in full."""
         write_atomically(
             path, as_csv([COLUMNS, *([line[name] for name in COLUMNS] for line in self.table)])
         )
@@ -92,20 +92,17 @@ def localise(
     rows: np.ndarray,
     logits: np.ndarray,
     normalise: Callable[[Tensor], Tensor],
-    method: str = "gradcam",
     stage: str = "layer4",
     count: int | None = 2000,
     seed: int = 0,
     progress: bool = False,
 ) -> Localisation:
-    """Scores the maps of `count` test images, or fewer if there are no more, drawn by `seed`; None: of all.
+    """Score the maps of `count` test images, drawn by `seed`; None: of all.
 
-    The arguments are those of `explain.explain`. For a wrong answer there are two maps, of the predicted and of the
-    actual class; for a right one they are the same. Intervals are percentiles of 2,000 bootstrap samples of images.
-    Never more than 256 images are held as float32. Raises `UserError` for an unknown method or stage or a negative
-    count.
+    The arguments are those of `gradcam.explain`. A wrong answer has two maps, of the predicted and
+    of the actual class. Intervals are percentiles of 2,000 bootstrap samples of images.
     """
-    require_known(method, (stage,))
+    require_known((stage,))
     order = sample(len(rows), count, seed)
     good = order[usable(boxes[rows[order]])]
     table: list[dict] = []
@@ -114,19 +111,17 @@ def localise(
         for chosen in np.split(good, range(BATCH, len(good), BATCH)) if len(good) else ():
             predicted, actual = logits[chosen].argmax(axis=1), labels[rows[chosen]].astype(np.int64)
             inputs = normalise(torch.from_numpy(images[rows[chosen]]))
-            maps = gradcam(model, inputs, torch.from_numpy(predicted), (stage,), method=method)[
-                stage
-            ]
+            maps = gradcam(model, inputs, torch.from_numpy(predicted), (stage,))[stage]
             others, wrong = maps.copy(), predicted != actual
             if wrong.any():
                 asked = inputs[torch.from_numpy(wrong)], torch.from_numpy(actual[wrong])
-                others[wrong] = gradcam(model, *asked, (stage,), method=method)[stage]
+                others[wrong] = gradcam(model, *asked, (stage,))[stage]
             size = list(maps.shape[1:])
             table += _scored(rows[chosen], predicted, actual, boxes[rows[chosen]], maps, others)
             bar.update(len(chosen))
     summary = {
         "stage": stage,
-        "method": method,
+        "method": "gradcam",
         "native_size": size,
         "sampled": len(order),
         "degenerate": len(order) - len(good),

@@ -36,24 +36,20 @@ def faithfulness(
     rows: np.ndarray,
     logits: np.ndarray,
     normalise: Callable[[Tensor], Tensor],
-    method: str = "gradcam",
     stage: str = "layer4",
     count: int = 200,
     seed: int = 0,
     progress: bool = False,
 ) -> dict:
-    """ROAD of the maps for the predicted class of `count` test images, or fewer if there are no more, drawn by `seed`,
-    and of random maps, as coarse and as smooth as the network's own.
+    """Return ROAD of the maps for the predicted class, and of random maps as coarse and smooth.
 
-    The arguments are those of `explain.explain`. Costs about a second per image on one core. Returns images,
-    method, stage, seed, seconds, percentiles; `map` and `random`, each with `most_relevant_first` and
-    `least_relevant_first`: the mean change of the answer's probability for every percentile; `combined` and
-    `random_combined`: mean, low and high (95 % bootstrap over images) of the library's ROADCombined, half the
-    difference of the two orders' means over percentiles (higher is better, about 0 is what knows nothing);
-    `difference`: of the two, image by image; None where there is no image. Raises `UserError` for an unknown method or
-    stage or a negative count. The model and the global random generators stay as they were.
+    The arguments are those of `gradcam.explain`. About a second per image on one core. The result
+    holds images, method, stage, seed, seconds, percentiles; `map` and `random`, each with
+    `most_relevant_first` and `least_relevant_first`, the mean change of the answer's probability
+    for every percentile; `combined` and `random_combined`, mean, low and high of half the
+    difference of the two orders (higher is better, about 0 is what knows nothing); `difference`.
     """
-    require_known(method, (stage,))
+    require_known((stage,))
     started = time.perf_counter()
     chosen = sample(len(rows), count, seed)
     generator = torch.Generator().manual_seed(seed)
@@ -72,9 +68,7 @@ def faithfulness(
         for some in np.split(chosen, range(BATCH, len(chosen), BATCH)) if len(chosen) else ():
             inputs = normalise(torch.from_numpy(images[rows[some]])).to(device, torch.float32)
             classes = torch.from_numpy(logits[some].argmax(axis=1))
-            maps = torch.from_numpy(
-                gradcam(network, inputs, classes, (stage,), method=method)[stage]
-            )
+            maps = torch.from_numpy(gradcam(network, inputs, classes, (stage,))[stage])
             noise = torch.rand(maps.shape, generator=generator)
             kinds = ((maps, noise), (noise, noise))
             changes.append(
@@ -83,7 +77,7 @@ def faithfulness(
             bar.update(len(some))
     found = {
         "images": len(chosen),
-        "method": method,
+        "method": "gradcam",
         "stage": stage,
         "seed": seed,
         "percentiles": list(PERCENTILES),
@@ -95,8 +89,11 @@ def faithfulness(
 def _changes(
     network: nn.Module, inputs: Tensor, classes: Tensor, maps: Tensor, ties: Tensor, seed: int
 ) -> np.ndarray:
-    """Change of the classes' probabilities, float64 (2, percentiles, B), when pixels of inputs (B, 3, H, W) go in the
-    order of maps (B, h, w): most relevant first, least relevant first. Of equal pixels `ties` (B, h, w) decides."""
+    """Return the change of the classes' probabilities, float64 (2, percentiles, B).
+
+    Pixels of inputs (B, 3, H, W) go in the order of maps (B, h, w), most and least relevant first;
+    of equal pixels `ties` (B, h, w) decides.
+    """
     large, decides = (
         functional.interpolate(each[:, None], size=inputs.shape[2:], mode="bilinear")[:, 0]
         for each in (maps, ties)
@@ -116,12 +113,10 @@ def _changes(
 
 
 def _ranks(maps: Tensor, ties: Tensor) -> Tensor:
-    """The rank of each pixel within its map, float32 (B, H, W) in 0..1, of maps (B, H, W); `ties`, of the same shape,
-    ranks pixels that are equal.
+    """Return the rank of each pixel within its map, float32 (B, H, W) in 0..1.
 
-    The library removes whatever is not below a percentile, and many maps are 0 in most of their pixels: asked for nine
-    tenths it would remove everything. Where a map says nothing, its pixels go in the order of a random map: one by one
-    they would be filled in too well, and the map would seem better than it is.
+    The library removes whatever is not below a percentile, and many maps are 0 in most of their
+    pixels: asked for nine tenths it would remove everything. Such pixels go in the order of `ties`.
     """
     order = ties.flatten(1).argsort(dim=1, stable=True)
     flat = maps.flatten(1)

@@ -1,10 +1,14 @@
-"""Where a run computes and in which number format: chosen once, explained in one line."""
+"""Where a run computes, in which number format, and what else its numbers depend on."""
 
 import contextlib
+import datetime
+import importlib.metadata
 import importlib.util
 import os
 import platform
 import shutil
+import subprocess
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -159,13 +163,64 @@ def device_name(device: torch.device) -> str:
     return f"CPU ({models[0] if models else platform.processor() or platform.machine()})"
 
 
-def compile_cache() -> str:
-    from tinylab.run import folder
-
-    return folder.compile_cache()
-
-
 def describe_environment(compute: Compute) -> dict:
-    from tinylab.run import folder
+    """Return what a number depends on besides the recipe: device, versions, threads, commit."""
+    cuda = compute.device.type == "cuda"
+    versions = {}
+    for package in ("torchvision", "albumentations", "numpy", "opencv-python-headless", "grad-cam"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+        versions.setdefault(package, None)
+    return {
+        "device": device_name(compute.device),
+        "power_limit_watts": power_limit() if cuda else None,
+        "precision": compute.precision,
+        "precision_reason": compute.reason,
+        "threads": torch.get_num_threads(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),  # its own type may be in no checkpoint
+        "cuda": torch.version.cuda if cuda else None,
+        "cudnn": torch.backends.cudnn.version() if cuda else None,
+        "tf32_convolutions": torch.backends.cudnn.allow_tf32 if cuda else None,
+        **versions,
+        "commit": commit(),
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
+    }
 
-    return folder.describe_environment(compute)
+
+def power_limit() -> float | None:
+    """Return the first GPU's power limit in watts, as nvidia-smi says."""
+    command = ["nvidia-smi", "--query-gpu=power.limit", "--format=csv,noheader,nounits", "-i", "0"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+        return float(done.stdout)
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return None
+
+
+def compile_cache() -> str:
+    """Return "filled" if torch.compile finds code of earlier runs: then no clock is cold."""
+    named = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+    folders = [Path(named)] if named else Path(tempfile.gettempdir()).glob("torchinductor_*")
+    filled = any(folder.is_dir() and any(folder.iterdir()) for folder in folders)
+    return "filled" if filled else "empty"
+
+
+def commit() -> str | None:
+    """Return the commit of the code that runs, with "+" if its files differ from it.
+
+    For code without its history: the variable TINYLAB_COMMIT.
+    """
+    source = str(Path(__file__).parents[1])
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", source, *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+        return done.stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", source)
+        return git("rev-parse", "--short=12", "HEAD") + ("+" if changed else "")
+    except (OSError, subprocess.SubprocessError):
+        return os.environ.get("TINYLAB_COMMIT") or None

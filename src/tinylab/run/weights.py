@@ -1,17 +1,22 @@
 """The weights file: safetensors with the class list in its metadata."""
 
 import dataclasses
+import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import safetensors
 import safetensors.torch
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from tinylab.data.augment import network_input
 from tinylab.exceptions import UserError
+from tinylab.files import printable
 from tinylab.model import ResNet18
-from tinylab.recipe import Recipe
+from tinylab.recipe import SIZE, Recipe
+from tinylab.recipes import published
 
 
 def weights_file(
@@ -22,8 +27,11 @@ def weights_file(
     metrics: dict,
     content_sha256: str,
 ) -> bytes:
-    """A safetensors file that can be used without this project: weights, and as JSON in its metadata the classes in the
-    order of the logits (wnids and names), the normalisation, the recipe, the final metrics and the data set's hash."""
+    """Return a safetensors file that can be used without this project.
+
+    Its metadata holds as JSON the classes in the order of the logits (wnids and names), the
+    normalisation, the recipe, the final metrics and the data set's hash.
+    """
     tensors = {
         name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()
     }
@@ -37,70 +45,57 @@ def weights_file(
         "content_sha256": content_sha256,
     }
     metadata = {"format": "pt", "architecture": "ResNet-18, 3x3 stem, no max-pool"}
-    return safetensors.torch.save(
-        tensors, metadata | {key: json.dumps(value) for key, value in values.items()}
-    )
+    metadata |= {key: json.dumps(value) for key, value in values.items()}
+    return safetensors.torch.save(tensors, metadata)
 
 
-def load_weights(path: Path, wnids: tuple[str, ...] | None = None) -> tuple[ResNet18, dict]:
-    """The network of a `weights_file`, on the CPU in eval mode, and its metadata with the JSON decoded.
+def load_weights(path: Path, sha256: str | None = None) -> tuple[ResNet18, dict]:
+    """Return the network of a `weights_file`, in eval mode on the CPU, and its metadata, decoded.
 
-    Raises `UserError` if the file is missing or is something else, or if `wnids` are given and are not its classes.
+    float16 weights are widened. sha256: of the file, if it must be a certain one.
+    Raise `UserError` if the file is missing, is something else, or has another hash.
     """
-    if path.exists() and not path.is_file():
-        raise UserError(f"{path} is no file")  # a pipe would be waited for
     try:
-        with safetensors.safe_open(path, framework="pt", device="cpu") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dictionary)
-        decoded = {
-            key: json.loads(metadata[key])
-            for key in ("wnids", "names", "recipe", "mean", "std", "metrics")
-        }
-        _require_fit(decoded, tensors)
-        model = ResNet18(len(decoded["wnids"]), decoded["recipe"]["width"])
+        data = path.read_bytes()
+        if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
+            raise UserError(f"{path} is damaged: it is not the file that the run wrote")
+        tensors = safetensors.torch.load(data)
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
+        keys = ("wnids", "names", "recipe", "mean", "std", "metrics", "content_sha256")
+        metadata = {key: json.loads(header[key]) for key in keys}
+        classes, width = len(metadata["wnids"]), metadata["recipe"]["width"]
+        if len(metadata["names"]) != classes:
+            raise ValueError(f"it has {classes} classes and {len(metadata['names'])} names")
+        model = ResNet18(classes, width)
+        for name, tensor in tensors.items():
+            if tensor.is_floating_point():
+                tensors[name] = tensor.float()
+                if not torch.isfinite(tensor).all():
+                    raise ValueError(f"{name} has numbers that are not finite")
         model.load_state_dict(tensors)
     except FileNotFoundError as error:
         raise UserError(f"{path} is missing: the run is not finished") from error
     except (
-        OSError,
-        safetensors.SafetensorError,
-        KeyError,
-        ValueError,
-        TypeError,
-        RuntimeError,
-    ) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        OSError, safetensors.SafetensorError, KeyError, ValueError, TypeError, RuntimeError,
+    ) as error:  # fmt: skip
+        reason = printable(error) or type(error).__name__
         raise UserError(f"{path} does not hold weights that tinylab wrote: {reason}") from error
-    if wnids is not None and tuple(decoded["wnids"]) != tuple(wnids):
-        raise UserError(
-            f"{path} was trained on other classes, or in another order, than this data set has"
-        )
-    return model.eval(), decoded
+    return model.eval(), metadata
 
 
-def _require_fit(about: dict, tensors: dict[str, torch.Tensor]) -> None:
-    """Raises `ValueError` unless the tensors are those of the network that the metadata tell of. Before it is made: a
-    file of a few bytes can claim a network of a terabyte."""
-    wnids, names, width = about["wnids"], about["names"], about["recipe"]["width"]
-    for texts in (wnids, names):
-        if not (isinstance(texts, list) and all(isinstance(text, str) for text in texts)):
-            raise ValueError("its classes are no list of names")
-    if len(names) != len(wnids) or not 1 <= len(wnids) <= 100_000:
-        raise ValueError(f"it has {len(wnids):,} classes and {len(names):,} names")
-    if type(width) is not int or not 1 <= width <= 1024:
-        raise ValueError(f"a width of {width}")
-    with torch.device("meta"):
-        expected = ResNet18(len(wnids), width).state_dict()
-    for name in expected.keys() | tensors.keys():
-        wanted, found = expected.get(name), tensors.get(name)
-        if (
-            wanted is None
-            or found is None
-            or (wanted.shape, wanted.dtype) != (found.shape, found.dtype)
-        ):
-            raise ValueError(
-                f"{name} is not that of a network of width {width} with {len(wnids)} classes"
-            )
-        if not torch.isfinite(found).all():
-            raise ValueError(f"{name} has numbers that are not finite")
+def recipe_of(metadata: dict) -> Recipe:
+    """Return a recipe with the mean, std and test resolution of a network; the rest means nothing.
+
+    So what an older version wrote, which had other fields, can be read, too.
+    """
+    resolution = metadata["recipe"].get("test_resolution", SIZE)
+    mean, std = tuple(metadata["mean"]), tuple(metadata["std"])
+    return dataclasses.replace(published(), mean=mean, std=std, test_resolution=resolution)
+
+
+def normalised(metadata: dict) -> Callable[[Tensor], Tensor]:
+    """Return what turns images uint8 (n, 64, 64, 3) into the network's input float32 (n, 3, R, R).
+
+    R is the recipe's test resolution, 64 as a rule.
+    """
+    return network_input(recipe_of(metadata))

@@ -1,25 +1,23 @@
 """A finished run as one HTML file to read: result, recipe, curves, tables, galleries, maps.
 
-Everything is inside the file, figures as data URIs. It needs no script, and its own security policy forbids it any:
-nothing is loaded from anywhere. The page's text and structure stand in report.html.j2, its looks in report.css.
-Class names and whatever else a run's files hold are foreign text: jinja2 escapes all of it, and no character is left in
-it that is not printed, such as those that turn the direction of what follows.
+Everything is inside the file, figures as data URIs. It needs no script, and its own security
+policy forbids it any. The text is report.html.j2, the looks are report.css. Class names and
+whatever else a run's files hold are foreign text: jinja2 escapes all of it.
 """
 
 import base64
 import dataclasses
 import hashlib
-import math
 import re
 import struct
-import unicodedata
 from collections.abc import Mapping
 from pathlib import Path
 
 from tinylab.exceptions import UserError
+from tinylab.files import printable
 from tinylab.recipe import Recipe
 from tinylab.recipes import RECIPES, named
-from tinylab.run.folder import ENVIRONMENT, METHOD_NAMES, Run, published_history, read_object
+from tinylab.run.folder import METHOD_NAMES, Run, published_history
 
 LONGEST = 160
 """Characters of a class name that are shown; the longest of Tiny ImageNet has 121."""
@@ -28,30 +26,14 @@ TEMPLATE, STYLE = "report.html.j2", "report.css"
 
 
 def page(run: Run, explanation: Mapping, figures: Mapping[str, bytes]) -> str:
-    """The HTML page of a finished run: the same inputs give the same characters.
+    """Return the HTML page of a finished run; the same inputs give the same characters.
 
-    `explanation` is what explain.json holds; `localisation` and `faithfulness` may be None or missing. `figures` are
-    PNG files by name (curves, classes, confusion, ...). The page says what is missing and which command makes it.
-    Raises `UserError` if the run is not finished, or if one of its records lacks what the page tells.
+    explanation: what explain.json holds. figures: PNG files by name. The page says what is missing
+    and which command makes it.
     """
     import jinja2
     from markupsafe import Markup
 
-    if wrong := _misfit(explanation, SHAPE, "explain.json"):
-        raise UserError(
-            f"{wrong}: this version of tinylab did not write it; `tinylab explain` makes it anew"
-        )
-    if road := explanation.get("faithfulness"):
-        curves = [
-            curve
-            for kind in ("map", "random")
-            for curve in road[kind].values()
-            if isinstance(curve, list)
-        ]
-        if {len(curve) for curve in curves} != {len(road["percentiles"])}:
-            raise UserError(
-                "explain.json: faithfulness.map is not of that many percentiles; `tinylab explain` makes it anew"
-            )
     folder = Path(__file__).parent
     style = (folder / STYLE).read_text(encoding="utf-8")
     environment = jinja2.Environment(
@@ -67,13 +49,21 @@ def page(run: Run, explanation: Mapping, figures: Mapping[str, bytes]) -> str:
         "interval": _interval, "words": _value, "shortened": _shortened,
     }  # fmt: skip
     digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
-    text = environment.get_template(TEMPLATE).render(
-        style=Markup(style),
-        style_hash=digest,
-        explanation=dict.fromkeys(SHAPE) | dict(explanation),
-        pictures={name: picture for name, data in figures.items() if (picture := _picture(data))},
-        **_records(run),
-    )
+    pictures = {name: picture for name, data in figures.items() if (picture := _picture(data))}
+    optional = ("errors", "label_conflicts", "localisation", "faithfulness")
+    try:
+        text = environment.get_template(TEMPLATE).render(
+            style=Markup(style),
+            style_hash=digest,
+            explanation=dict.fromkeys(optional) | dict(explanation),
+            pictures=pictures,
+            **_records(run),
+        )
+    except (jinja2.UndefinedError, KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"explain.json is not what this version of tinylab writes ({printable(error)}): "
+            "`tinylab explain` makes it anew"
+        ) from error
     return text.lstrip()  # what stands between the template's macros
 
 
@@ -85,9 +75,7 @@ def _records(run: Run) -> dict:
         "title": run.title,
         "summary": summary,
         "identity": {name: value for name, value in identity.items() if name != "data_folder"},
-        "environment": read_object(
-            run.folder / "environment.json", "this folder is no run", ENVIRONMENT
-        ),
+        "environment": run.environment,
         "history": history,
         "interval95": wilson(summary["test_top1"] / 100, summary["test_images"]),
         "recipe": _recipe_rows(run.recipe),
@@ -98,17 +86,12 @@ def _records(run: Run) -> dict:
     }
 
 
-def wilson(share: float, count: int, z: float = 1.959964) -> tuple[float, float]:
-    """Wilson's 95 % interval, in percent, of a share in 0..1 that was counted on so many images."""
-    if count < 1:
-        return 0.0, 100.0
-    middle = (share + z**2 / (2 * count)) / (1 + z**2 / count)
-    half = (
-        z
-        / (1 + z**2 / count)
-        * math.sqrt(max(share * (1 - share), 0) / count + z**2 / (4 * count**2))
-    )
-    return 100 * max(middle - half, 0), 100 * min(middle + half, 1)
+def wilson(share: float, count: int) -> tuple[float, float]:
+    """Return Wilson's 95 % interval, in percent, of a share in 0..1 of so many images."""
+    from scipy.stats import binomtest
+
+    interval = binomtest(round(share * count), count).proportion_ci(method="wilson")
+    return 100 * interval.low, 100 * interval.high
 
 
 def _recipe_rows(recipe: Recipe) -> list[dict]:
@@ -177,10 +160,8 @@ def _printable(value: object) -> object:
         return "unknown"
     if not isinstance(value, str) or hasattr(value, "__html__"):
         return value
-    # Controls, lone surrogates and what turns the direction of the text; a name in Arabic still runs as it should.
     one_line = re.sub(r"[^\S\u00a0]+", " ", value)
-    shown = "".join(c for c in one_line if not unicodedata.category(c).startswith("C"))
-    return shown if len(shown) <= 10 * LONGEST else _shortened(shown, 10 * LONGEST)
+    return _shortened(printable(one_line, len(one_line)), 10 * LONGEST)
 
 
 def _shortened(text: object, limit: int = LONGEST) -> str:
@@ -240,90 +221,3 @@ def _duration(seconds: float) -> str:
         if seconds >= 1.5 * size:
             return f"{seconds / size:.1f} {unit}"
     return f"{seconds:.1f} seconds"
-
-
-# --- What explain.json must hold --------------------------------------------------------------------------------------
-
-NAMED = {"wnid": str, "name": str}
-ANSWER = NAMED | {"probability": float}
-INTERVAL = ({"mean": float, "low": float, "high": float}, None)
-CURVES = {"most_relevant_first": [(float, None)], "least_relevant_first": [(float, None)]}
-CLASS = NAMED | {
-    "images": int, "top1": (float, None), "top5": (float, None), "mistaken_for": ({"name": str, "count": int}, None),
-}  # fmt: skip
-SHARPNESS = {"ece": float, "nll": float, "mean_confidence": float, "accuracy_overall": float}
-CALIBRATION = {
-    "bins": int,
-    "temperature": float,
-    "note": (str, None),
-    "before": SHARPNESS,
-    "after": SHARPNESS,
-}
-PAIR = {"one": NAMED, "other": NAMED, "one_as_other": int, "other_as_one": int, "count": int}
-CONFLICTS = {
-    "pairs": [{"rows": [int, int], "names": [str, str], "tested": [bool, bool]}],
-    "tested": int, "wrong": int, "answered_as_twin": int, "wrong_in_all": int, "share_of_error": (float, None),
-}  # fmt: skip
-GROUP = {"boxes": str, "answers": str, "class": str, "images": int} | dict.fromkeys(
-    ("hit", "energy", "centre_hit", "uniform", "hit_minus_centre", "energy_minus_uniform"), INTERVAL
-)
-LOCALISATION = {
-    "stage": str, "method": str, "native_size": [int], "sampled": int, "degenerate": int, "scored": int,
-    "groups": [GROUP],
-}  # fmt: skip
-FAITHFULNESS = {
-    "images": int, "method": str, "stage": str, "percentiles": [float], "map": CURVES, "random": CURVES,
-    "combined": INTERVAL, "random_combined": INTERVAL, "difference": INTERVAL, "seconds": (float, None),
-}  # fmt: skip
-ERRORS = {
-    "best": [CLASS],
-    "worst": [CLASS],
-    "classes": [CLASS],
-    "pairs": [PAIR],
-    "calibration": CALIBRATION,
-}
-SHAPE = {
-    "tested": int,
-    "wrong": int,
-    "method": str,
-    "images": [{"row": int, "predicted": ANSWER, "actual": ANSWER}],
-    "errors": (ERRORS, None),
-    "label_conflicts": (CONFLICTS, None),
-    "localisation": (LOCALISATION, None),
-    "faithfulness": (FAITHFULNESS, None),
-}
-"""What the page reads of it: a type, fields with their shapes, a list (of one shape: of any length), or a tuple of what
-it may be. What may be None may be missing."""
-
-
-def _misfit(value: object, shape: object, where: str) -> str:
-    """What does not fit, and how; empty if all does. The file may be anybody's."""
-    if isinstance(shape, tuple):
-        return "" if value is None else _misfit(value, shape[0], where)
-    if isinstance(shape, dict):
-        if not isinstance(value, Mapping):
-            return f"{where} is no object"
-        wrong = (
-            _misfit(
-                value.get(name),
-                each,
-                f"{where}: {name}" if ": " not in where else f"{where}.{name}",
-            )
-            for name, each in shape.items()
-        )
-        return next(filter(None, wrong), "")
-    if isinstance(shape, list):
-        if not isinstance(value, list):
-            return f"{where} is no list"
-        if len(shape) > 1 and len(value) != len(shape):
-            return f"{where} has {len(value)} entries, not {len(shape)}"
-        return next(
-            filter(
-                None, (_misfit(each, shape[0], f"{where}[{i}]") for i, each in enumerate(value))
-            ),
-            "",
-        )
-    fits = type(value) is shape or (shape is float and type(value) is int)
-    if fits and shape is float:
-        fits = abs(value) < 1e100  # neither infinite nor a whole number that no float can hold
-    return "" if fits else f"{where} is missing or of another type"
