@@ -137,9 +137,8 @@ def print_report(rows: dict[str, dict], found: dict[str, object]) -> None:
         print(f"  {name:25}" + "".join(f"{cell:>10}" for cell in cells).rstrip())
     targets = {f"forward, backward, {side} px": FORWARD_BACKWARD for side in PIXELS}
     targets[f"whole step, {SIZE} px"] = WHOLE_STEP[found["precision"]]
-    reached = {}
+    reached = {name: rows[name]["share_of_product"]["median"] >= targets[name] for name in targets}
     for name, target in targets.items():
-        reached[name] = rows[name]["share_of_product"]["median"] >= target
         print(f"  target {name}, {target:.0%}: {'met' if reached[name] else 'missed'}")
     steady = is_steady([row.get("images_per_second", row["gflops"]) for row in rows.values()])
     result = {"benchmark": "cpu", **found, "rows": rows, "targets": targets, "reached": reached}

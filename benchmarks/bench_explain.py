@@ -15,6 +15,7 @@ one class. The ways take turns, `--repeat` times, in this one process.
 import contextlib
 import tempfile
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -74,11 +75,10 @@ def measure(images: np.ndarray, compute: Compute, repeat: int, warm: int) -> dic
         }
 
         def rates(count: int, repeat: int) -> dict:
-            measurements = {
-                name: lambda way=way: count / seconds(lambda: way(count), compute)
-                for name, way in ways.items()
-            }
-            return take_turns(measurements, repeat)
+            def rate(name: str) -> float:
+                return count / seconds(lambda: ways[name](count), compute)
+
+            return take_turns({name: partial(rate, name) for name in ways}, repeat)
 
         if warm:
             rates(warm, 1)
@@ -96,13 +96,12 @@ def main() -> None:
             rows = make_split(dataset, "merged").test
         except UserError as error:
             parser.error(str(error))
-        on_gpu = compute.device.type == "cuda"
-        count = 1 if arguments.quick else arguments.images or (64 if on_gpu else 16)
-        repeat = 1 if arguments.quick else arguments.repeat
+        on_gpu, quick = compute.device.type == "cuda", arguments.quick
+        count = 1 if quick else arguments.images or (64 if on_gpu else 16)
+        repeat = 1 if quick else arguments.repeat
         found = conditions(compute, name, images=count, batch=min(BATCH, count), repeat=repeat)
         images = dataset.images[np.resize(evenly(rows, count), count)]
-        warm = 0 if arguments.quick else count if on_gpu else 1
-        rates = measure(images, compute, repeat, warm)
+        rates = measure(images, compute, repeat, 0 if quick else count if on_gpu else 1)
     report("explain", rates, found)
 
 

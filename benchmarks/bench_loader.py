@@ -23,8 +23,9 @@ import itertools
 import tempfile
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
@@ -33,6 +34,10 @@ import numpy as np
 import torch
 from measuring import conditions, evenly, find_data, make_parser, report, seconds, take_turns
 from PIL import Image
+from timm.data import create_loader
+from torch.utils.data import DataLoader
+from torchvision.datasets import ImageFolder
+from torchvision.transforms import v2
 
 from tinylab.data.augment import normalise
 from tinylab.data.dataset import Dataset, available_cores
@@ -45,6 +50,7 @@ from tinylab.run.environment import Compute, choose
 
 TARGET = 5.0
 """Batched loading should be at least so many times as fast as ImageFolder, on two cores."""
+WORKERS = tuple(sorted({0, 1, 2, available_cores() // 2, available_cores()}))
 Pass = Callable[[], Iterator[torch.Tensor]]
 """Begins a pass over the images and yields its batches, float32 (B, 3, 64, 64) on the device."""
 
@@ -54,11 +60,6 @@ class Contender(NamedTuple):
 
     open: Callable[[int], contextlib.AbstractContextManager[Pass]]
     workers: tuple[int, ...]
-
-
-def worker_numbers() -> tuple[int, ...]:
-    cores = available_cores()
-    return tuple(sorted({0, 1, 2, cores // 2, cores}))
 
 
 def our_loader(dataset: Dataset, rows: np.ndarray, recipe: Recipe, compute: Compute) -> Contender:
@@ -74,7 +75,7 @@ def our_loader(dataset: Dataset, rows: np.ndarray, recipe: Recipe, compute: Comp
         with contextlib.closing(loader):
             yield lambda: (normalise(batch.images, recipe) for batch in loader.epoch(next(epochs)))
 
-    return Contender(opened, (0,) if batched else worker_numbers())
+    return Contender(opened, (0,) if batched else WORKERS)
 
 
 def torchvision_transform(recipe: Recipe) -> Callable[[Image.Image], torch.Tensor]:
@@ -82,8 +83,6 @@ def torchvision_transform(recipe: Recipe) -> Callable[[Image.Image], torch.Tenso
 
     Of several orders this is the fastest here: tensors first, as torchvision advises.
     """
-    from torchvision.transforms import v2
-
     area = (recipe.hole_size / 64) ** 2
     return v2.Compose(
         [
@@ -99,53 +98,39 @@ def torchvision_transform(recipe: Recipe) -> Callable[[Image.Image], torch.Tenso
     )
 
 
-def image_folder(folder: Path, recipe: Recipe, compute: Compute) -> Contender:
-    """Return torchvision's loader, with the recipe's augmentation."""
-    from torch.utils.data import DataLoader
-    from torchvision.datasets import ImageFolder
-
-    images = ImageFolder(folder, torchvision_transform(recipe))
+def peer(make: Callable[..., Iterable], count: int, recipe: Recipe, compute: Compute) -> Contender:
+    """Return another loader: what `make` returns, asked for the recipe's batches."""
 
     @contextlib.contextmanager
     def opened(workers: int) -> Iterator[Pass]:
-        loader = DataLoader(
-            images,
-            batch_size=min(recipe.batch_size, len(images)),
-            shuffle=True,
+        loader = make(
+            batch_size=min(recipe.batch_size, count),
             num_workers=workers,
             persistent_workers=workers > 0,
             pin_memory=compute.device.type == "cuda",
         )
         yield lambda: (batch.to(compute.device, non_blocking=True) for batch, _ in loader)
 
-    return Contender(opened, worker_numbers())
+    return Contender(opened, WORKERS)
+
+
+def image_folder(folder: Path, recipe: Recipe, compute: Compute) -> Contender:
+    """Return torchvision's loader, with the recipe's augmentation."""
+    images = ImageFolder(folder, torchvision_transform(recipe))
+    return peer(partial(DataLoader, images, shuffle=True), len(images), recipe, compute)
 
 
 def timm_loader(folder: Path, recipe: Recipe, compute: Compute) -> Contender:
     """Return timm's loader as its training script makes it, but for this recipe's numbers."""
-    from timm.data import create_loader
-    from torchvision.datasets import ImageFolder
+    images = ImageFolder(folder)
+    numbers = {"hflip": recipe.flip_probability, "re_prob": recipe.hole_probability}
+    numbers |= {"mean": recipe.mean, "std": recipe.std, "device": compute.device}
 
-    @contextlib.contextmanager
-    def opened(workers: int) -> Iterator[Pass]:
-        images = ImageFolder(folder)
-        loader = create_loader(
-            images,
-            input_size=(3, 64, 64),
-            batch_size=min(recipe.batch_size, len(images)),
-            is_training=True,
-            hflip=recipe.flip_probability,
-            re_prob=recipe.hole_probability,
-            mean=recipe.mean,
-            std=recipe.std,
-            num_workers=workers,
-            persistent_workers=workers > 0,
-            pin_memory=compute.device.type == "cuda",
-            device=compute.device,
-        )
-        yield lambda: (batch for batch, _ in loader)
+    def make(**options: object) -> Iterable:
+        own = ImageFolder(folder)  # it puts its transform there
+        return create_loader(own, input_size=(3, 64, 64), is_training=True, **numbers, **options)
 
-    return Contender(opened, worker_numbers())
+    return peer(make, len(images), recipe, compute)
 
 
 def write_image_folder(dataset: Dataset, rows: np.ndarray, folder: Path) -> str:

@@ -42,8 +42,8 @@ def timed(command: list[str]) -> tuple[float, float, str]:
     before, start = os.times(), time.perf_counter()
     output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     wall, after = time.perf_counter() - start, os.times()
-    used = [after.children_user - before.children_user, after.children_system]
-    return wall, sum(used) - before.children_system, output
+    used = after.children_user - before.children_user
+    return wall, used + after.children_system - before.children_system, output
 
 
 def measure(archive: Path, scratch: Path, repeat: int) -> dict[str, object]:

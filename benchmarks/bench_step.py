@@ -21,6 +21,7 @@ import statistics
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -68,14 +69,6 @@ class Sizes(NamedTuple):
     steps: int
     warm_up: int
     epoch_steps: int
-
-
-def sizes_for(compute: Compute, batch: int | None, quick: bool) -> Sizes:
-    """Return sizes for the device; on a GPU an epoch is one of `merged`."""
-    if compute.device.type == "cuda":
-        batch = batch or 256
-        return Sizes(batch, 10, 10, 20) if quick else Sizes(batch, 50, 30, 77_000 // batch)
-    return Sizes(batch or 2, 1, 0, 1) if quick else Sizes(batch or 32, 1, 2, 4)
 
 
 def plain_step(recipe: Recipe, images: torch.Tensor, labels: torch.Tensor) -> Work:
@@ -138,20 +131,18 @@ def measure_steps(batch: Batch, compute: Compute, sizes: Sizes, repeat: int) -> 
         "timm": timm_step(pixels, batch.labels),  # its training script lets cuDNN choose, too
     }
 
-    def rate(step: Work, tuned: bool, steps: int) -> float:
-        with fastest_convolutions(compute) if tuned else contextlib.nullcontext():
-            took = seconds(lambda: [step() for _ in range(steps)], compute)
-        return sizes.batch * steps / took
+    def rates(steps: int, repeat: int) -> dict[str, list[float]]:
+        def rate(name: str) -> float:
+            tuned = name != "plain"
+            with fastest_convolutions(compute) if tuned else contextlib.nullcontext():
+                took = seconds(lambda: [loops[name]() for _ in range(steps)], compute)
+            return sizes.batch * steps / took
 
-    def measurements(steps: int) -> dict[str, Callable[[], float]]:
-        return {
-            name: lambda name=name, step=step: rate(step, name != "plain", steps)
-            for name, step in loops.items()
-        }
+        return take_turns({name: partial(rate, name) for name in loops}, repeat)
 
     if sizes.warm_up:
-        take_turns(measurements(sizes.warm_up), 1)
-    return take_turns(measurements(sizes.steps), repeat)
+        rates(sizes.warm_up, 1)
+    return rates(sizes.steps, repeat)
 
 
 def measure_epoch(
@@ -197,7 +188,11 @@ def main() -> None:
         except UserError as error:
             parser.error(str(error))
         repeat = 1 if arguments.quick else arguments.repeat
-        sizes = sizes_for(compute, arguments.batch, arguments.quick)
+        gpu = compute.device.type == "cuda"
+        size = arguments.batch or (256 if gpu else 2 if arguments.quick else 32)
+        sizes = Sizes(size, 50, 30, 77_000 // size) if gpu else Sizes(size, 1, 2, 4)
+        if arguments.quick:
+            sizes = Sizes(size, 1, 0, 1)
         found = conditions(compute, name, **sizes._asdict(), repeat=repeat)
         found["timm"] = timm.__version__
         chosen = np.resize(evenly(rows, sizes.batch), sizes.batch)

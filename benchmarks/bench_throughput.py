@@ -15,13 +15,11 @@ image of 64 x 64 pixels, less by area for smaller ones.
     python benchmarks/bench_throughput.py --csv results/throughput.csv
 """
 
-import contextlib
 import csv
 import gc
 import json
 import statistics
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -84,18 +82,6 @@ def settings(compute: Compute, quick: bool = False) -> list[Setting]:
     return [row._replace(batch=2, resolution=32) for row in chosen[:2]] if quick else chosen
 
 
-@contextlib.contextmanager
-def allow_tf32(allowed: bool) -> Iterator[None]:
-    """Say whether 32-bit products may be rounded; torch lets convolutions do so by default."""
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = matmul.allow_tf32, cudnn.allow_tf32
-    matmul.allow_tf32 = cudnn.allow_tf32 = allowed
-    try:
-        yield
-    finally:
-        matmul.allow_tf32, cudnn.allow_tf32 = before
-
-
 def make_channels_first(state: TrainState) -> None:
     """Turn the new state's networks and momenta to NCHW; the input follows the network."""
     for network in (state.model, state.average.module):
@@ -109,6 +95,7 @@ def measure(setting: Setting, device: str, quick: bool) -> tuple[float, float]:
     """Return images/s, the median of three measurements of about 2 s, and the peak in FLOP/s."""
     tf32 = setting.precision == "tf32"
     compute = choose(device, "fp32" if tf32 else setting.precision)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
     recipe = replace(accurate(), batch_size=setting.batch, resolution=setting.resolution)
     recipe = replace(recipe, width=16) if quick else recipe
     torch.compiler.reset()
@@ -130,7 +117,7 @@ def measure(setting: Setting, device: str, quick: bool) -> tuple[float, float]:
         work = [train_step] * count
         return seconds(lambda: [each(state, recipe, compute, batch) for each in work], compute)
 
-    with fastest_convolutions(compute), allow_tf32(tf32):
+    with fastest_convolutions(compute):
         steps(5)  # compiles, and lets cuDNN choose
         count = 1 if quick else max(1, round(2.0 / steps(1)))
         took = statistics.median(steps(count) for _ in range(1 if quick else 3))
@@ -158,20 +145,12 @@ def row_of(setting: Setting, device: str, quick: bool) -> dict:
     return row | ({} if quick else {"share_of_peak": round(share, 4)})
 
 
-def read_rows(path: Path | None) -> list[dict[str, str]]:
-    """Return the rows that were measured before."""
-    if path is None or not path.exists():
-        return []
-    with open(path, newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
 def print_row(row: dict) -> None:
     print("{precision:<5}{layout:<5}compiled: {compiled:<16}".format(**row), end="")
     print("batch {batch:>5}  {resolution:>3} px  ".format(**row), end="")
-    rate = row.get("images_per_second")
-    share = f"{row['share_of_peak']:>8.1%} of peak" if row.get("share_of_peak") else ""
-    print(f"{rate:>10,.1f} images/s{share}" if rate else row["status"], flush=True)
+    rate, share = row.get("images_per_second"), row.get("share_of_peak")
+    print(f"{rate:>10,.1f} images/s" if rate else row["status"], end="")
+    print(f"{share:>8.1%} of peak" if share else "", flush=True)
 
 
 def main() -> None:
@@ -189,7 +168,8 @@ def main() -> None:
     environment = describe_environment(compute)
     place = {name: environment[name] for name in ("torch", "commit", "date")}
     place["gpu"] = environment["device"]
-    rows = read_rows(arguments.csv)
+    known = arguments.csv is not None and arguments.csv.exists()
+    rows = list(csv.DictReader(arguments.csv.read_text().splitlines())) if known else []
     here = [row for row in rows if all(row[name] == place[name] for name in ("gpu", "torch"))]
     done = {tuple(row[name] for name in Setting._fields) for row in here}
     wanted = settings(compute, arguments.quick)

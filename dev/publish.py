@@ -34,12 +34,8 @@ with open(REPOSITORY / "results" / "targets.csv", newline="", encoding="utf-8") 
     TARGETS = tuple(csv.DictReader(_file))
 PROTOCOLS = {target["recipe"]: target["protocol"] for target in TARGETS if target["recipe"]}
 """The recipes with a result to reach, and the split that each is for."""
-SEEDS = {target["recipe"]: int(target["seeds"]) for target in TARGETS if target["recipe"]}
-"""How many seeds a recipe's rule asks for."""
 IMAGES = {"merged": (77_000, 33_000), "official": (100_000, 10_000)}
 """Training and test images of all 200 classes."""
-GOAL = 57.55
-"""Percent top-1 of the published run, which `speedrun` is to reach."""
 
 
 def publish_run(run: Run, results: Path, readme: Path) -> list[Path]:
@@ -50,8 +46,8 @@ def publish_run(run: Run, results: Path, readme: Path) -> list[Path]:
     """
     target = Run(results / run.folder.resolve().name)
     records = {
-        "recipe.json": json.loads((run.folder / "recipe.json").read_text()),
         "run.json": {name: value for name, value in run.identity.items() if name != "data_folder"},
+        "recipe.json": json.loads((run.folder / "recipe.json").read_text()),
         "environment.json": run.environment,
         "summary.json": run.summary,
     }
@@ -110,19 +106,17 @@ def read_rows(results: Path) -> list[dict]:
         history, identity = run.history, run.identity
         tested = [epoch.get("test_top1") for epoch in history]
         last, gap = tested[-10:], None
-        if identity["classes"] == 200 and 10 <= len(tested) == len(reference):
+        whole = len(last) == 10 and None not in last
+        comparable = identity["classes"] == 200 and len(tested) == len(reference)
+        if comparable and whole and None not in tested[9:]:
             theirs = [float(epoch["test_accuracy_pct"]) for epoch in reference]
-            if None not in tested[9:]:
-                pairs = zip(tested[9:], theirs[9:], strict=True)
-                gap = max(abs(ours - published) for ours, published in pairs)
+            gap = max(abs(ours - own) for ours, own in zip(tested[9:], theirs[9:], strict=True))
         result = {
             "run": run.folder.name,
             **run.summary,
             "train_petaflop": training_petaflop(run.recipe, run.summary["train_images"]),
             **dict.fromkeys(GROUP_NUMBERS),
-            "median_last10_top1": (
-                statistics.median(last) if len(last) == 10 and None not in last else None
-            ),
+            "median_last10_top1": statistics.median(last) if whole else None,
             "largest_gap_to_published": gap,
         }
         recipe = {f"recipe.{name}": value for name, value in dataclasses.asdict(run.recipe).items()}
@@ -148,11 +142,8 @@ def group_runs(rows: list[dict]) -> list[list[dict]]:
 
 def with_group_numbers(rows: list[dict]) -> list[dict]:
     """Return the rows, in their order, each with the numbers of its group."""
-    numbers = {}
-    for runs in group_runs(rows):
-        group = summarise(runs)
-        numbers |= {id(run): {name: group[name] for name in GROUP_NUMBERS} for run in runs}
-    return [row | numbers[id(row)] for row in rows]
+    groups = {id(run): summarise(runs) for runs in group_runs(rows) for run in runs}
+    return [row | {name: groups[id(row)][name] for name in GROUP_NUMBERS} for row in rows]
 
 
 def each_seed(runs: list[dict]) -> list[dict]:
@@ -167,7 +158,7 @@ def summarise(runs: list[dict]) -> dict:
     """Return a group's numbers, each seed counted once; None where one was not recorded."""
     once = each_seed(runs)
 
-    def mean(name: str, some: list[dict]) -> float | None:
+    def mean(name: str, some: list[dict] = once) -> float | None:
         values = [run.get(name) for run in some]
         return round(statistics.mean(values), 6) if values and None not in values else None
 
@@ -175,29 +166,24 @@ def summarise(runs: list[dict]) -> dict:
         values = [run[name] for run in once]
         return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None
 
+    (mean_top1, sd_top1), top5 = spread("test_top1"), spread("test_top5")
     # Cold: the first run of its process, no compiled code at hand, never stopped.
-    cold = [
-        run
-        for run in once
-        if not run.get("earlier_runs")
-        and not run.get("stops")
-        and (not run.get("compiled") or run.get("compile_cache") == "empty")
-    ]
+    cold = [run for run in once if not run.get("earlier_runs") and not run.get("stops")]
+    cold = [r for r in cold if not r.get("compiled") or r.get("compile_cache") == "empty"]
     gaps = [run.get("largest_gap_to_published") for run in once]
     return {
         "first": once[0],
         "runs": runs,
         "n": len(once),
-        "mean_top1": spread("test_top1")[0],
-        "sd_top1": spread("test_top1")[1],
-        "top1": spread("test_top1"),
-        "top5": spread("test_top5"),
-        "mean_train_seconds": mean("train_seconds", once),
-        "mean_train_cpu_seconds": mean("train_cpu_seconds", once),
-        "mean_time_to_accuracy_seconds": mean("time_to_accuracy_seconds", once),
+        "mean_top1": mean_top1,
+        "sd_top1": sd_top1,
+        "top5": top5,
+        "mean_train_seconds": mean("train_seconds"),
+        "mean_train_cpu_seconds": mean("train_cpu_seconds"),
+        "mean_time_to_accuracy_seconds": mean("time_to_accuracy_seconds"),
         "cold_seconds": mean("cold_time_to_accuracy_seconds", cold),
         "cold_n": len(cold),
-        "median_last10": mean("median_last10_top1", once),
+        "median_last10": mean("median_last10_top1"),
         "largest_gap": max((gap for gap in gaps if gap is not None), default=None),
         "torch": list(dict.fromkeys(run["torch"] for run in runs)),
         "changes": changes(once[0]) or {},
@@ -224,10 +210,7 @@ def measured(rows: list[dict], recipe: str) -> list[dict]:
 
 def best(rows: list[dict], recipe: str) -> dict | None:
     """Return the group with most seeds, of those the fastest."""
-
-    def order(group: dict) -> tuple[int, float]:
-        return group["n"], -group["mean_train_seconds"]
-
+    order = lambda group: (group["n"], -group["mean_train_seconds"])  # noqa: E731
     return max(measured(rows, recipe), key=order, default=None)
 
 
@@ -235,51 +218,39 @@ def best(rows: list[dict], recipe: str) -> dict | None:
 
 
 def pairs(rows: list[dict]) -> list[dict]:
-    """Return `published` beside `accurate`, seed by seed, for each task and device with both.
+    """Return `published` beside `accurate`, seed by seed, for each task with both.
 
-    Only epochs may differ from the recipes as they stand. Of several groups those two that share
-    most seeds are shown. Tasks of more classes and epochs come first.
+    Only epochs may differ from the recipes as they stand. Larger tasks come first.
     """
     same = ("protocol", "classes", "epochs", "content_sha256", "split_sha256", "device")
+    same += ("precision", "compiled")
     tasks: dict[str, dict[str, list[dict]]] = {}
     for row in rows:
         compared = row["recipe"] in ("published", "accurate")
         if compared and not changes(row).keys() - {"epochs"}:
-            task = tasks.setdefault(json.dumps([row[name] for name in same]), {})
+            task = tasks.setdefault(json.dumps([row.get(name) for name in same]), {})
             task.setdefault(row["recipe"], []).append(row)
     found = []
     for task in tasks.values():
-        shared: list[tuple[dict, dict]] = []
-        for ours in group_runs(task.get("published", [])):
-            for theirs in group_runs(task.get("accurate", [])):
-                left, right = ({run["seed"]: run for run in each_seed(r)} for r in (ours, theirs))
-                seeds = sorted(left.keys() & right.keys())
-                if len(seeds) > len(shared):
-                    shared = [(left[seed], right[seed]) for seed in seeds]
-        if not shared:
+        left, right = (
+            {run["seed"]: run for run in each_seed(task.get(recipe, []))}
+            for recipe in ("published", "accurate")
+        )
+        sides = [
+            [side[seed] for seed in sorted(left.keys() & right.keys())] for side in (left, right)
+        ]
+        if not sides[0]:
             continue
-        sides = list(zip(*shared, strict=True))
-        differences = [right["test_top1"] - left["test_top1"] for left, right in shared]
-        recipes = [dataclasses.replace(named(s[0]["recipe"]), epochs=s[0]["epochs"]) for s in sides]
-        found.append(
-            {
-                "first": shared[0][0],
-                "formats": list(dict.fromkeys(
-                    run["precision"] + (", compiled" if run.get("compiled") else "")
-                    for run in shared[0]
-                )),
-                "rows": list(zip(shared, differences, strict=True)),
-                "mean": statistics.mean(differences),
-                "deviation": statistics.stdev(differences) if len(differences) > 1 else None,
-                "steps": [
-                    recipe.steps_per_epoch(side[0]["train_images"]) * recipe.epochs
-                    for recipe, side in zip(recipes, sides, strict=True)
-                ],
-                "minutes": [
-                    statistics.mean(run["train_seconds"] for run in side) / 60 for side in sides
-                ],
-            }
-        )  # fmt: skip
+        differences = [b["test_top1"] - a["test_top1"] for a, b in zip(*sides, strict=True)]
+        pair = {"first": sides[0][0], "rows": list(zip(*sides, differences, strict=True))}
+        pair |= {"mean": statistics.mean(differences), "steps": [], "minutes": []}
+        pair["deviation"] = statistics.stdev(differences) if len(differences) > 1 else None
+        for side in sides:
+            recipe = dataclasses.replace(named(side[0]["recipe"]), epochs=side[0]["epochs"])
+            steps = recipe.steps_per_epoch(side[0]["train_images"]) * recipe.epochs
+            pair["steps"].append(steps)
+            pair["minutes"].append(statistics.mean(run["train_seconds"] for run in side) / 60)
+        found.append(pair)
     return sorted(found, key=lambda p: (p["first"]["classes"], p["first"]["epochs"]), reverse=True)
 
 
@@ -304,9 +275,8 @@ def throughput(speeds: list[dict]) -> dict | None:
         return None
     newest = max(reversed(done), key=lambda row: row["date"])
     rows = [row for row in speeds if (row["gpu"], row["torch"]) == (newest["gpu"], newest["torch"])]
-    ordered = sorted(
-        (row for row in rows if row["status"] == "ok"), key=lambda row: -row["images_per_second"]
-    )
+    ordered = [row for row in done if row in rows]
+    ordered.sort(key=lambda row: -row["images_per_second"])
     shown = [row for row in ordered if row["resolution"] == 64][:12]
     for size in sorted({row["resolution"] for row in ordered} - {64}):  # the fastest of each
         shown.append(next(row for row in ordered if row["resolution"] == size))
@@ -322,10 +292,9 @@ def duration(seconds: float | None) -> str:
 
 def link(text: str, run: str) -> Markup:
     """Return a Markdown link to a published run; what no such folder has leads nowhere."""
-    name = run.replace("/", "_").lstrip(".")
-    folder = urllib.parse.quote(name.encode("utf-8", "replace"), safe="") or "unknown"
+    name = run.replace("/", "_").lstrip(".").encode("utf-8", "replace")
     shown = f"`{text}`" if re.fullmatch(r"[\w.-]{1,200}", text, re.ASCII) else plain_text(text)
-    return Markup(f"[{shown}](results/{folder})")
+    return Markup(f"[{shown}](results/{urllib.parse.quote(name, safe='') or 'unknown'})")
 
 
 def render(name: str, rows: list[dict], results: Path, home: Path) -> str:
@@ -351,18 +320,11 @@ def render(name: str, rows: list[dict], results: Path, home: Path) -> str:
         "link": link,
         "groups": [summarise(runs) for runs in group_runs(rows)],
         "reference": published_history(results)[-1:],
-        "pending": {
-            recipe: (named(recipe), IMAGES[protocol])
-            for recipe, protocol in PROTOCOLS.items()
-            if not measured(rows, recipe)
-        },
+        "named": named,
         "petaflop": training_petaflop,
-        "published": named("published"),
         "targets": TARGETS,
         "best": {recipe: best(rows, recipe) for recipe in PROTOCOLS},
-        "goal": GOAL,
-        "protocols": PROTOCOLS,
-        "seeds": SEEDS,
+        "tasks": {recipe: (split, IMAGES[split]) for recipe, split in PROTOCOLS.items()},
         "pairs": pairs(rows),
         "throughput": throughput(speeds),
         "fastest": max(fastest, key=lambda row: row["images_per_second"], default=None),
@@ -376,18 +338,14 @@ def render(name: str, rows: list[dict], results: Path, home: Path) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("run", type=Path, nargs="?", help="the run folder; without it, the tables")
-    folder = parser.parse_args().run
-    results, readme = REPOSITORY / "results", REPOSITORY / "README.md"
+    run = parser.parse_args().run
+    pages = REPOSITORY / "results", REPOSITORY / "README.md"
     try:
-        if folder is None:
-            written = rewrite_tables(results, readme)
-        else:
-            written = publish_run(Run(folder), results, readme)
+        for path in publish_run(Run(run), *pages) if run else rewrite_tables(*pages):
+            print(path.relative_to(REPOSITORY))
     except UserError as error:
         print(f"publish.py: {error}", file=sys.stderr)
         return 2
-    for path in written:
-        print(path.relative_to(REPOSITORY))
     return 0
 
 

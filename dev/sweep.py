@@ -174,15 +174,11 @@ class Sweep:
             return
         lines = [f"\n## {datetime.date.today()}: {title}\n"]
         lines.append("{device}, {precision}, torch {torch}.\n".format(**self.environment))
-        lines += ["| candidate | top-1 % by seed | training loss | seconds |", "|---|---|---|---|"]
+        lines += ["| candidate | top-1 % by seed | seconds of training |", "|---|---|---|"]
         for label, runs in outcomes.items():
-            formats = {"top1": ".2f", "train_loss": ".4f", "train_seconds": ".1f"}
-            cells = [
-                ", ".join(format(run[name], form) for run in runs if run["status"] == "ok")
-                for name, form in formats.items()
-            ]
-            failed = [f" (failed: {run['status']})" for run in runs if run["status"] != "ok"]
-            lines.append(f"| {label}{''.join(failed)} | {' | '.join(cells)} |")
+            top1 = [f"{run['top1']:.2f}" if "top1" in run else run["status"] for run in runs]
+            took = [f"{run['train_seconds']:.1f}" for run in runs if "train_seconds" in run]
+            lines.append(f"| {label} | {', '.join(top1)} | {', '.join(took)} |")
         lines.append(f"\nOutcome: {reason}.\n")
         write_atomically(log, (before + "\n".join(lines)).encode())
 

@@ -1,9 +1,9 @@
-"""Builds the notebook from its reviewed source and runs it from top to bottom.
+"""Build the notebook from its reviewed source and run it from top to bottom.
 
     python notebooks/run.py OUT.ipynb [--html] [NAME=VALUE ...]
 
-NAME=VALUE (a Python literal, or else text) goes into a cell of its own after the notebook's parameters. What is written
-is whole or absent; if a cell fails, the notebook so far is kept as OUT.failed.ipynb and the exit status is 1.
+NAME=VALUE (a Python literal, or else text) goes into a cell of its own after the notebook's
+parameters. If a cell fails, the notebook so far is kept as OUT.failed.ipynb; exit status 1.
 """
 
 import argparse
@@ -25,24 +25,23 @@ from nbclient.exceptions import CellExecutionError
 from nbconvert import HTMLExporter
 from PIL import Image
 
+from tinylab.exceptions import UserError
+from tinylab.files import write_atomically
+
 HERE = Path(__file__).resolve().parent
 SOURCE = HERE / "tiny_imagenet_resnet18.py"
 LARGEST_PNG = 200_000  # bytes
-PLACEHOLDER = (
-    "github.com/OWNER/tinylab"  # in the source, for the address that stands in pyproject.toml
-)
+PLACEHOLDER = "github.com/OWNER/tinylab"  # for the address in pyproject.toml
 
 
 def build(source: Path = SOURCE) -> nbformat.NotebookNode:
-    """The notebook that the .py file describes: the repository's address filled in, no outputs, numbered cell ids."""
+    """Return the notebook that the .py file describes, without outputs."""
     project = tomllib.loads((HERE.parent / "pyproject.toml").read_text())["project"]
-    text = source.read_text(encoding="utf-8").replace(
-        PLACEHOLDER, project["urls"]["repository"].split("//")[1]
-    )
+    address = project["urls"]["repository"].split("//")[1]
+    text = source.read_text(encoding="utf-8").replace(PLACEHOLDER, address)
     notebook = jupytext.reads(text, fmt="py:percent")
-    notebook.metadata = {
-        "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}
-    }
+    kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
+    notebook.metadata = {"kernelspec": kernel}
     notebook.nbformat, notebook.nbformat_minor = 4, 5
     for number, cell in enumerate(notebook.cells):
         cell["id"] = f"cell-{number:02d}"  # random ids would change the file each time it is built
@@ -50,15 +49,16 @@ def build(source: Path = SOURCE) -> nbformat.NotebookNode:
 
 
 def inject(notebook: nbformat.NotebookNode, values: dict[str, object]) -> None:
-    """Puts a cell that sets `values` behind the one tagged "parameters". Raises `KeyError` for an unknown parameter."""
-    index = next(
-        i for i, cell in enumerate(notebook.cells) if "parameters" in cell.metadata.get("tags", [])
-    )
+    """Put a cell that sets `values` behind the one tagged "parameters".
+
+    Raise `UserError` for an unknown parameter.
+    """
+    tags = [cell.metadata.get("tags", []) for cell in notebook.cells]
+    index = next(i for i, own in enumerate(tags) if "parameters" in own)
     known = {line.split(" = ")[0] for line in notebook.cells[index].source.splitlines()}
     if unknown := values.keys() - known:
-        raise KeyError(
-            f"the notebook has no parameter {', '.join(sorted(unknown))}; it has {', '.join(sorted(known))}"
-        )
+        there = f"it has {', '.join(sorted(known))}"
+        raise UserError(f"the notebook has no parameter {', '.join(sorted(unknown))}; {there}")
     text = "\n".join(f"{name} = {value!r}" for name, value in values.items())
     cell = nbformat.v4.new_code_cell(
         f"# Parameters of this execution\n{text}", id="injected-parameters"
@@ -68,7 +68,10 @@ def inject(notebook: nbformat.NotebookNode, values: dict[str, object]) -> None:
 
 
 def execute(notebook: nbformat.NotebookNode, folder: Path) -> None:
-    """Runs all cells in a fresh kernel whose working folder is `folder`; outputs go into `notebook`."""
+    """Run all cells in a fresh kernel whose working folder is `folder`.
+
+    Outputs go into `notebook`. Raise `CellExecutionError`; its `signal` is what stopped it or None.
+    """
     client = NotebookClient(
         notebook,
         timeout=None,
@@ -80,7 +83,6 @@ def execute(notebook: nbformat.NotebookNode, folder: Path) -> None:
         extra_arguments=["--log-level=ERROR"],  # of the kernel's own notices
     )
     client.km = client.create_kernel_manager()
-
     received = []
 
     def pass_on(number: int, _frame: object) -> None:
@@ -88,7 +90,8 @@ def execute(notebook: nbformat.NotebookNode, folder: Path) -> None:
         os.kill(client.km.provisioner.pid, signal.SIGINT)
 
     def take_over(**_: object) -> None:
-        # Ctrl-C is for the cell that runs: training saves and stops. nbclient's own handler would kill the kernel.
+        # Ctrl-C is for the cell that runs: training saves and stops. nbclient's own handler would
+        # kill the kernel.
         for number in (signal.SIGINT, signal.SIGTERM):
             asyncio.get_running_loop().remove_signal_handler(number)
             signal.signal(number, pass_on)
@@ -100,18 +103,19 @@ def execute(notebook: nbformat.NotebookNode, folder: Path) -> None:
         error.signal = received[0] if received else None
         raise
     notebook.metadata.pop("widgets", None)
-    for cell in notebook.cells:  # a progress bar that is gone leaves blanks behind
-        outputs = cell.get("outputs", [])
-        cell["outputs"] = [output for output in outputs if output.get("text", "x").strip()]
-        if cell.cell_type != "code":
-            del cell["outputs"]
-        for output in cell["outputs"] if cell.cell_type == "code" else ():
-            lighten(output)
+    for cell in notebook.cells:
+        if cell.cell_type == "code":  # a progress bar that is gone leaves blanks behind
+            outputs = [output for output in cell.outputs if output.get("text", "x").strip()]
+            cell.outputs = outputs
+            for output in outputs:
+                lighten(output)
 
 
 def lighten(output: nbformat.NotebookNode) -> None:
-    """Turns a picture of more than 200 kB, a figure full of photographs, into a JPEG of a third of that: GitHub shows
-    no notebook of many megabytes. The run folder keeps the PNG."""
+    """Turn a picture of more than 200 kB, a figure full of photographs, into a JPEG.
+
+    GitHub shows no notebook of many megabytes. The run folder keeps the PNG.
+    """
     png = base64.b64decode(output.get("data", {}).get("image/png", ""))
     if len(png) <= LARGEST_PNG:
         return
@@ -124,7 +128,7 @@ def lighten(output: nbformat.NotebookNode) -> None:
 
 
 def parameter(text: str) -> tuple[str, object]:
-    """NAME=VALUE as a pair; the value is a Python literal if it is one, else text."""
+    """Return NAME=VALUE as a pair; the value is a Python literal if it is one, else text."""
     name, separator, value = text.partition("=")
     if not separator or not re.fullmatch("[A-Z_]+", name):
         raise argparse.ArgumentTypeError(f"'{text}' is not NAME=VALUE")
@@ -134,12 +138,6 @@ def parameter(text: str) -> tuple[str, object]:
         return name, value
 
 
-def write(path: Path, text: str) -> None:
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path, help="the executed notebook")
@@ -147,36 +145,34 @@ def main() -> int:
     parser.add_argument("values", nargs="*", type=parameter, metavar="NAME=VALUE")
     options = parser.parse_intermixed_args()
     notebook = build()
+
+    def refuse(message: str, status: int) -> int:
+        print(f"{parser.prog}: {message}", file=sys.stderr)
+        return status
+
     try:
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        inject(notebook, dict(options.values)) if options.values else None
+        if options.values:
+            inject(notebook, dict(options.values))
         execute(notebook, HERE.parent)
-    except KeyError as error:
-        print(f"{parser.prog}: {error.args[0]}", file=sys.stderr)
-        return 2
+    except UserError as error:
+        return refuse(str(error), 2)
     except OSError as error:
-        print(f"{parser.prog}: cannot write {options.out}: {error.strerror}", file=sys.stderr)
-        return 2
+        return refuse(f"cannot write {options.out}: {error.strerror}", 2)
     except CellExecutionError as error:
         failed = options.out.with_suffix(".failed.ipynb")
-        write(failed, nbformat.writes(notebook))
+        write_atomically(failed, nbformat.writes(notebook).encode())
         if error.ename == "UserError":
-            print(f"{parser.prog}: {error.evalue}", file=sys.stderr)
-            return 2
+            return refuse(error.evalue, 2)
         if error.signal:
-            print(f"{parser.prog}: {error.evalue or 'stopped'}", file=sys.stderr)
-            return 128 + error.signal
-        print(
-            f"{parser.prog}: a cell failed: {error.ename}: {error.evalue}; see {failed}",
-            file=sys.stderr,
-        )
-        return 1
-    write(options.out, nbformat.writes(notebook))
-    print(options.out)
+            return refuse(error.evalue or "stopped", 128 + error.signal)
+        return refuse(f"a cell failed: {error.ename}: {error.evalue}; see {failed}", 1)
+    pages = {options.out: nbformat.writes(notebook)}
     if options.html:
-        page, _ = HTMLExporter().from_notebook_node(notebook)
-        write(options.out.with_suffix(".html"), page)
-        print(options.out.with_suffix(".html"))
+        pages[options.out.with_suffix(".html")], _ = HTMLExporter().from_notebook_node(notebook)
+    for path, page in pages.items():
+        write_atomically(path, page.encode())
+        print(path)
     last = [output.get("text", "") for output in notebook.cells[-1].get("outputs", [])]
     print("".join(last), end="")  # the run folder's files
     return 0

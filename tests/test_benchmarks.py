@@ -2,7 +2,6 @@
 
 import importlib
 import json
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -30,17 +29,13 @@ def start(
     """Run a benchmark on made-up data; give all it printed and its last line, decoded."""
 
     def call(name: str, *options: str) -> tuple[str, dict]:
-        monkeypatch.setattr(sys, "argv", [f"bench_{name}.py", "--quick", *options])
+        usual = ("--device", "cpu", "--data", str(sample_dataset.folder)) if name != "cpu" else ()
+        monkeypatch.setattr(sys, "argv", [f"bench_{name}.py", "--quick", *usual, *options])
         importlib.import_module(f"bench_{name}").main()
         text = capsys.readouterr().out
         return text, json.loads(text.splitlines()[-1])
 
     return call
-
-
-@pytest.fixture
-def usual(sample_dataset: Dataset) -> tuple[str, ...]:
-    return "--device", "cpu", "--data", str(sample_dataset.folder)
 
 
 def assert_rates(result: dict, names: set[str]) -> None:
@@ -53,20 +48,16 @@ def assert_rates(result: dict, names: set[str]) -> None:
     assert list(ratios.values()) == pytest.approx(expected, abs=0.006)
 
 
-def test_loader_compares_ours_with_torchvision_and_timm(
-    start: Start, usual: tuple[str, ...]
-) -> None:
-    _, result = start("loader", *usual)
+def test_loader_compares_ours_with_torchvision_and_timm(start: Start) -> None:
+    _, result = start("loader")
     assert_rates(result, {"ours, batched", "ours, albumentations", "ImageFolder", "timm"})
     assert (result["images"], result["images_batched"]) == (200, 420)
     assert "anew" in result["jpeg_files"]
 
 
 @pytest.mark.slow
-def test_step_compares_ours_with_the_plain_loop_and_timm(
-    start: Start, usual: tuple[str, ...]
-) -> None:
-    _, result = start("step", *usual)
+def test_step_compares_ours_with_the_plain_loop_and_timm(start: Start) -> None:
+    _, result = start("step")
     assert_rates(result, {"ours", "plain", "timm"})
     rates = [result[f"{name}_images_per_second"]["median"] for name in ("epoch", "bare")]
     assert result["epoch_share_of_bare"] == pytest.approx(rates[0] / rates[1], rel=0.01)
@@ -74,7 +65,7 @@ def test_step_compares_ours_with_the_plain_loop_and_timm(
 
 @pytest.mark.slow
 def test_throughput_keeps_its_rows_in_a_table(start: Start, tmp_path: Path) -> None:
-    options = ("--device", "cpu", "--csv", str(tmp_path / "throughput.csv"))
+    options = ("--csv", str(tmp_path / "throughput.csv"))
     _, result = start("throughput", *options)
     assert result["complete"]
     rows = [(row["layout"], row["status"]) for row in result["rows"]]
@@ -88,8 +79,8 @@ def test_throughput_keeps_its_rows_in_a_table(start: Start, tmp_path: Path) -> N
 
 
 @pytest.mark.slow
-def test_explain_compares_batches_with_one_by_one(start: Start, usual: tuple[str, ...]) -> None:
-    _, result = start("explain", *usual)
+def test_explain_compares_batches_with_one_by_one(start: Start) -> None:
+    _, result = start("explain")
     library = {f"library, {how}" for how in ("one by one", "batched", "averaged")}
     assert_rates(result, {"ours", *library})
     assert result["precision"] == "fp32"
@@ -117,18 +108,12 @@ def test_cpu_shares_follow_from_speeds_and_sizes(start: Start) -> None:
     assert text.count(": met") + text.count(": missed") == len(result["targets"]) == 4
 
 
-def test_data_that_is_not_there_is_refused_in_one_line(repository: Path, tmp_path: Path) -> None:
-    script = repository / "benchmarks" / "bench_explain.py"
-    command = [sys.executable, str(script), "--data", str(tmp_path / "none")]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert "no data set" in done.stderr
-    assert "Traceback" not in done.stderr
-
-
-def test_without_tiny_imagenet_the_images_are_made_up(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_data_that_is_not_there_is_refused_and_without_any_the_images_are_made_up(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        start("explain", "--data", str(tmp_path / "none"))
+    assert "no data set" in capsys.readouterr().err
     monkeypatch.chdir(tmp_path)
     dataset, name = measuring.find_data(None, tmp_path)
     assert (len(dataset), name) == (600, "made-up images")

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 
 import nbformat
@@ -23,6 +24,8 @@ sys.path.insert(0, str(ROOT / "notebooks"))
 
 import run as builder  # noqa: E402
 
+from tinylab.exceptions import UserError  # noqa: E402
+
 
 @pytest.fixture(scope="module")
 def committed() -> nbformat.NotebookNode:
@@ -33,11 +36,21 @@ def code_cells(notebook: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
     return [cell for cell in notebook.cells if cell.cell_type == "code"]
 
 
+def outputs(notebook: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
+    return [output for cell in code_cells(notebook) for output in cell.outputs]
+
+
+def printed(notebook: nbformat.NotebookNode) -> str:
+    return "".join(output.get("text", "") for output in outputs(notebook))
+
+
 def test_committed_notebook_is_its_source(committed: nbformat.NotebookNode) -> None:
     def content(notebook: nbformat.NotebookNode) -> list[tuple]:
         return [(cell.cell_type, cell.source, cell.metadata.get("tags")) for cell in notebook.cells]
 
     assert content(committed) == content(builder.build())
+    for cell in code_cells(committed):
+        assert len(cell.source.splitlines()) <= 16, cell.source  # cells are thin
 
 
 def test_committed_notebook_ran_from_top_to_bottom_without_errors(
@@ -45,15 +58,9 @@ def test_committed_notebook_ran_from_top_to_bottom_without_errors(
 ) -> None:
     cells = code_cells(committed)
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
-    assert not [
-        output for cell in cells for output in cell.outputs if output.output_type == "error"
-    ]
+    assert not [output for output in outputs(committed) if output.output_type == "error"]
     kinds = [
-        kind
-        for cell in cells
-        for output in cell.outputs
-        for kind in output.get("data", {})
-        if "image/" in kind
+        kind for each in outputs(committed) for kind in each.get("data", {}) if "image" in kind
     ]
     assert len(kinds) == 15
     assert set(kinds) == {"image/png", "image/jpeg"}
@@ -65,48 +72,30 @@ def test_committed_notebook_renders_on_github_and_tells_nothing_of_a_machine(
     text = NOTEBOOK.read_text()
     assert "widgets" not in committed.metadata
     assert "application/vnd.jupyter.widget" not in text
-    outputs = json.dumps([cell.get("outputs") for cell in committed.cells])
-    without_pictures = re.sub(r'"image/(?:png|jpeg)": "[^"]*"', "", outputs)
+    without_pictures = re.sub(r'"image/(?:png|jpeg)": "[^"]*"', "", json.dumps(outputs(committed)))
     assert not re.findall(r"/(?:home|root|work|tmp|Users|opt)/[^\s\"]*", without_pictures)
     assert len(text) < 6_000_000
 
 
 def test_committed_log_is_the_published_record(committed: nbformat.NotebookNode) -> None:
-    """The accuracy shown in the notebook is that of the record in results/ that its run folder names."""
-    printed = "".join(
-        output.get("text", "") for cell in code_cells(committed) for output in cell.outputs
-    )
-    name = re.search(r"runs/([\w.-]+) is finished", printed) or re.search(
-        r"bytes  ([\w.-]+)/summary.json", printed
-    )
-    summary = json.loads((ROOT / "results" / name[1] / "summary.json").read_text())
-    shown = float(re.search(r"top-1 ([\d.]+) %, top-5", printed)[1])
+    """The accuracy shown is that of the record in results/ that the run folder names."""
+    text = printed(committed)
+    name = re.search(r"runs/([\w.-]+) is finished|bytes  ([\w.-]+)/summary.json", text)
+    summary = json.loads((ROOT / "results" / (name[1] or name[2]) / "summary.json").read_text())
+    shown = float(re.search(r"top-1 ([\d.]+) %, top-5", text)[1])
     assert shown == pytest.approx(summary["test_top1"], abs=0.005)
 
 
 def test_parameters_are_one_tagged_cell_and_unknown_ones_are_refused() -> None:
     notebook = builder.build()
-    tagged = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
-    assert len(tagged) == 1
-    for name in (
-        "RECIPE",
-        "EPOCHS",
-        "SOURCE",
-        "RUN",
-        "IMAGE",
-        "UPLOAD",
-        "ONNX",
-        "DRIVE",
-        "REPOSITORY",
-    ):
-        assert f"{name} = " in tagged[0].source
-    with pytest.raises(KeyError, match="EPOCS"):
+    (cell,) = [each for each in notebook.cells if "parameters" in each.metadata.get("tags", [])]
+    for name in ("RECIPE", "EPOCHS", "SOURCE", "RUN", "IMAGE", "UPLOAD", "ONNX", "DRIVE"):
+        assert f"{name} = " in cell.source
+    with pytest.raises(UserError, match="EPOCS"):
         builder.inject(notebook, {"EPOCS": 3})
 
 
 def test_repository_address_is_the_same_everywhere() -> None:
-    import tomllib
-
     address = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]["repository"]
     owner_and_name = address.removeprefix("https://github.com/")
     for page in (builder.SOURCE, ROOT / "README.md"):
@@ -114,37 +103,28 @@ def test_repository_address_is_the_same_everywhere() -> None:
         assert found == {owner_and_name}, page.name
 
 
-def test_large_pictures_become_light_and_small_ones_stay() -> None:
-    rng = np.random.default_rng(0)
-    for side, kind in ((300, "image/jpeg"), (100, "image/png")):
-        png = io.BytesIO()
-        smooth = Image.fromarray(
-            rng.integers(0, 256, (side // 10, side // 10, 3), dtype=np.uint8)
-        ).resize((side, side))
-        smooth.save(png, "PNG", compress_level=0)
-        data = {"image/png": base64.b64encode(png.getvalue()).decode()}
-        output = nbformat.v4.new_output(
-            "display_data", data, metadata={"image/png": {"width": 900}}
-        )
-        builder.lighten(output)
-        assert list(output.data) == [kind]
-        assert output.metadata == {kind: {"width": 900}}
-        shown = np.asarray(
-            Image.open(io.BytesIO(base64.b64decode(output.data[kind]))).convert("RGB"), float
-        )
-        assert np.abs(shown - np.asarray(smooth, float)).mean() < 3
-        assert len(output.data[kind]) <= len(data["image/png"]) / (3 if kind == "image/jpeg" else 1)
-
-
-def test_cells_are_thin() -> None:
-    for cell in code_cells(builder.build()):
-        assert len(cell.source.splitlines()) <= 16, cell.source
+@pytest.mark.parametrize(("side", "kind"), [(300, "image/jpeg"), (100, "image/png")])
+def test_large_pictures_become_light_and_small_ones_stay(side: int, kind: str) -> None:
+    rng, png = np.random.default_rng(0), io.BytesIO()
+    small = rng.integers(0, 256, (side // 10, side // 10, 3), dtype=np.uint8)
+    smooth = Image.fromarray(small).resize((side, side))
+    smooth.save(png, "PNG", compress_level=0)
+    data = {"image/png": base64.b64encode(png.getvalue()).decode()}
+    output = nbformat.v4.new_output("display_data", data, metadata={"image/png": {"width": 900}})
+    builder.lighten(output)
+    assert output.metadata == {kind: {"width": 900}}
+    content = base64.b64decode(output.data.pop(kind))
+    assert not output.data
+    shown = np.asarray(Image.open(io.BytesIO(content)).convert("RGB"), float)
+    assert np.abs(shown - np.asarray(smooth, float)).mean() < 3
+    assert len(content) <= len(png.getvalue()) / (3 if kind == "image/jpeg" else 1)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_colab_rehearsed(tmp_path: Path) -> None:
-    """An empty folder, the code fetched by git, a stand-in for google.colab, "Run all" twice, then on a new machine."""
+    """An empty folder, the code fetched by git, a stand-in for google.colab, "Run all" twice, the
+    second time on a new machine."""
     origin = tmp_path / "origin"
     listing = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     files = subprocess.run(listing, cwd=ROOT, capture_output=True, check=True)
@@ -160,65 +140,46 @@ def test_colab_rehearsed(tmp_path: Path) -> None:
     colab.mkdir(parents=True)
     (colab / "__init__.py").write_text("")
     (colab / "drive.py").write_text(
-        "import os\ndef mount(path):\n    print('mounted', path)\n    os.makedirs(path + '/MyDrive', exist_ok=True)\n"
+        "import os\ndef mount(path):\n"
+        "    print('mounted', path)\n    os.makedirs(path + '/MyDrive', exist_ok=True)\n"
     )
-    (tmp_path / "packages" / "sitecustomize.py").write_text(
-        "import google.colab\n"
-    )  # Colab has it imported, too
+    site = tmp_path / "packages" / "sitecustomize.py"
+    site.write_text("import google.colab\n")  # Colab has it imported, too
     content = tmp_path / "content"
     content.mkdir()
     drive = tmp_path / "drive" / "MyDrive" / "tinylab"
+    kept = drive / "smoke-merged-s0-e1"
     script = (
-        "import sys; sys.path.insert(0, sys.argv[1]); import run, nbformat; from pathlib import Path; n = run.build();"
-        "v = dict(SOURCE='sample', RECIPE='smoke', EPOCHS=1, REPOSITORY=sys.argv[2], DRIVE=sys.argv[4]);"
-        "run.inject(n, v);"
+        "import sys; sys.path.insert(0, sys.argv[1]); import run, nbformat; "
+        "from pathlib import Path; n = run.build();"
+        "v = dict(SOURCE='sample', RECIPE='smoke', EPOCHS=1, REPOSITORY=sys.argv[2], "
+        "DRIVE=sys.argv[4]); run.inject(n, v);"
         "n.cells.append(nbformat.v4.new_code_cell('import tinylab; print(tinylab.__file__)'));"
         "run.execute(n, Path.cwd()); Path(sys.argv[3]).write_text(nbformat.writes(n))"
     )
     environment = os.environ | {"PYTHONPATH": str(tmp_path / "packages")}
-    printed = []
+    texts = []
     for attempt in ("first", "second"):
         out = tmp_path / f"{attempt}.ipynb"
-        arguments = [
-            sys.executable,
-            "-c",
-            script,
-            str(ROOT / "notebooks"),
-            origin.as_uri(),
-            str(out),
-            str(drive),
-        ]
-        subprocess.run(arguments, cwd=content, env=environment, check=True, timeout=550)
-        notebook = nbformat.read(out, as_version=4)
-        printed.append(
-            "".join(
-                output.get("text", "") for cell in code_cells(notebook) for output in cell.outputs
-            )
-        )
+        arguments = [str(ROOT / "notebooks"), origin.as_uri(), str(out), str(drive)]
+        command = [sys.executable, "-c", script, *arguments]
+        subprocess.run(command, cwd=content, env=environment, check=True, timeout=550)
+        texts.append(printed(nbformat.read(out, as_version=4)))
         shutil.rmtree(content / "tinylab")  # the machine is gone, Drive is not
-        kept = drive / "smoke-merged-s0-e1"
-        if (
-            attempt == "first"
-        ):  # as if it had gone before the end: only the checkpoints had been copied
+        if attempt == "first":  # as if it had gone before the end: only checkpoints were copied
             shutil.copytree(kept, tmp_path / "finished")
             (kept / "summary.json").unlink()
-    assert {path.name for path in (kept / "checkpoints").iterdir()} <= {
-        "last.ckpt",
-        "previous.ckpt",
-    }
+    names = {path.name for path in (kept / "checkpoints").iterdir()}
+    assert names <= {"last.ckpt", "previous.ckpt"}
     assert (kept / "summary.json").exists()
     assert (kept / "figures" / "curves.png").exists()
-    for text in printed:
+    for text in texts:
         assert f"mounted {tmp_path}/drive" in text
-        assert (
-            str(content / "tinylab" / "src" / "tinylab") in text
-        )  # the fetched code ran, not this checkout
+        assert str(content / "tinylab" / "src" / "tinylab") in text  # the fetched code ran
         assert "epoch 1/1" in text
-    assert "continuing from the mirror" not in printed[0]
-    assert "continuing from the mirror" in printed[1]
-    assert (kept / "predictions.npz").read_bytes() == (
-        tmp_path / "finished" / "predictions.npz"
-    ).read_bytes()
+    assert ["continuing from the mirror" in text for text in texts] == [False, True]
+    ours, theirs = (folder / "predictions.npz" for folder in (kept, tmp_path / "finished"))
+    assert ours.read_bytes() == theirs.read_bytes()
 
 
 @pytest.mark.slow
@@ -227,24 +188,14 @@ def test_colab_rehearsed(tmp_path: Path) -> None:
 def test_a_signal_while_the_notebook_trains_saves_and_the_same_command_continues(
     tmp_path: Path, number: signal.Signals
 ) -> None:
-    values = [
-        "SOURCE=sample",
-        "RECIPE=smoke",
-        "EPOCHS=2",
-        f"DATA={tmp_path}/data",
-        f"RUN={tmp_path}/run",
-    ]
-    command = [
-        sys.executable,
-        str(ROOT / "notebooks" / "run.py"),
-        str(tmp_path / "out.ipynb"),
-        *values,
-    ]
+    values = ["SOURCE=sample", "RECIPE=smoke", "EPOCHS=2"]
+    values += [f"DATA={tmp_path}/data", f"RUN={tmp_path}/run"]
+    script = str(ROOT / "notebooks" / "run.py")
+    command = [sys.executable, script, str(tmp_path / "out.ipynb"), *values]
     stderr = tmp_path / "stderr"
     with open(stderr, "w") as file:
-        process = subprocess.Popen(
-            command, stdout=subprocess.DEVNULL, stderr=file, start_new_session=True
-        )
+        options = {"stdout": subprocess.DEVNULL, "stderr": file, "start_new_session": True}
+        process = subprocess.Popen(command, **options)
         deadline = time.monotonic() + 300
         while not (tmp_path / "run" / "checkpoints" / "last.ckpt").exists():
             assert time.monotonic() < deadline
