@@ -61,10 +61,8 @@ def test_a_sweep_continues_and_writes_its_log_once(
     assert chosen == replace(recipe, max_learning_rate=0.01)
     lines = (tmp_path / "results" / "selection.jsonl").read_text()
     log = (tmp_path / "LOG.md").read_text()
-    assert [json.loads(line)["candidate"] for line in lines.splitlines()] == [
-        BASE,
-        "max_learning_rate 0.01",
-    ]
+    candidates = [json.loads(line)["candidate"] for line in lines.splitlines()]
+    assert candidates == [BASE, "max_learning_rate 0.01"]
     assert log.count("## ") == log.count("Outcome: max_learning_rate 0.01 is the best") == 1
     assert list((tmp_path / "runs").iterdir()) == []
     capsys.readouterr()
