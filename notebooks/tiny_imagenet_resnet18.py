@@ -47,7 +47,6 @@ REPOSITORY = "https://github.com/OWNER/tinylab"  # where the code is fetched fro
 # %%
 import importlib.util
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -66,6 +65,7 @@ sys.path.insert(0, str(home / "src"))
 packages = {
     "albumentations": "albumentations>=2.0.8,<2.1",
     "filelock": "filelock",
+    "pooch": "pooch",
     "pytorch_grad_cam": "grad-cam>=1.5.5",
     "safetensors": "safetensors",
     "torchsummary": "torchsummary",
@@ -85,22 +85,24 @@ from dataclasses import replace
 from IPython.display import Image
 
 from tinylab import model
-from tinylab.data import loader
 from tinylab.data.dataset import prepare
+from tinylab.data.loader import make_loader
 from tinylab.data.split import make_split
 from tinylab.data.synthetic import write_sample
 from tinylab.exceptions import UserError
 from tinylab.explain.analysis import analyse_run, explain_answers
 from tinylab.figures import plots
 from tinylab.recipes import named
-from tinylab.run import environment as device
 from tinylab.run import folder as record
+from tinylab.run.environment import choose
 from tinylab.share import card
-from tinylab.share.predict import export_onnx, load, predict, read_image
+from tinylab.share.onnx import export_onnx
+from tinylab.share.picture import read_image
+from tinylab.share.predict import load, predict
 from tinylab.training.optim import schedule
 from tinylab.training.train import train
 
-compute = device.choose()
+compute = choose()
 on_cpu = compute.device.type == "cpu"
 print(compute, "| for a GPU in Colab: Runtime > Change runtime type > T4 GPU" if on_cpu else "")
 
@@ -159,7 +161,7 @@ suffix = (f"-c{classes}" if classes else "") + (f"-e{epochs}" if epochs else "")
 run = come_back(
     record.Run(Path(RUN or runs / f"{record.default_folder(recipe, 'merged', SEED).name}{suffix}"))
 )
-batches = loader.TrainingBatches(dataset, split.train, recipe, SEED)
+batches = make_loader(dataset, split.train, recipe, SEED, compute.device, workers=0)
 rows = batches.rows_at(epoch=1, step=0)[:16]
 titles = [names[label] for label in dataset.labels[rows]]
 
@@ -175,7 +177,7 @@ show("samples", plots.image_grid(dataset.images[rows], titles, dataset.boxes[row
 # `published` also cuts a hole of the mean colour.
 
 # %%
-augmented = batches[1, 0][0][:16].numpy()
+augmented = batches.batch(epoch=1, step=0).images[:16].cpu().numpy()
 show("augmentation", plots.before_after(dataset.images[rows], augmented, titles))
 
 # %% [markdown]
@@ -248,7 +250,7 @@ print(
 # accuracy of each class.
 
 # %%
-network, about = load(run.folder)
+network, metadata = load(run.folder)
 found = analyse_run(run, dataset, split, network.to(compute.device), progress=True)
 print(f"{found.explanation.wrong:,} of {found.explanation.tested:,} test images are wrong")
 show("classes", found.figures["classes"])
@@ -334,15 +336,15 @@ if UPLOAD and "google.colab" in sys.modules:
 
     IMAGE = next(iter(files.upload()), None)
 mine = read_image(Path(IMAGE)) if IMAGE else dataset.images[split.test[0]]
-(top,) = predict(network, about, mine[None])
-heat = explain_answers(network, about, mine[None], [top])[0]
+(top,) = predict(network, metadata, mine[None])
+heat = explain_answers(network, metadata, mine[None], [top])[0]
 title = (
     Path(IMAGE).name if IMAGE else f"a test image: {dataset.names[dataset.labels[split.test[0]]]}"
 )
 plots.prediction(mine, top, heat, title=title)
 
 # %% [markdown]
-# ## What is left behind
+# ## Output files
 #
 # The run folder holds recipe, environment, log, predictions, figures, and `model.safetensors`: the weights with the class
 # list, in the order of the logits, in its metadata. `export/` holds what to hand on: the weights, a model card with the
@@ -350,16 +352,11 @@ plots.prediction(mine, top, heat, title=title)
 # other programs, compared with this one.
 
 # %%
-for name, figure in found.figures.items():
-    plots.save(figure, run.figures / f"{name}.png")
-found.write_tables(run.folder)
-run.write("explain.json", found.to_json(run))
-card.write_hand_over(run, about, run.folder / "export")
+for _ in found.save(run, Path(FIGURES) if FIGURES else None):
+    pass
+card.write_hand_over(run, run.folder / "export")
 if ONNX:
-    print(export_onnx(network, about, run.folder / "export" / "model.onnx"))
-if FIGURES:
-    shutil.copytree(run.figures, FIGURES, dirs_exist_ok=True)
-    record.note_figures(run, Path(FIGURES))
+    print(export_onnx(network, metadata, run.folder / "export" / "model.onnx"))
 
 # %%
 if on_drive:
