@@ -312,7 +312,7 @@ def render(name: str, rows: list[dict], results: Path, home: Path) -> str:
     if (figures / "figures.json").exists():
         shown = json.loads((figures / "figures.json").read_text(encoding="utf-8"))
         explained = results / shown["run"].replace("/", "_").lstrip(".") / "explain.json"
-        if explained.exists():
+        if explained in results.glob("*/explain.json"):  # the name may be no file's
             localisation = json.loads(explained.read_text(encoding="utf-8")).get("localisation")
     speeds = read_throughput(results / "throughput.csv")
     fastest = [row for row in speeds if row["status"] == "ok" and row["resolution"] == 64]
