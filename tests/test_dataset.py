@@ -11,7 +11,14 @@ import numpy as np
 import pytest
 from PIL import Image
 from reliability.archives import (
-    change_meta, jpeg, leftovers, made_up, real_archive, refused, write_folder, write_zip,
+    change_meta,
+    jpeg,
+    leftovers,
+    made_up,
+    real_archive,
+    refused,
+    write_folder,
+    write_zip,
 )  # fmt: skip
 
 from tinylab.data import dataset as module

@@ -647,22 +647,21 @@ def first(rank: str) -> bool:
     return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get(rank, "0") == "0"
 
 
-def complain(error: BaseException) -> None:
+def complain(error: object) -> None:
     """Print one line on stderr; of torchrun's processes one on each machine does."""
     if first("LOCAL_RANK"):
         print(f"tinylab: {printable(error, 400) or 'stopped'}", file=sys.stderr)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs one command and returns the exit status: 0, 2 for what a user can mend, 130 or 143 after a signal."""
+    """Run one command and return the exit status: 0, 2 for user errors, 130 or 143 after a signal."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage())
         return 0 if arguments else 2
     if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(
-            errors="backslashreplace"
-        )  # a name that the terminal cannot show is no error
+        # A name that the terminal cannot show is no error.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         with terminable():
             parse(list(arguments)).run()
@@ -670,6 +669,8 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as error:
         complain(error)
         return 2
+    except SystemExit as stop:  # tyro has printed what it has to say
+        return int(stop.code or 0)
     except KeyboardInterrupt as stop:
         complain(stop)
         return 128 + getattr(stop, "signal", signal.SIGINT)
@@ -678,9 +679,6 @@ def main(arguments: list[str] | None = None) -> int:
     except OSError as error:
         if error.errno not in OF_THE_USER:
             raise
-        print(
-            f"tinylab: {printable(str(error.filename or 'output') + ': ' + str(error.strerror))}",
-            file=sys.stderr,
-        )
+        complain(f"{error.filename or 'output'}: {error.strerror}")
         return 2
     return 0

@@ -1,1 +1,1 @@
-"""The promises of the README put to the test: kills, damage, hostile files, full disks. `make soak` runs all of it."""
+"""Put the README's promises to the test: kills, damage, full disks. `make soak` runs all of it."""

@@ -1,133 +1,200 @@
-"""A run that is killed continues from its newest whole checkpoint, and ends with the bits of one that was not."""
+"""A run that SIGKILL ends at any moment continues, and ends with the bits of one that it spared."""
 
 import random
+import signal
 import sys
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 
+import numpy as np
 import pytest
+import torch
 
 from reliability.harness import (
-    Children,
-    Event,
-    Kill,
     Plan,
-    children_of,
-    differing,
+    assert_same_end,
+    at,
+    forked,
+    kill_me,
     plans,
-    reference,
+    start_fork,
+    status_of,
 )
-from tinylab.data.dataset import Dataset
+from tinylab import files
+from tinylab.data import loader
+from tinylab.data.loader import EpochRows
+from tinylab.run import checkpoint
+from tinylab.run.folder import Run
+from tinylab.training.step import TrainState
 
 pytestmark = [
     pytest.mark.promise("kill"),
-    pytest.mark.skipif(
-        sys.platform != "linux", reason="children are forked from a server, and killed by SIGKILL"
-    ),
+    pytest.mark.skipif(sys.platform != "linux", reason="forks of this process are killed"),
 ]
-
-PLACES_OF_A_SAVE = (
-    (Event.SAVE, 1),
-    (Event.WRITE, 1),
-    (Event.SYNC, 1),
-    (Event.RENAME, 1),
-    (Event.RENAMED, 1),
-    (Event.RENAME, 2),
-    (Event.RENAMED, 2),
-    (Event.SYNC, 2),
-)
-"""Begun, half written, written, the newest not yet and already the previous, the new one not yet and already in place,
-the folder not yet flushed."""
+STRIDES = {"sgd": (19, 1), "muon": (37, 2), "no workers": (37, 2), "two workers": (67, 9)}
+"""Every how many moments a run is killed: quick, in full."""
 
 
-@pytest.fixture(scope="module")
-def children() -> Iterator[Children]:
-    with children_of() as children:
-        yield children
+@pytest.fixture
+def runs(train_tiny, rich, narrow) -> dict[str, Plan]:
+    return plans(train_tiny, rich, narrow)
 
 
-@pytest.mark.slow
-def test_a_save_killed_at_each_of_its_places_costs_one_step_at_most(
-    children: Children, small_dataset: Dataset, tmp_path: Path, tally: Callable
-) -> None:
-    plan = plans(small_dataset)["sgd"]
-    places = iter(PLACES_OF_A_SAVE)
-
-    def next_kill(done: int, _position: int) -> Kill | None:
-        event, time = next(places, (None, 0))
-        per_save = 2 if event in (Event.SYNC, Event.RENAME, Event.RENAMED) else 1
-        save = 2 if done == 0 else 1  # the first of all is left whole
-        # The very first save has nothing to keep: one rename less.
-        return event and Kill(event, (save - 1) * per_save + time, held=True)
-
-    tale = children.killed(plan, tmp_path / "run", next_kill)
-    assert tale.error is None
-    assert tale.kills == tale.in_save == len(PLACES_OF_A_SAVE)
-    # A save counts once its file has its name.
-    assert tale.resumed == [1, 1, 1, 1, 1, 1, 2, 3]
-    different = differing(tale.folder, reference(children, plan))
-    tally(kills=tale.kills, inside_a_save=tale.in_save, runs_different=bool(different))
-    assert not different
+@pytest.mark.parametrize("name", ["sgd", "muon", "no workers", "two workers", "loss scale"])
+def test_a_run_killed_at_any_moment_ends_the_same(runs, tmp_path, full, tally, name) -> None:
+    plan = runs[name]
+    reference, names = plan.undisturbed(tmp_path / "undisturbed")
+    numbers = range(0, len(names), STRIDES.get(name, (67, 5))[full])
+    for number in numbers:
+        run = Run(tmp_path / str(number))
+        assert forked(lambda: plan(run.folder, at(number, kill_me))) == -signal.SIGKILL  # noqa: B023
+        assert not run.finished
+        if number > names.index("stepped") + 12:
+            assert checkpoint.load(run.checkpoints)[0] is not None
+        assert_same_end(plan(run.folder), reference)
+    of_files = sum(names[number] in ("half", "sync", "rename", "renamed") for number in numbers)
+    tally(kills=len(numbers), while_a_file_is_written=of_files)
 
 
-@pytest.mark.slow
-def test_a_run_killed_anywhere_ends_the_same(
-    children: Children, small_dataset: Dataset, tmp_path: Path, full: bool, tally: Callable
-) -> None:
-    rng = random.Random(0)
-    kills = in_save = runs = 0
-    resumed, different = [], []
-    for name, plan in plans(small_dataset).items():
-        wanted = 48 if full else 8
-        while wanted > 0:
-            tale = children.killed(
-                plan, tmp_path / f"{name}{wanted}" / "run", random_kills(rng, plan, min(wanted, 12))
-            )
-            assert tale.error is None, f"{name}: {tale.error}"
-            if parts := differing(tale.folder, reference(children, plan)):
-                different.append(f"{name}: {', '.join(parts)}")
-            resumed += tale.resumed
-            kills, in_save, runs, wanted = (
-                kills + tale.kills,
-                in_save + tale.in_save,
-                runs + 1,
-                wanted - tale.kills,
-            )
-    tally(
-        kills=kills,
-        inside_a_save=in_save,
-        runs=runs,
-        resume_steps=len(set(resumed)),
-        runs_different=len(different),
-    )
-    assert not different
-    assert kills >= (192 if full else 32)
-    assert in_save >= 0.4 * kills
-    assert len(resumed) == kills
-    assert min(resumed) > 0, "a child began anew"
-    assert len(set(resumed)) >= (15 if full else 10)
+@pytest.mark.parametrize("name", ["sgd", "two workers"])
+def test_a_run_killed_again_and_again_ends_the_same(runs, tmp_path, tally, name) -> None:
+    """Each process does at least one step and saves it, or the test of an epoch."""
+    plan, run = runs[name], Run(tmp_path / "run")
+    reference, _ = plan.undisturbed(tmp_path / "undisturbed")
+    kills = 0
+    while (status := forked(lambda: plan(run.folder, at(15 + kills % 11, kill_me)))) != 0:
+        assert status == -signal.SIGKILL
+        kills += 1
+        assert kills < 30, "the run does not come forward"
+    assert kills >= 6
+    tally(kills=kills)
+    assert_same_end(run, reference)
 
 
-def random_kills(rng: random.Random, plan: Plan, kills: int) -> Callable[[int, int], Kill | None]:
-    """`kills` kills spread over a run, more than half of them inside a save."""
+def test_a_run_killed_from_outside_ends_the_same(runs, tmp_path, full, tally) -> None:
+    """At moments that nobody chose: in the midst of a computation, too."""
+    rng, plan = random.Random(0), runs["sgd"]
+    reference, _ = plan.undisturbed(tmp_path / "undisturbed")
+    for number in range(20 if full else 2):
+        run = Run(tmp_path / str(number))
+        for _ in range(4):
+            process = start_fork(lambda: plan(run.folder, lambda _: None))  # noqa: B023
+            process.join(rng.uniform(0.05, 0.6))
+            process.kill()
+            tally(kills=int(status_of(process) == -signal.SIGKILL))
+        assert_same_end(plan(run.folder), reference)
 
-    def choose(done: int, position: int) -> Kill | None:
-        if done >= kills:
-            return None
-        first = 2 if done == 0 else 1  # the first save must be complete
-        ahead = 2 * (plan.steps - position) / (kills - done + 1)
-        count = rng.randint(first, max(first, round(ahead)))
-        kind = rng.random()
-        if kind < 0.2:
-            return Kill(Event.SAVE, count, delay=rng.uniform(0, 0.03))
-        if kind < 0.65:
-            event, compute = rng.choice(PLACES_OF_A_SAVE)
-            per_save = 2 if event in (Event.SYNC, Event.RENAME, Event.RENAMED) else 1
-            return Kill(event, (count - 1) * per_save + compute, held=True)
-        if kind < 0.9:
-            return Kill(Event.STEP, count, delay=rng.uniform(0, 0.02))
-        # The first files of a run, and what it finds on its start, come before there is anything to lose.
-        events = [Event.STEPPED, Event.TEST] + ([Event.LOADED, Event.RECORD] if done else [])
-        return Kill(rng.choice(events), first, held=True)
 
-    return choose
+# --- The kill test can fail: each of these faults in the code is found ----------------------------
+
+
+def when_loaded(change: Callable[[dict], None]) -> Callable[[pytest.MonkeyPatch], None]:
+    """Return a fault: part of a checkpoint is not saved, or not restored."""
+
+    def install(patched: pytest.MonkeyPatch) -> None:
+        def load(self, saved: dict) -> None:
+            change(saved)
+            real(self, saved)
+
+        real = TrainState.load_checkpoint
+        patched.setattr(TrainState, "load_checkpoint", load)
+
+    return install
+
+
+def average_anew(saved: dict) -> None:
+    saved["average"]["n_averaged"].zero_()
+    for name, value in saved["model"].items():
+        saved["average"][f"module.{name}"] = value.clone()
+
+
+def learning_rate_of_the_first_step(saved: dict) -> None:
+    for group in saved["optimizer"]["param_groups"]:
+        group["lr"] = group["initial_lr"]
+
+
+def momentum_anew(saved: dict) -> None:
+    for state in saved["optimizer"]["state"].values():
+        state["momentum_buffer"].zero_()
+
+
+def statistics_anew(saved: dict) -> None:
+    for name, value in saved["model"].items():
+        if "running_" in name:
+            value.fill_(float(name.endswith("var")))
+
+
+def epoch_begun_again(saved: dict) -> None:
+    """On top of what it had done; the schedule, which would end too early, is put back."""
+    saved["scheduler_step"] -= saved["step"]
+    saved["step"] = 0
+    saved["totals"].zero_()
+
+
+def batches_off_by_one(patched: pytest.MonkeyPatch) -> None:
+    def rows_at(self, epoch: int, step: int) -> np.ndarray:
+        return real(self, epoch, min(step + resumed, self.steps - 1))
+
+    def load(self, saved: dict) -> None:
+        nonlocal resumed
+        resumed = 1
+        real_load(self, saved)
+
+    real, real_load, resumed = EpochRows.rows_at, TrainState.load_checkpoint, 0
+    patched.setattr(EpochRows, "rows_at", rows_at)
+    patched.setattr(TrainState, "load_checkpoint", load)
+
+
+def randomness_of_the_process(patched: pytest.MonkeyPatch) -> None:
+    everybody = np.random.default_rng(0)
+    patched.setattr(loader, "generator", lambda *_: everybody)
+
+
+def written_in_place(patched: pytest.MonkeyPatch) -> None:
+    def write(path, *parts, keep_as=None) -> None:
+        with getattr(files, "open", open)(path, "wb") as file:
+            for part in parts:
+                file.write(part)
+
+    patched.setattr(checkpoint, "write_atomically", write)
+
+
+FAULTS = {
+    "schedule not restored": when_loaded(lambda saved: saved.update(scheduler_step=0)),
+    "learning rate not restored": when_loaded(learning_rate_of_the_first_step),
+    "average not restored": when_loaded(average_anew),
+    "momentum not restored": when_loaded(momentum_anew),
+    "statistics not restored": when_loaded(statistics_anew),
+    "history not restored": when_loaded(lambda saved: saved.update(history=[])),
+    "loss scale not restored": when_loaded(
+        lambda saved: saved.update(scaler=torch.amp.GradScaler("cpu").state_dict())
+    ),
+    "epoch begun again": when_loaded(epoch_begun_again),
+    "batches off by one": batches_off_by_one,
+    "randomness of the process": randomness_of_the_process,
+    "written in place": written_in_place,
+}
+
+
+@pytest.mark.promise("faults")
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_seeded_fault_is_found(runs, tmp_path, tally, fault) -> None:
+    """It does no harm as long as nothing is killed."""
+    plan = runs["loss scale" if fault == "loss scale not restored" else "sgd"]
+
+    def faulty(folder, hook=lambda _: None) -> None:
+        with pytest.MonkeyPatch.context() as patched:
+            FAULTS[fault](patched)
+            plan(folder, hook)
+
+    run = Run(tmp_path / "run")
+    assert forked(lambda: faulty(tmp_path / "undisturbed")) == 0
+    # After the second step of either epoch, or while the second checkpoint is written.
+    kills = [("half", 4)] if fault == "written in place" else [("stepped", 1), ("stepped", 3)]
+    for moment, number in kills:
+        hook = at(number, kill_me, moment)
+        assert forked(lambda: faulty(run.folder, hook)) == -signal.SIGKILL  # noqa: B023
+    ended = forked(lambda: faulty(run.folder))
+    with pytest.raises(AssertionError):
+        assert ended == 0
+        assert_same_end(run, Run(tmp_path / "undisturbed"))
+    tally(faults=1, found=1, kills=len(kills))

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import assert_equal_runs
+from tinylab.training.finite import MOST_IN_A_ROW, Statistics, all_finite, guarded_step
 
 from tinylab.data.dataset import Dataset
 from tinylab.data.loader import Batch
@@ -20,7 +21,6 @@ from tinylab.run import checkpoint
 from tinylab.run.environment import Compute
 from tinylab.run.folder import Run
 from tinylab.training import train as train_module
-from tinylab.training.finite import MOST_IN_A_ROW, Statistics, all_finite, guarded_step
 from tinylab.training.step import TrainState, new_state, train_step
 
 pytestmark = pytest.mark.promise("non-finite")
