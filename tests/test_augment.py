@@ -214,7 +214,7 @@ import socket, sys
 asked = []
 socket.getaddrinfo = socket.create_connection = lambda *where, **_: asked.append(where) or sys.exit("network")
 from tinylab.data.augment import build_transform
-from tinylab.recipe import published
+from tinylab.recipes import published
 build_transform(published())
 sys.exit(str(asked) if asked else 0)
 """

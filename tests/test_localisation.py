@@ -343,9 +343,9 @@ def test_batches_change_nothing(monkeypatch: pytest.MonkeyPatch, sample_dataset:
         "boxes": sample_dataset.boxes,
     }
     what |= {"rows": rows, "logits": logits, "normalise": lambda images: normalise(images, smoke())}
-    whole = localise(model, **what, method="layercam", stage="layer3")
+    whole = localise(model, **what, stage="layer3")
     monkeypatch.setattr("tinylab.explain.localisation.BATCH", 7)
-    pieces = localise(model, **what, method="layercam", stage="layer3")
+    pieces = localise(model, **what, stage="layer3")
     assert pieces.summary["native_size"] == [16, 16]
     for one, other in zip(whole.table, pieces.table, strict=True):
         assert one == pytest.approx(other, abs=1e-5)
@@ -356,7 +356,5 @@ def test_unknown_layers_and_methods_are_refused() -> None:
         UserError, match="unknown layer 'layer5'; there are: layer1, layer2, layer3, layer4"
     ):
         localise(ColourNetwork(), **painted(), stage="layer5")
-    with pytest.raises(UserError, match="unknown method 'telepathy'"):
-        localise(ColourNetwork(), **painted(), method="telepathy")
     with pytest.raises(UserError, match="count must be 0 or more, not -3"):
         localise(ColourNetwork(), **painted(), count=-3)

@@ -20,7 +20,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from tinylab import files
 from tinylab.recipe import Recipe
-from tinylab.run import checkpoint, environment
+from tinylab.run import checkpoint
 from tinylab.run.environment import Compute
 from tinylab.run.folder import Run
 from tinylab.training import step as step_module
@@ -116,13 +116,12 @@ class Plan:
     recipe: Recipe
     workers: int = 0
     loss_scale: bool = False
-    """fp16, and the first epoch's second step overflows."""
+    """Loss scaling, as for fp16, and the first epoch's second step overflows."""
 
     def __call__(self, folder: Path, hook: Callable[[str], None] | None = None) -> Run:
         with pytest.MonkeyPatch.context() as patched:
             if self.loss_scale:
-                fp16 = Compute(torch.device("cpu"), "fp16", "for the loss scale")
-                patched.setattr(environment, "choose", lambda *_, **__: fp16)
+                patched.setattr(Compute, "grad_scaler", lambda _: torch.amp.GradScaler("cpu"))
                 patched.setattr(train_module, "train_step", overflowing)
             if hook:
                 moments(patched, hook)
@@ -145,7 +144,9 @@ def overflowing(state, *arguments, **options) -> None:
 
 def plans(train_tiny: Callable[..., Run], rich: Recipe, narrow: Recipe) -> dict[str, Plan]:
     """Return a run of each kind: both optimisers, ways of augmentation, numbers of workers."""
-    plain = replace(narrow, ema_decay=0.6, ema_bn_batches=2)
+    small = {"width": 4, "resolution": 32, "test_resolution": 32}
+    rich = replace(rich, ramp=((16, 0.5),), **small)
+    plain = replace(narrow, ema_decay=0.6, ema_bn_batches=2, **small)
     return {
         "sgd": Plan(train_tiny, rich),
         "muon": Plan(train_tiny, replace(rich, optimizer="muon")),
@@ -166,6 +167,7 @@ def last_state(run: Run) -> dict:
     """Return the newest checkpoint without clocks."""
     state, note = checkpoint.load(run.checkpoints)
     assert note is None
+    del state["environment"]  # the commit, which a developer may have changed meanwhile
     history = [without_seconds(row) for row in state["history"]]
     return without_seconds(state) | {"history": history}
 

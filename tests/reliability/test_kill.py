@@ -60,11 +60,12 @@ def test_a_run_killed_again_and_again_ends_the_same(runs, tmp_path, tally, name)
     """Each process does at least one step and saves it, or the test of an epoch."""
     plan, run = runs[name], Run(tmp_path / "run")
     reference, _ = plan.undisturbed(tmp_path / "undisturbed")
-    kills = 0
-    while (status := forked(lambda: plan(run.folder, at(15 + kills % 11, kill_me)))) != 0:
+    for kills in range(30):
+        status = forked(lambda: plan(run.folder, at(15 + kills % 11, kill_me)))  # noqa: B023
+        if status == 0:
+            break
         assert status == -signal.SIGKILL
-        kills += 1
-        assert kills < 30, "the run does not come forward"
+    assert run.finished, "the run does not come forward"
     assert kills >= 6
     tally(kills=kills)
     assert_same_end(run, reference)
@@ -193,8 +194,7 @@ def test_a_seeded_fault_is_found(runs, tmp_path, tally, fault) -> None:
     for moment, number in kills:
         hook = at(number, kill_me, moment)
         assert forked(lambda: faulty(run.folder, hook)) == -signal.SIGKILL  # noqa: B023
-    ended = forked(lambda: faulty(run.folder))
-    with pytest.raises(AssertionError):
-        assert ended == 0
-        assert_same_end(run, Run(tmp_path / "undisturbed"))
+    if forked(lambda: faulty(run.folder)) == 0:
+        with pytest.raises(AssertionError):
+            assert_same_end(run, Run(tmp_path / "undisturbed"))
     tally(faults=1, found=1, kills=len(kills))

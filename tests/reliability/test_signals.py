@@ -1,252 +1,51 @@
-"""SIGTERM, Ctrl-C and a notebook's stop button: the run is saved, ends within five seconds, and says so in one line."""
+"""SIGTERM, Ctrl-C and a notebook's stop button: the run is saved, says so in one line, continues.
+
+Nothing here waits for a time: a signal is sent at a line, at a file, or at a moment of the run.
+"""
 
 import os
-import random
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
-import torch
-from conftest import assert_equal_runs, without_seconds
 
 from reliability.harness import (
-    PATIENCE,
-    Board,
-    Children,
-    Event,
-    Kill,
+    STATUS,
     Plan,
-    children_of,
-    differing,
-    plain_recipe,
-    reference,
-    rich_recipe,
-    train_plan,
+    assert_ended,
+    assert_one_line,
+    assert_same_end,
+    at,
+    command,
+    forked,
+    moments,
+    plans,
+    start_fork,
+    start_process,
+    status_of,
+    train_arguments,
+    train_module,
+    wait_until,
 )
-from tinylab.cli import main
 from tinylab.data.dataset import Dataset
-from tinylab.recipes import accurate, published, smoke
+from tinylab.exceptions import Stopped
+from tinylab.recipes import smoke
 from tinylab.run import checkpoint
 from tinylab.run.folder import Run
 from tinylab.training.train import train
 
 pytestmark = [
     pytest.mark.promise("signals"),
-    pytest.mark.skipif(sys.platform != "linux", reason="children are forked from a server"),
+    pytest.mark.skipif(sys.platform != "linux", reason="signals, and forks of this process"),
 ]
-
-AT_MOST = 5
-"""Seconds from the signal to the end of the process."""
-STATUS = {signal.SIGINT: 130, signal.SIGTERM: 143}
-
-
-@pytest.fixture(scope="module")
-def children() -> Iterator[Children]:
-    with children_of() as children:
-        yield children
-
-
-# --- The command line in children that tell where they are ------------------------------------------------------------
-
-
-def arguments(plan: Plan, folder: Path) -> list[str]:
-    """The command that trains the plan."""
-    given = [
-        "train",
-        plan.recipe.name,
-        "--data",
-        str(plan.data),
-        "--run",
-        str(folder),
-        "--device",
-        "cpu",
-    ]
-    given += ["--precision", plan.precision]
-    base = {"accurate": accurate, "smoke": smoke, "published": published}[plan.recipe.name]()
-    for name in (
-        "epochs",
-        "batch_size",
-        "width",
-        "resolution",
-        "test_resolution",
-        "ema_decay",
-        "ema_bn_batches",
-    ):
-        if getattr(plan.recipe, name) != getattr(base, name):
-            given += [f"--{name.replace('_', '-')}", str(getattr(plan.recipe, name))]
-    return given
-
-
-def command_line(plan: Plan, folder: Path) -> None:
-    """What `python -m tinylab` does, its standard error in a file."""
-    os.dup2(os.open(folder.with_name("stderr"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    sys.exit(main(arguments(plan, folder)))
-
-
-@dataclass(frozen=True)
-class Ended:
-    """How a child that got a signal has ended."""
-
-    status: int
-    stderr: str
-    seconds: float
-    steps: int
-    """Whole steps of it before the signal."""
-
-
-def signalled(
-    children: Children,
-    plan: Plan,
-    folder: Path,
-    when: Kill,
-    number: int,
-    patience: float = PATIENCE,
-) -> Ended:
-    """A child that gets a signal then."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    path = folder.with_name(f"board-{number}-{time.monotonic_ns()}")
-    board = Board(path)
-    process = children.start(plan, folder, path, command_line)
-    assert not children.wait(process, board, when, patience), folder.with_name("stderr").read_text()
-    steps, sent = board.count(Event.STEPPED), time.monotonic()
-    os.kill(process.pid, number)
-    process.join(PATIENCE)
-    return Ended(
-        process.exitcode, folder.with_name("stderr").read_text(), time.monotonic() - sent, steps
-    )
-
-
-def assert_stopped(ended: Ended, folder: Path, number: int) -> None:
-    assert ended.status == STATUS[number], ended.stderr
-    assert ended.seconds <= AT_MOST
-    assert len(ended.stderr.splitlines()) == 1, ended.stderr
-    assert ended.stderr.startswith("tinylab: stopped" if ended.steps else "tinylab: ")
-    saved, notice = checkpoint.load(folder / "checkpoints")
-    assert notice is None
-    if ended.steps:
-        assert saved is not None
-
-
-def named_plans(dataset: Dataset) -> list[Plan]:
-    """Two small runs whose recipes the command line knows."""
-    rich = replace(accurate(), **sizes(rich_recipe()), ema_decay=0.6, ema_bn_batches=2)
-    plain = replace(smoke(), **sizes(plain_recipe()), ema_decay=0.6, ema_bn_batches=2)
-    return [Plan(rich, dataset.folder), Plan(plain, dataset.folder)]
-
-
-def sizes(recipe: object) -> dict:
-    return {
-        name: getattr(recipe, name)
-        for name in ("epochs", "batch_size", "width", "resolution", "test_resolution")
-    }
-
-
-@pytest.mark.slow
-def test_a_signal_anywhere_saves_and_the_run_ends_the_same(
-    children: Children, small_dataset: Dataset, tmp_path: Path, full: bool, tally: Callable
-) -> None:
-    rng, slowest = random.Random(0), 0.0
-    places = [
-        Event.STEP,
-        Event.TEST,
-        Event.SAVE,
-        Event.WRITE,
-        Event.RENAME,
-        Event.STEPPED,
-        Event.SAVED,
-        Event.LOADED,
-    ]
-    for number, plan in enumerate(named_plans(small_dataset)):
-        folder = tmp_path / str(number) / "run"
-        for which in range(10 if full else 3):
-            # Every signal costs at least the step under way, so that the run comes forward by few.
-            event = places[which % 3] if not full else places[which % len(places)]
-            when = Kill(event, 1 if which or event == Event.TEST else 2, delay=rng.uniform(0, 0.01))
-            if Run(folder).finished:
-                break
-            kind = rng.choice([signal.SIGINT, signal.SIGTERM])
-            ended = signalled(children, plan, folder, when, kind)
-            tally(signals=1)
-            if ended.status == 0:  # the last test was over
-                break
-            assert_stopped(ended, folder, kind)
-            slowest = max(slowest, ended.seconds)
-        train_plan(plan, folder)
-        assert differing(folder, reference(children, plan)) == []
-    assert slowest <= AT_MOST
-
-
-def notebook(plan: Plan, folder: Path) -> None:
-    """A cell that is interrupted, and run again in the same kernel."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        train_plan(plan, folder)
-    except KeyboardInterrupt as interrupt:
-        folder.with_name("interrupt").write_text(str(interrupt))
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    train_plan(plan, folder)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "event", [Event.STEP, Event.SYNC, Event.TEST], ids=lambda event: event.name.lower()
-)
-def test_a_notebook_cell_interrupted_and_run_again_ends_the_same(
-    children: Children, small_dataset: Dataset, tmp_path: Path, tally: Callable, event: Event
-) -> None:
-    plan, board = named_plans(small_dataset)[0], Board(tmp_path / "board")
-    process = children.start(plan, tmp_path / "run", tmp_path / "board", notebook)
-    assert not children.wait(process, board, Kill(event, 3 if event == Event.STEP else 2))
-    os.kill(process.pid, signal.SIGINT)
-    process.join(PATIENCE)
-    tally(signals=1)
-    assert process.exitcode == 0
-    assert "the same command continues" in (tmp_path / "interrupt").read_text()
-    assert Run(tmp_path / "run").summary["stops"] == 1
-    assert differing(tmp_path / "run", reference(children, plan)) == []
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-@pytest.mark.parametrize("number", STATUS, ids=["ctrl-c", "sigterm"])
-def test_a_step_of_many_seconds_does_not_hold_a_signal_up(
-    children: Children,
-    sample_dataset: Dataset,
-    tmp_path: Path,
-    full: bool,
-    tally: Callable,
-    number: int,
-) -> None:
-    """ResNet-18 in full, 256 images per step, on one thread: the step under way is given up, and leaves no trace."""
-    if not full:
-        pytest.skip("with --soak only: its steps take many seconds")
-    recipe = replace(smoke(), epochs=1, batch_size=256, width=64, resolution=64, test_resolution=64)
-    plan = Plan(recipe, sample_dataset.folder, images=420)
-    folder = tmp_path / "run"
-    began = time.monotonic()
-    ended = signalled(children, plan, folder, Kill(Event.STEP, 2, delay=2), number, 8 * PATIENCE)
-    tally(signals=1)
-    assert time.monotonic() - began > 3 * AT_MOST, "the steps are too short to show anything"
-    assert_stopped(ended, folder, number)
-    assert ended.steps == 1
-    states = [
-        checkpoint.read(folder / "checkpoints" / name)
-        for name in (checkpoint.NEWEST, checkpoint.PREVIOUS)
-    ]
-    assert [state["step"] for state in states] == [1, 1]
-    for part in ("model", "totals", "skips"):
-        ours, before = (state[part] if part == "model" else {part: state[part]} for state in states)
-        assert all(torch.equal(ours[name], before[name]) for name in before), part
-
-
-# --- Processes as a user starts them ----------------------------------------------------------------------------------
+SET_UP = ("make_split", "make_loader", "new_state", "restore", "enter_run", "StopRequest")
+"""What the set-up calls, in its order."""
 
 
 @pytest.fixture(autouse=True)
@@ -257,126 +56,188 @@ def _interruptible() -> Iterator[None]:
     signal.signal(signal.SIGINT, before)
 
 
-@pytest.fixture
-def start(
-    small_dataset: Dataset, subprocess_environment: dict[str, str], tmp_path: Path
-) -> Iterator[Callable[..., subprocess.Popen]]:
-    """A function that starts `tinylab train` in a process group of its own; what still runs at the end is killed."""
-    started = []
-
-    def call(*options: str) -> subprocess.Popen:
-        command = [
-            sys.executable,
-            "-m",
-            "tinylab",
-            "train",
-            "smoke",
-            "--data",
-            str(small_dataset.folder),
-        ]
-        command += [
-            "--run",
-            str(tmp_path / "run"),
-            "--width",
-            "16",
-            "--precision",
-            "fp32",
-            "--device",
-            "cpu",
-        ]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        settings = {"env": subprocess_environment, "start_new_session": True} | pipes
-        started.append(subprocess.Popen([*command, *options], **settings))
-        return started[-1]
-
-    yield call
-    for process in started:
-        process.kill()
-        process.communicate()
-
-
-def wait_for(path: Path, process: subprocess.Popen) -> None:
-    deadline = time.monotonic() + 2 * PATIENCE
-    while not path.exists():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline, f"no {path.name} after two minutes"
-        time.sleep(0.01)
-
-
-@pytest.mark.slow
-def test_a_killed_process_continues_and_ends_the_same(
-    start: Callable,
-    small_dataset: Dataset,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    tally: Callable,
+@pytest.mark.parametrize("name", ["sgd", "no workers"])
+def test_a_signal_at_any_moment_costs_no_bit(
+    train_tiny, rich, narrow, tmp_path, full, tally, name
 ) -> None:
-    killed = start("--epochs", "6")
-    wait_for(tmp_path / "run" / "checkpoints" / checkpoint.PREVIOUS, killed)
-    killed.kill()
-    killed.communicate()
-    tally(processes=1)
-    run = Run(tmp_path / "run")
-    assert not run.finished
-    saved, _ = checkpoint.load(run.checkpoints)
-    assert saved["epoch"] > 1
+    """As in a notebook: the same process runs the cell again."""
+    plan: Plan = plans(train_tiny, rich, narrow)[name]
+    reference, names = plan.undisturbed(tmp_path / "undisturbed")
+    first, last = names.index("step"), len(names)
+    for number in range(first, last, 1 if full else 11):
+        run, sent, after = Run(tmp_path / str(number)), list(STATUS)[number % 2], []
+        at_number = at(number, lambda: signal.raise_signal(sent))  # noqa: B023
 
-    assert main(killed.args[3:]) == 0
-    out, err = capsys.readouterr()
-    assert err == ""
-    assert (
-        f"continuing {run.folder} in epoch {saved['epoch']} after {saved['step']} of its steps"
-        in out
-    )
-    assert run.summary["stops"] == 1
-    options = {"precision": "fp32", "device": "cpu", "quiet": True}
-    assert_equal_runs(
-        run, train(run.recipe, small_dataset, folder=tmp_path / "unkilled", **options)
-    )
+        def hook(moment: str, at_number=at_number, after=after) -> None:
+            after.append(moment)
+            at_number(moment)
+
+        handlers = [signal.getsignal(each) for each in STATUS]
+        try:
+            plan(run.folder, hook)
+            stopped = False
+        except Stopped as error:
+            stopped = True
+            assert error.signal == sent
+            assert f"; the same command continues {run.folder}" in str(error)
+        assert [signal.getsignal(each) for each in STATUS] == handlers
+        # A step under way ends; a save goes on to the next step; the last files are written.
+        assert after[number + 1 :].count("step") <= 1
+        assert stopped or not {"step", "test of mirror images"} & {*after[number + 1 :]}
+        assert stopped != run.finished
+        assert_same_end(plan(run.folder), reference)
+        assert run.summary["stops"] == stopped
+        tally(signals=1)
 
 
-@pytest.mark.slow
+# --- The command, in forks of this process --------------------------------------------------------
+
+
+def start_command(
+    arguments: list[str], log: Path, prepare: Callable[[pytest.MonkeyPatch], None]
+) -> Callable[[], None]:
+    """Return what does the command after `prepare` has changed something in it."""
+
+    def body() -> None:
+        prepare(pytest.MonkeyPatch())
+        command(arguments, log)
+
+    return body
+
+
 @pytest.mark.parametrize("number", STATUS, ids=["ctrl-c", "sigterm"])
-def test_a_signal_to_the_whole_group_stops_a_process_in_one_line(
-    start: Callable, tmp_path: Path, tally: Callable, number: int
+def test_a_signal_during_the_set_up_ends_at_once(small_dataset, tmp_path, tally, number) -> None:
+    """Whatever is called then: nothing is left half-written, and the same command begins."""
+    folder, log = tmp_path / "run", tmp_path / "log"
+    options = {"epochs": 2, "width": 4, "batch_size": 9}
+    arguments = train_arguments(small_dataset.folder, folder, **options)
+    for name in SET_UP:
+
+        def prepare(patched: pytest.MonkeyPatch, name=name) -> None:
+            def call(*given, **options) -> object:
+                signal.raise_signal(number)
+                return real(*given, **options)
+
+            real = getattr(train_module, name)
+            patched.setattr(train_module, name, call)
+
+        assert forked(start_command(arguments, log, prepare)) == STATUS[number]
+        assert_one_line(log.with_suffix(".err").read_text())
+        assert not list(folder.rglob("*.tmp"))
+        tally(signals=1)
+    for which in range(8):  # before and after each of the first files has its name
+
+        def prepare(patched: pytest.MonkeyPatch, which=which) -> None:
+            moments(patched, at(which, lambda: signal.raise_signal(number)))
+
+        assert forked(start_command(arguments, log, prepare)) in (STATUS[number], 0)
+        assert not list(folder.rglob("*.tmp"))
+        tally(signals=1)
+    assert forked(start_command(arguments, log, lambda _: None)) == 0
+    assert Run(folder).finished
+
+
+@pytest.mark.parametrize("number", STATUS, ids=["ctrl-c", "sigterm"])
+def test_a_second_signal_ends_at_once(small_dataset, tmp_path, tally, number) -> None:
+    """In a step that never ends, after one that was saved."""
+    folder, log, hanging = tmp_path / "run", tmp_path / "log", tmp_path / "hanging"
+
+    def prepare(patched: pytest.MonkeyPatch) -> None:
+        def hang() -> None:
+            hanging.touch()
+            while True:
+                time.sleep(0.01)
+
+        moments(patched, at(1, hang, "step"))
+
+    arguments = train_arguments(small_dataset.folder, folder, epochs=2, width=4, batch_size=9)
+    process = start_fork(start_command(arguments, log, prepare))
+    wait_until(hanging.exists, process.is_alive)
+    os.kill(process.pid, number)
+    line = "stopping after this step"
+    wait_until(lambda: line in log.with_suffix(".out").read_text(), process.is_alive)
+    os.kill(process.pid, number)
+    assert status_of(process) == STATUS[number]
+    assert_one_line(log.with_suffix(".err").read_text())
+    saved, _ = checkpoint.load(folder / "checkpoints")
+    assert (saved["epoch"], saved["step"]) == (1, 1)
+    tally(signals=2)
+
+
+# --- Processes as a user starts them --------------------------------------------------------------
+
+WHILE_IMPORTING = """
+import runpy, signal, sys
+
+class Finder:
+    def find_spec(self, name, *_):
+        if name == "torch":
+            signal.raise_signal({number})
+
+sys.meta_path.insert(0, Finder())
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.argv[0] = "tinylab"
+runpy.run_module("tinylab", run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("number", STATUS, ids=["ctrl-c", "sigterm"])
+def test_a_signal_while_libraries_are_imported(
+    small_dataset, subprocess_environment, tmp_path, tally, number
 ) -> None:
-    """Ctrl-C in a terminal reaches the worker processes as well."""
-    process = start("--epochs", "400", "--workers", "2")
-    wait_for(tmp_path / "run" / "checkpoints" / checkpoint.NEWEST, process)
-    sent = time.monotonic()
-    os.killpg(process.pid, number)
-    out, err = process.communicate(timeout=PATIENCE)
-    tally(processes=1)
-    assert time.monotonic() - sent <= AT_MOST
-    assert process.returncode == STATUS[number], err
-    assert len(err.splitlines()) == 1, err
-    assert err.startswith("tinylab: stopped in epoch ")
-    assert "Traceback" not in out + err
-    saved, notice = checkpoint.load(tmp_path / "run" / "checkpoints")
-    assert notice is None
-    assert f"in epoch {saved['epoch']} after {saved['step']} steps" in err
-    assert without_seconds(Run(tmp_path / "run").history[0])["epoch"] == 1
+    program = WHILE_IMPORTING.format(number=int(number))
+    arguments = train_arguments(small_dataset.folder, tmp_path / "run")
+    ended = subprocess.run(
+        [sys.executable, "-c", program, *arguments],
+        env=subprocess_environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert ended.returncode == STATUS[number], ended.stderr
+    assert_one_line(ended.stderr)
+    assert list(tmp_path.iterdir()) == []
+    tally(signals=1, processes=1)
 
 
 @pytest.mark.slow
-def test_a_signal_during_the_set_up_ends_a_process_in_one_line(
-    start: Callable, tmp_path: Path, full: bool, tally: Callable
+def test_one_command_again_and_again(
+    small_dataset: Dataset, subprocess_environment, tmp_path, tally
 ) -> None:
-    """It may come while libraries are imported, too: there is nothing to save, and nothing left half done."""
-    rng = random.Random(1)
-    for number in [signal.SIGTERM, signal.SIGINT] * (3 if full else 1):
-        process = start("--epochs", "400")
-        if number == signal.SIGTERM:
-            assert process.stdout.readline().startswith("device: ")
+    """SIGTERM and Ctrl-C to all of its processes, as from a terminal; SIGKILL to the first alone,
+    whose workers then end by themselves."""
+    run, options = Run(tmp_path / "run"), {"epochs": 50, "width": 4, "batch_size": 7}
+    arguments = train_arguments(small_dataset.folder, run.folder, workers=2, **options)
+    sizes = {"resolution": 32, "test_resolution": 32}
+    arguments += [part for name in sizes for part in (f"--{name.replace('_', '-')}", "32")]
+    for number in (signal.SIGTERM, signal.SIGKILL, signal.SIGINT):
+        process = start_process(arguments, subprocess_environment)
+        lines = [process.stdout.readline() for _ in range(2)]
+        assert lines[0].startswith("device: CPU")
+        before = len(run.history) if run.begun else 0
+        wait_until(lambda: run.begun and len(run.history) > before, lambda: process.poll() is None)  # noqa: B023
+        workers = psutil.Process(process.pid).children(recursive=True)
+        assert len(workers) >= 2
+        if number == signal.SIGKILL:
+            process.kill()
         else:
-            with pytest.raises(subprocess.TimeoutExpired):
-                process.wait(rng.uniform(0.5, 2))
-        sent = time.monotonic()
-        process.send_signal(number)
-        out, err = process.communicate(timeout=PATIENCE)
-        tally(processes=1)
-        assert time.monotonic() - sent <= AT_MOST
-        assert process.returncode == STATUS[number], err
-        assert len(err.splitlines()) == 1, err
-        assert err.startswith("tinylab: ")
-        assert "Traceback" not in out + err
+            os.killpg(process.pid, number)
+        out, err = process.communicate()
+        assert_ended(workers)
+        assert not run.finished
+        assert f"continuing {run.folder} in epoch" in out or not before
+        if number == signal.SIGKILL:
+            assert process.returncode == -number
+        else:
+            assert process.returncode == STATUS[number], err
+            assert_one_line(err, "stopped in epoch ")
+            assert "the same command continues" in err
+            saved, _ = checkpoint.load(run.checkpoints)
+            assert f"in epoch {saved['epoch']} after {saved['step']} steps" in err
+        tally(signals=1, processes=1)
+    process = start_process(arguments, subprocess_environment)
+    assert process.communicate()[1] == ""
+    assert (process.returncode, run.summary["stops"]) == (0, 3)
+    recipe = replace(smoke(), **options, **sizes)
+    reference = train(
+        recipe, small_dataset, folder=tmp_path / "undisturbed",
+        device="cpu", precision="fp32", quiet=True,
+    )  # fmt: skip
+    assert_same_end(run, reference)

@@ -9,19 +9,10 @@ import pytest
 import scipy.stats
 import torch
 from conftest import Exact
-from pytorch_grad_cam.utils.svd_on_activations import get_2d_projection
 from torch import nn
 
 from tinylab.exceptions import UserError
-from tinylab.explain.gradcam import (
-    METHODS,
-    STAGES,
-    bootstrap,
-    explain,
-    gradcam,
-    misclassified,
-    sample,
-)
+from tinylab.explain.gradcam import STAGES, bootstrap, explain, gradcam, misclassified, sample
 from tinylab.explain.mistakes import softmax
 from tinylab.model import ResNet18
 
@@ -62,27 +53,7 @@ def inputs() -> torch.Tensor:
     return torch.randn(5, 3, 32, 32, generator=torch.Generator().manual_seed(2))
 
 
-def combined(method: str, activations: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
-    """What the methods' papers make of one image's activations and gradient, each (C, h, w), before the ReLU."""
-    if method == "gradcam":
-        return (gradient.mean(dim=(1, 2), keepdim=True) * activations).sum(dim=0)
-    if method == "hirescam":
-        return (gradient * activations).sum(dim=0)
-    if method == "layercam":
-        return (gradient.relu() * activations).sum(dim=0)
-    if method == "gradcam++":
-        total = activations.sum(dim=(1, 2), keepdim=True)
-        alpha = gradient**2 / (2 * gradient**2 + total * gradient**3 + 1e-6)
-        return ((gradient.relu() * alpha).sum(dim=(1, 2), keepdim=True) * activations).sum(dim=0)
-    assert method == "eigencam"
-    flat = activations.flatten(1) - activations.flatten(1).mean(dim=1, keepdim=True)
-    component = torch.linalg.eigh(flat @ flat.T).eigenvectors[:, -1] @ flat
-    return (component * (component @ flat.sum(dim=0)).sign()).view_as(activations[0])
-
-
-def by_hand(
-    model: nn.Module, inputs: torch.Tensor, targets: torch.Tensor, method: str = "gradcam"
-) -> dict[str, np.ndarray]:
+def by_hand(model: nn.Module, inputs: torch.Tensor, targets: torch.Tensor) -> dict[str, np.ndarray]:
     """Maps from their definition, in double precision, one image and one stage at a time."""
     model, inputs = copy.deepcopy(model).double(), inputs.double()
     maps: dict[str, list[np.ndarray]] = {stage: [] for stage in STAGES}
@@ -95,7 +66,8 @@ def by_hand(
             logit = model(image[None])[0, target]
             handle.remove()
             (gradient,) = torch.autograd.grad(logit, seen[0])
-            summed = torch.relu(combined(method, seen[0][0].detach(), gradient[0]))
+            weights = gradient[0].mean(dim=(1, 2), keepdim=True)
+            summed = torch.relu((weights * seen[0][0].detach()).sum(dim=0))
             summed = summed - summed.min()
             maps[stage].append((summed / summed.max() if summed.any() else summed).numpy())
     return {stage: np.stack(values) for stage, values in maps.items()}
@@ -108,19 +80,16 @@ def equal(one: dict[str, np.ndarray], other: dict[str, np.ndarray], atol: float 
 
 
 @pytest.mark.numerical
-@pytest.mark.parametrize("method", METHODS)
-def test_maps_equal_their_definition_at_every_stage(
-    exact: Exact, inputs: torch.Tensor, method: str
-) -> None:
+def test_maps_equal_their_definition_at_every_stage(exact: Exact, inputs: torch.Tensor) -> None:
     inputs = torch.cat([inputs, inputs.flip(1)], dim=3).repeat(
         1, 1, 2, 1
     )  # 64 x 64, as the data set has it
-    maps = gradcam(exact, inputs, TARGETS, method=method)
+    maps = gradcam(exact, inputs, TARGETS)
     sides = {"layer1": 64, "layer2": 32, "layer3": 16, "layer4": 8}
     assert {stage: values.shape for stage, values in maps.items()} == {
         s: (5, n, n) for s, n in sides.items()
     }
-    assert equal(maps, by_hand(exact, inputs, TARGETS, method))
+    assert equal(maps, by_hand(exact, inputs, TARGETS))
     for values in maps.values():
         assert values.dtype == np.float32
         assert values.min() == 0
@@ -155,9 +124,8 @@ def test_stages_may_be_asked_for_in_any_order(model: ResNet18, inputs: torch.Ten
 
 
 @pytest.mark.parametrize("stages", [STAGES, ("layer4",)])
-@pytest.mark.parametrize("method", ["gradcam", "eigencam"])
 def test_model_is_left_as_it_was(
-    model: ResNet18, inputs: torch.Tensor, method: str, stages: tuple[str, ...]
+    model: ResNet18, inputs: torch.Tensor, stages: tuple[str, ...]
 ) -> None:
     model.train()
     model.layer2.eval()
@@ -167,7 +135,7 @@ def test_model_is_left_as_it_was(
     asks = {name: weight.requires_grad for name, weight in model.named_parameters()}
     state = copy.deepcopy(model.state_dict())
 
-    gradcam(model, inputs, TARGETS, stages, method=method)
+    gradcam(model, inputs, TARGETS, stages)
 
     assert {name: module.training for name, module in model.named_modules()} == modes
     assert {name: weight.requires_grad for name, weight in model.named_parameters()} == asks
@@ -221,33 +189,6 @@ def test_wrappers_are_taken_off(model: ResNet18, inputs: torch.Tensor) -> None:
     )
 
 
-def test_half_precision_network_is_explained_in_float32(
-    model: ResNet18, inputs: torch.Tensor
-) -> None:
-    halved = copy.deepcopy(model).to(torch.bfloat16)
-    assert equal(gradcam(halved, inputs, TARGETS), gradcam(halved.float(), inputs, TARGETS))
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_methods_run_and_differ(model: ResNet18, inputs: torch.Tensor, method: str) -> None:
-    maps = gradcam(model, inputs, TARGETS, stages=("layer3",), method=method)["layer3"]
-    assert maps.shape == (5, 8, 8)
-    assert np.isfinite(maps).all()
-    assert (method == "gradcam") == np.allclose(
-        maps, gradcam(model, inputs, TARGETS)["layer3"], atol=1e-3
-    )
-
-
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("stage", STAGES)
-def test_a_stage_alone_has_the_maps_that_it_has_among_all(
-    model: ResNet18, inputs: torch.Tensor, method: str, stage: str
-) -> None:
-    """Gradients end at the first stage that is asked for; the maps of the later ones are the same."""
-    alone = gradcam(model, inputs, TARGETS, stages=(stage,), method=method)
-    assert equal(alone, {stage: gradcam(model, inputs, TARGETS, method=method)[stage]})
-
-
 def test_the_last_stage_alone_asks_for_no_gradient_below_it(
     model: ResNet18, inputs: torch.Tensor
 ) -> None:
@@ -259,50 +200,6 @@ def test_the_last_stage_alone_asks_for_no_gradient_below_it(
     model.layer3.register_forward_hook(note)  # goes to the copy, too
     gradcam(model, inputs, TARGETS, stages=("layer4",))
     assert asked == [(False, False)]
-
-
-@pytest.mark.numerical
-def test_eigencam_is_the_library_s_but_for_the_sign(model: ResNet18, inputs: torch.Tensor) -> None:
-    seen = []
-    handle = model.layer4.register_forward_hook(
-        lambda _, __, output: seen.append(output.detach().numpy())
-    )
-    model(inputs)
-    handle.remove()
-    theirs = get_2d_projection(seen[0])
-    ours = gradcam(model, inputs, TARGETS, stages=("layer4",), method="eigencam")["layer4"]
-    for one, projected in zip(ours, theirs, strict=True):
-        either = [np.maximum(signed, 0) / signed.max() for signed in (projected, -projected)]
-        assert not np.allclose(*either, atol=0.1)
-        assert any(np.allclose(one, scaled, atol=1e-4) for scaled in either)
-
-
-def test_eigencam_knows_no_classes(model: ResNet18, inputs: torch.Tensor) -> None:
-    one, other = (
-        gradcam(model, inputs, classes, method="eigencam") for classes in (TARGETS, TARGETS.flip(0))
-    )
-    assert equal(one, other, atol=0)
-
-
-@pytest.mark.parametrize("sign", [1, -1])
-def test_eigencam_shows_the_active_part_whatever_the_decomposition_s_sign(
-    monkeypatch: pytest.MonkeyPatch, sign: int
-) -> None:
-    """Even where that is the larger part, so that the quiet part is further from the mean."""
-    decompose = np.linalg.svd
-
-    def signed(*arguments, **options):
-        left, strengths, right = decompose(*arguments, **options)
-        return sign * left, strengths, sign * right
-
-    monkeypatch.setattr(np.linalg, "svd", signed)
-    image = torch.zeros(1, 3, 64, 64)
-    image[:, 0, :48, :56] = 1
-    for values in gradcam(ColourNetwork(), image, torch.tensor([0]), method="eigencam").values():
-        side = values.shape[1]
-        expected = np.zeros((side, side))
-        expected[: side * 3 // 4, : side * 7 // 8] = 1
-        assert np.allclose(values[0], expected, atol=1e-5)
 
 
 def test_sample_is_a_beginning_of_one_permutation() -> None:
@@ -362,8 +259,6 @@ def test_bootstrap_intervals_cover_the_truth() -> None:
 def test_bad_requests(model: ResNet18, inputs: torch.Tensor) -> None:
     with pytest.raises(UserError, match="unknown layer 'layer5'; there are: layer1"):
         gradcam(model, inputs, TARGETS, stages=("layer5",))
-    with pytest.raises(UserError, match="unknown method 'scorecam'; there are: gradcam"):
-        gradcam(model, inputs, TARGETS, method="scorecam")
     with pytest.raises(ValueError, match="one target for each image"):
         gradcam(model, inputs, TARGETS[:1])
     for outside in (-1, CLASSES):
@@ -402,21 +297,6 @@ def test_softmax_of_stored_logits() -> None:
     assert np.allclose(softmax(values), torch.from_numpy(values).double().softmax(dim=1).numpy())
 
 
-class ColourNetwork(nn.Module):
-    """Its logits are the mean red, green and blue, times `scale`: where a colour is, there is its evidence."""
-
-    def __init__(self, scale: float = 1.0) -> None:
-        super().__init__()
-        self.layer1, self.layer2 = nn.AvgPool2d(1), nn.AvgPool2d(2)
-        self.layer3, self.layer4 = nn.AvgPool2d(2), nn.AvgPool2d(2)
-        self.fc = nn.Linear(3, 3, bias=False)
-        with torch.no_grad():
-            self.fc.weight.copy_(scale * torch.eye(3))
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return self.fc(self.layer4(self.layer3(self.layer2(self.layer1(images)))).mean(dim=(2, 3)))
-
-
 BOX = (8, 16, 31, 55)  # wider than high it is not: swapped axes would show
 
 
@@ -435,6 +315,21 @@ def colour_data() -> dict:
         "names": ("red", "green", "blue"),
         "normalise": lambda images: images.permute(0, 3, 1, 2).float() / 255,
     }
+
+
+class ColourNetwork(nn.Module):
+    """Its logits are the mean red, green and blue, times `scale`: where a colour is, there is its evidence."""
+
+    def __init__(self, scale: float = 1.0) -> None:
+        super().__init__()
+        self.layer1, self.layer2 = nn.AvgPool2d(1), nn.AvgPool2d(2)
+        self.layer3, self.layer4 = nn.AvgPool2d(2), nn.AvgPool2d(2)
+        self.fc = nn.Linear(3, 3, bias=False)
+        with torch.no_grad():
+            self.fc.weight.copy_(scale * torch.eye(3))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.fc(self.layer4(self.layer3(self.layer2(self.layer1(images)))).mean(dim=(2, 3)))
 
 
 def test_explanation_says_what_was_seen_and_where() -> None:
