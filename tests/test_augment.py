@@ -19,7 +19,8 @@ FILL = 113  # round(0.442 * 255)
 
 
 def chart() -> np.ndarray:
-    """An image whose every pixel says where it came from: red its column, green its row, blue that it is no hole."""
+    """An image whose every pixel says where it came from: red its column, green its row, blue that
+    it is no hole."""
     rows, columns = np.mgrid[:64, :64]
     return np.stack([columns, rows, np.full((64, 64), 255)], axis=2).astype(np.uint8)
 
@@ -73,7 +74,8 @@ def draws() -> list[Draw]:
 
 
 def assert_share(hits: int, count: int, probability: float) -> None:
-    """`hits` of `count` are as many as the probability says, within four and a half standard deviations."""
+    """`hits` of `count` are as many as the probability says, within four and a half standard
+    deviations."""
     spread = (probability * (1 - probability) / count) ** 0.5
     assert abs(hits / count - probability) < 4.5 * spread, (
         f"{hits} of {count}, expected {probability:.4f}"
@@ -106,7 +108,8 @@ def test_holes_are_uniform_over_every_place_inside(draws: list[Draw], axis: int)
 
 
 def test_the_draws_of_one_image_are_independent(draws: list[Draw]) -> None:
-    """With the library's own seeding the flip and the hole come from equal streams and always come together."""
+    """With the library's own seeding the flip and the hole come from equal streams and always come
+    together."""
     flips, holes = [draw.flip for draw in draws], [draw.hole is not None for draw in draws]
     down, across = [draw.down for draw in draws], [draw.across for draw in draws]
     for first, second in (

@@ -1,4 +1,5 @@
-"""Batched augmentation: each operation against a plain loop over images, and its statistics against albumentations'."""
+"""Batched augmentation: each operation against a plain loop over images, and its statistics against
+albumentations'."""
 
 import random
 from collections.abc import Callable
@@ -50,7 +51,8 @@ def noise(count: int = BATCH, height: int = 64, width: int = 64, seed: int = 0) 
 
 
 def smooth(count: int = BATCH) -> torch.Tensor:
-    """Noise blown up from 8 to 64 pixels per side: neighbouring pixels are alike, as in photographs."""
+    """Noise blown up from 8 to 64 pixels per side: neighbouring pixels are alike, as in
+    photographs."""
     return resize(noise(count, 8, 8), 64)
 
 
@@ -103,7 +105,7 @@ def batched(**changes) -> Recipe:
 MIXED = {"cutmix_probability": 0.35, "mixup_probability": 0.2, "resizemix_probability": 0.25}
 
 
-# --- Draws ------------------------------------------------------------------------------------------------------------
+# --- Draws ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
@@ -221,7 +223,7 @@ def test_draws_for_another_number_of_images_are_refused() -> None:
         augment_batch(noise(), batched(), new_draws(7), None, 1)
 
 
-# --- Each operation against a plain loop ------------------------------------------------------------------------------
+# --- Each operation against a plain loop ----------------------------------------------------------
 
 
 def test_random_flips_against_a_plain_loop() -> None:
@@ -286,7 +288,8 @@ def test_holes_against_a_plain_loop(size: int) -> None:
 
 
 def box_of(crop: torch.Tensor) -> tuple[int, int, int, int]:
-    """Top, left, height, width of the crop, read from a chart's corners: they show the box's corner pixels."""
+    """Top, left, height, width of the crop, read from a chart's corners: they show the box's corner
+    pixels."""
     (left, top), (right, bottom) = crop[0, 0, :2].tolist(), crop[-1, -1, :2].tolist()
     return top, left, bottom - top + 1, right - left + 1
 
@@ -364,7 +367,7 @@ def test_resizing_to_the_same_size_is_nothing() -> None:
     assert resize(noise(2, 64, 32), 64).shape == (2, 64, 64, 3)
 
 
-# --- Statistics -------------------------------------------------------------------------------------------------------
+# --- Statistics -----------------------------------------------------------------------------------
 
 
 def recognised(key: int, count: int = 1000, recipe: Recipe | None = None) -> list[Draw]:
@@ -389,7 +392,8 @@ def one_by_one() -> list[Draw]:
 
 
 def assert_alike(first: list, second: list, outcomes: int) -> None:
-    """Both samples, equally large, are of one distribution over `outcomes` values, as far as a chi-square test sees."""
+    """Both samples, equally large, are of one distribution over `outcomes` values, as far as a
+    chi-square test sees."""
     values = sorted(set(first) | set(second))
     counts = np.array([[sample.count(value) for value in values] for sample in (first, second)])
     assert len(values) == outcomes
@@ -415,7 +419,8 @@ def test_the_published_augmentation_has_the_statistics_of_albumentations(
 
 
 def test_the_published_augmentation_has_the_published_rates(draws: list[Draw]) -> None:
-    """`recognise` has seen to it that holes are 32 x 32 pixels of the mean, and that padding reflects."""
+    """`recognise` has seen to it that holes are 32 x 32 pixels of the mean, and that padding
+    reflects."""
     assert_share(sum(draw.flip for draw in draws), len(draws), 0.7)
     holes = [draw.hole for draw in draws if draw.hole]
     assert_share(len(holes), len(draws), 0.7)
@@ -500,7 +505,7 @@ def test_brightness_factors_are_uniform() -> None:
     assert np.quantile(factors, parts) == pytest.approx(0.7 + 0.6 * parts, abs=0.03)
 
 
-# --- A recipe's augmentation ------------------------------------------------------------------------------------------
+# --- A recipe's augmentation ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", [0, 32])
@@ -559,7 +564,7 @@ def test_what_is_not_asked_for_is_not_done_and_draws_nothing() -> None:
     )
 
 
-# --- Mixing -----------------------------------------------------------------------------------------------------------
+# --- Mixing ---------------------------------------------------------------------------------------
 
 
 def as_torchvision_draws(
@@ -713,7 +718,7 @@ def test_the_last_epochs_are_not_mixed() -> None:
     assert (partners, share) == (None, 1.0)
 
 
-# --- On a GPU ---------------------------------------------------------------------------------------------------------
+# --- On a GPU -------------------------------------------------------------------------------------
 
 
 @pytest.mark.gpu

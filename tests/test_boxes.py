@@ -78,7 +78,8 @@ def test_exchanged_axes_would_be_another_score() -> None:
 
 
 def by_hand(small: np.ndarray, box: list[int]) -> tuple[float, float]:
-    """Both measures of one map (h, w), enlarged pixel by pixel as bilinear interpolation is defined."""
+    """Both measures of one map (h, w), enlarged pixel by pixel as bilinear interpolation is
+    defined."""
     side = len(small)
 
     def value(y: int, x: int) -> float:
@@ -116,7 +117,8 @@ def test_coarse_maps_equal_a_slow_loop() -> None:
 
 
 def test_a_plateau_in_a_corner_counts_by_its_share() -> None:
-    """The highest of 8 x 8 values lies in the corner: 4 x 4 equal pixels, of which a box of three columns has 3/4."""
+    """The highest of 8 x 8 values lies in the corner: 4 x 4 equal pixels, of which a box of three
+    columns has 3/4."""
     maps = np.zeros((1, 8, 8), np.float32)
     maps[0, 7, 7] = 1
     assert hits(maps, np.array([[0, 0, 62, 63]], np.uint8))[0] == pytest.approx(0.75)
@@ -152,7 +154,8 @@ def test_the_centre_scores_what_a_map_with_its_peak_there_scores(box: tuple, hit
 
 
 def test_sample_data_have_boxes_around_their_shapes(sample_dataset: Dataset) -> None:
-    """The made-up images: what differs from the background most lies in the box, whose maker knows where it drew."""
+    """The made-up images: what differs from the background most lies in the box, whose maker knows
+    where it drew."""
     images, boxes = sample_dataset.images[:200].astype(np.float64), sample_dataset.boxes[:200]
     border = np.concatenate(
         [images[:, 0], images[:, -1], images[:, :, 0], images[:, :, -1]], axis=1

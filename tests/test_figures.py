@@ -63,7 +63,8 @@ REFERENCE = [
 
 
 def square(classes: int) -> np.ndarray:
-    """A confusion matrix: class i of 100 images is right in 60 and taken for its neighbour, 30, and for all, 10."""
+    """A confusion matrix: class i of 100 images is right in 60 and taken for its neighbour, 30, and
+    for all, 10."""
     matrix = np.full((classes, classes), 0) + 60 * np.eye(classes, dtype=int)
     for i in range(classes):
         matrix[i, i ^ 1 if i ^ 1 < classes else i] += 30
@@ -107,7 +108,8 @@ def calibration(counts: list[int], note: str | None = None) -> dict:
 
 
 def located(method: str = "gradcam") -> dict:
-    """As `tinylab.explain.localisation` sums it up; of the wrong answers with small boxes there is none."""
+    """As `tinylab.explain.localisation` sums it up; of the wrong answers with small boxes there is
+    none."""
     groups = []
     for boxes, shift in (("all", 0.0), ("below half", -0.25)):
         for answers, kind in (
@@ -349,7 +351,8 @@ def test_published_test_loss_is_a_mean_cross_entropy() -> None:
         rows = list(csv.DictReader(file))
     figure = plots.accuracy_and_loss(history(1), rows)
     losses = figure.axes[2].lines[0].get_ydata()
-    # Between a guess among 200 classes and what its accuracy needs at least: half the wrong answers cost ln 2 each.
+    # Between a guess among 200 classes and what its accuracy needs at least: half the wrong answers
+    # cost ln 2 each.
     assert (losses < math.log(200)).all()
     accuracy = np.array([float(row["test_accuracy_pct"]) for row in rows]) / 100
     assert (losses > (1 - accuracy) * math.log(2)).all()

@@ -301,7 +301,8 @@ BOX = (8, 16, 31, 55)  # wider than high it is not: swapped axes would show
 
 
 def colour_data() -> dict:
-    """Six images, each black but for one red rectangle; two are answered rightly (0: red), four wrongly."""
+    """Six images, each black but for one red rectangle; two are answered rightly (0: red), four
+    wrongly."""
     images = np.zeros((6, 64, 64, 3), np.uint8)
     x0, y0, x1, y1 = BOX
     images[:, y0 : y1 + 1, x0 : x1 + 1, 0] = 200
@@ -318,7 +319,8 @@ def colour_data() -> dict:
 
 
 class ColourNetwork(nn.Module):
-    """Its logits are the mean red, green and blue, times `scale`: where a colour is, there is its evidence."""
+    """Its logits are the mean red, green and blue, times `scale`: where a colour is, there is its
+    evidence."""
 
     def __init__(self, scale: float = 1.0) -> None:
         super().__init__()

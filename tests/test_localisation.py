@@ -1,4 +1,5 @@
-"""Do the maps look at the object: the sample, the groups, the intervals, on networks whose maps are known."""
+"""Do the maps look at the object: the sample, the groups, the intervals, on networks whose maps are
+known."""
 
 import csv
 import json
@@ -39,7 +40,8 @@ LARGE, SMALL = (0, 8, 55, 63), (40, 0, 55, 47)
 
 
 def painted() -> dict:
-    """Eight images: in the box red, the class; elsewhere blue. Of the last four the network says blue: it is wrong."""
+    """Eight images: in the box red, the class; elsewhere blue. Of the last four the network says
+    blue: it is wrong."""
     boxes = np.array([LARGE, SMALL, SMALL, (7, 7, 7, 9), LARGE, SMALL, LARGE, SMALL], np.uint8)
     images = np.zeros((8, 64, 64, 3), np.uint8)
     images[..., 2] = 200
@@ -107,7 +109,8 @@ def test_maps_of_the_object_score_one_and_maps_of_the_rest_nothing() -> None:
 
 
 def test_the_summary_can_be_computed_again_from_the_table(tmp_path: Path) -> None:
-    """By another program: the CSV, plain Python, and a bootstrap of its own, whose ends agree within their noise."""
+    """By another program: the CSV, plain Python, and a bootstrap of its own, whose ends agree
+    within their noise."""
     rng = np.random.default_rng(5)
     data = painted()
     for name in ("images", "labels", "boxes", "logits"):
@@ -189,8 +192,9 @@ def test_what_is_left_of_nothing() -> None:
 
 @pytest.fixture(scope="module")
 def drawn_masks(sample_dataset: Dataset) -> np.ndarray:
-    """The true masks of the made-up images, float32 (600, 64, 64), in canonical order: found by drawing all again and
-    taking, of the drawings of the class that have the row's box, the one most like the picture (a JPEG, some grey)."""
+    """The true masks of the made-up images, float32 (600, 64, 64), in canonical order: found by
+    drawing all again and taking, of the drawings of the class that have the row's box, the one most
+    like the picture (a JPEG, some grey)."""
     masks = np.zeros((len(sample_dataset), 64, 64), np.float32)
     by_box: dict[tuple, list[Drawing]] = {}
     for label in range(10):
@@ -208,7 +212,8 @@ def drawn_masks(sample_dataset: Dataset) -> np.ndarray:
 
 
 def with_maps(monkeypatch: pytest.MonkeyPatch, maps: np.ndarray) -> None:
-    """Makes `localise` take these maps, (M, h, w), for the rows that it asks for; inputs (n,) are then the rows."""
+    """Makes `localise` take these maps, (M, h, w), for the rows that it asks for; inputs (n,) are
+    then the rows."""
     monkeypatch.setattr(
         "tinylab.explain.localisation.gradcam",
         lambda _, inputs, *rest, **options: {"layer4": maps[inputs.numpy()]},
@@ -216,7 +221,8 @@ def with_maps(monkeypatch: pytest.MonkeyPatch, maps: np.ndarray) -> None:
 
 
 def scored(dataset: Dataset, **options) -> Localisation:
-    """All of the data set, half of it answered rightly, where images are row numbers and maps come from `with_maps`."""
+    """All of the data set, half of it answered rightly, where images are row numbers and maps come
+    from `with_maps`."""
     rows = np.random.default_rng(2).permutation(len(dataset))
     logits = np.eye(10, dtype=np.float16)[(dataset.labels[rows] + rows % 2) % 10]
     what = {"labels": dataset.labels, "boxes": dataset.boxes, "rows": rows, "logits": logits}

@@ -1,4 +1,5 @@
-"""Tables, pairs, calibration and twins against scikit-learn, plain loops and a grid, and the corners."""
+"""Tables, pairs, calibration and twins against scikit-learn, plain loops and a grid, and the
+corners."""
 
 import csv
 import json
@@ -34,8 +35,8 @@ NAMES = tuple(f"name {index}" for index in range(CLASSES))
 
 
 def made_up(images: int = 600, seed: int = 0, step: float = 0.5) -> tuple[np.ndarray, np.ndarray]:
-    """Float16 logits on a grid of `step`, so that many are equal, right about half of the time; the last class has no
-    images."""
+    """Float16 logits on a grid of `step`, so that many are equal, right about half of the time; the
+    last class has no images."""
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, CLASSES - 1, images)
     logits = rng.normal(0, 2, (images, CLASSES))
@@ -48,7 +49,7 @@ def found() -> Errors:
     return analyse(*made_up(), WNIDS, NAMES)
 
 
-# --- Classes ----------------------------------------------------------------------------------------------------------
+# --- Classes --------------------------------------------------------------------------------------
 
 
 def test_probabilities_are_exact_and_do_not_overflow() -> None:
@@ -107,7 +108,8 @@ def test_a_class_without_images_has_no_accuracy(found: Errors) -> None:
 
 
 def test_what_a_class_is_mistaken_for() -> None:
-    """Class 0 is once taken for 2 and twice for 1, class 1 once each for 0 and 2, class 2 never for another."""
+    """Class 0 is once taken for 2 and twice for 1, class 1 once each for 0 and 2, class 2 never for
+    another."""
     labels = np.array([0, 0, 0, 0, 1, 1, 2])
     logits = np.eye(3, dtype=np.float16)[[0, 2, 1, 1, 2, 0, 2]]
     found = analyse(logits, labels, WNIDS[:3], NAMES[:3])
@@ -166,12 +168,12 @@ def test_nothing_wrong_and_nothing_right() -> None:
         json.dumps(each.to_json(), allow_nan=False)
 
 
-# --- The order of the matrix ------------------------------------------------------------------------------------------
+# --- The order of the matrix ----------------------------------------------------------------------
 
 
 def test_the_order_puts_blocks_together() -> None:
-    """Eight blocks of five classes, which are confused within a block, in every other row a little and a little
-    everywhere else, shuffled."""
+    """Eight blocks of five classes, which are confused within a block, in every other row a little
+    and a little everywhere else, shuffled."""
     rng = np.random.default_rng(0)
     block = rng.permutation(np.repeat(np.arange(8), 5))
     same = block[:, None] == block[None, :]
@@ -182,7 +184,8 @@ def test_the_order_puts_blocks_together() -> None:
 
 
 def test_the_order_is_one_of_shares() -> None:
-    """Class 0 is the most similar to both others, by the share of its few images; counts would put 1 in the middle."""
+    """Class 0 is the most similar to both others, by the share of its few images; counts would put
+    1 in the middle."""
     matrix = np.array([[3, 4, 3], [0, 940, 60], [0, 60, 940]])
     assert block_order(matrix).tolist() == [1, 0, 2]
 
@@ -219,7 +222,7 @@ def test_what_is_never_confused_stands_at_the_end() -> None:
     assert block_order(np.array([[1, 2], [0, 3]])).tolist() == [0, 1]
 
 
-# --- Calibration ------------------------------------------------------------------------------------------------------
+# --- Calibration ----------------------------------------------------------------------------------
 
 
 def sharpened(
@@ -359,7 +362,7 @@ def test_one_half_alone_may_have_a_temperature() -> None:
     assert found["temperatures"][1] != 1
 
 
-# --- Identical images -------------------------------------------------------------------------------------------------
+# --- Identical images -----------------------------------------------------------------------------
 
 
 def pictures(count: int, seed: int = 0) -> np.ndarray:
@@ -486,7 +489,7 @@ def test_the_twins_of_tiny_imagenet(real_dataset: Dataset) -> None:
     assert len(identical_images(real_dataset.images)) == 27  # and none with equal labels
 
 
-# --- Records ----------------------------------------------------------------------------------------------------------
+# --- Records --------------------------------------------------------------------------------------
 
 
 def test_the_best_and_the_worst_are_ten_each_or_half(found: Errors) -> None:

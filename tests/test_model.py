@@ -1,4 +1,5 @@
-"""The network is torchvision's ResNet-18 but for its stem, and its file is readable by others and refuses strangers."""
+"""The network is torchvision's ResNet-18 but for its stem, and its file is readable by others and
+refuses strangers."""
 
 import dataclasses
 import json
@@ -200,7 +201,8 @@ def test_the_model_computes_in_channels_last_memory(narrow: Recipe) -> None:
 )
 @pytest.mark.parametrize("width", [1, 4, 8, 13, 16])
 def test_a_narrow_network_trains_without_crashing(width: int) -> None:
-    """oneDNN's channels-last kernels for fewer than 16 channels write where they should not (torch 2.15, fp32)."""
+    """oneDNN's channels-last kernels for fewer than 16 channels write where they should not (torch
+    2.15, fp32)."""
     child = os.fork()
     if child == 0:
         status = 1

@@ -1,4 +1,5 @@
-"""The published numbers, and the target recipes', one by one; what follows from them; and what a recipe refuses."""
+"""The published numbers, and the target recipes', one by one; what follows from them; and what a
+recipe refuses."""
 
 import csv
 import dataclasses
@@ -310,7 +311,8 @@ def test_the_target_recipes_have_the_numbers_of_the_study(
 
 
 def test_the_cpu_recipe_keeps_to_its_budget() -> None:
-    """A quarter of a million images of 64 x 64 pixels, which are 3.33 PFLOP; `published` takes 30.8."""
+    """A quarter of a million images of 64 x 64 pixels, which are 3.33 PFLOP; `published` takes
+    30.8."""
     assert training_petaflop(cpu(), 77_000) <= 250_000 * 13.33 / 1e6
     assert training_petaflop(published(), 77_000) == pytest.approx(
         30 * 77_000 * 13.33 / 1e6, rel=1e-3

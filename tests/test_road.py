@@ -35,12 +35,14 @@ class CornerNetwork(nn.Module):
 
 
 def quarter(images: torch.Tensor) -> torch.Tensor:
-    """Images uint8 (n, 64, 64, 3) for the network, float32 (n, 3, 16, 16): to fill in 4,096 pixels takes long."""
+    """Images uint8 (n, 64, 64, 3) for the network, float32 (n, 3, 16, 16): to fill in 4,096 pixels
+    takes long."""
     return functional.avg_pool2d(images.permute(0, 3, 1, 2).float() / 255, 4)
 
 
 def data(count: int = 6) -> dict:
-    """Dark images, each with a bright patch in the corner that the network sees, and another elsewhere."""
+    """Dark images, each with a bright patch in the corner that the network sees, and another
+    elsewhere."""
     images = np.full((count, 64, 64, 3), 20, np.uint8)
     images[:, 8:24, 8:24] = 240
     images[:, 40:56, 40:56] = 240
@@ -65,7 +67,8 @@ def test_a_map_of_what_matters_beats_random_ones() -> None:
             len(found[kind][order]) == 9
             for order in ("most_relevant_first", "least_relevant_first")
         )
-    # At the 90th percentile a tenth of the pixels goes: the map's tenth is what the network sees, a random one is not.
+    # At the 90th percentile a tenth of the pixels goes: the map's tenth is what the network sees, a
+    # random one is not.
     assert (
         found["map"]["most_relevant_first"][-1] < found["random"]["most_relevant_first"][-1] - 0.05
     )
@@ -125,7 +128,8 @@ def test_ranks_leave_no_ties() -> None:
 
 
 def test_a_map_that_says_nothing_is_as_good_as_a_random_one() -> None:
-    """It is one: equal pixels go in the order of the random map, and the noise that fills them in is the same."""
+    """It is one: equal pixels go in the order of the random map, and the noise that fills them in
+    is the same."""
     nothing = data() | {
         "logits": np.tile(np.array([-2, 2], np.float16), (6, 1))
     }  # what the network sees speaks against
@@ -136,7 +140,8 @@ def test_a_map_that_says_nothing_is_as_good_as_a_random_one() -> None:
 
 @pytest.mark.numerical
 def test_combined_is_the_library_s(monkeypatch: pytest.MonkeyPatch) -> None:
-    """ROADCombined of the same maps, both without noise; of maps without equal pixels, which it cannot rank."""
+    """ROADCombined of the same maps, both without noise; of maps without equal pixels, which it
+    cannot rank."""
     monkeypatch.setattr(NoisyLinearImputer.__init__, "__defaults__", (0.0, neighbors_weights))
     rng = np.random.default_rng(0)
     maps = rng.random((3, 16, 16), np.float32)

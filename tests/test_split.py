@@ -1,4 +1,5 @@
-"""The three protocols: sizes, disjointness, and that nothing but the data decides who is in which part."""
+"""The three protocols: sizes, disjointness, and that nothing but the data decides who is in which
+part."""
 
 from dataclasses import replace
 
@@ -57,7 +58,8 @@ def test_the_real_parts_fit_together(real_dataset: Dataset) -> None:
         )
     assert np.array_equal(np.sort(np.concatenate([select.train, select.test])), merged.train)
     assert np.array_equal(official.train, np.arange(100_000))
-    # Pooled means pooled: of the 33,000 test images about one in eleven was an official validation image.
+    # Pooled means pooled: of the 33,000 test images about one in eleven was an official validation
+    # image.
     assert 2700 < (merged.test >= 100_000).sum() < 3300
 
 

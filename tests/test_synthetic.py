@@ -1,4 +1,5 @@
-"""The made-up data set: the public archive's layout, true boxes, the same bytes for the same seed, plain refusals."""
+"""The made-up data set: the public archive's layout, true boxes, the same bytes for the same seed,
+plain refusals."""
 
 import errno
 import io
@@ -182,7 +183,8 @@ def test_mask_covers_the_pixels_of_the_figure(drawings: list[list[Drawing]]) -> 
         index for index, kind in enumerate(KINDS) if kind.name in ("ball, disc", "ring, annulus")
     ]
     for image, mask, _ in itertools.chain(*(drawings[index] for index in plain)):
-        # Plain figures have one colour, up to noise and shading; a transposed mask would miss most of those pixels.
+        # Plain figures have one colour, up to noise and shading; a transposed mask would miss most
+        # of those pixels.
         alike = np.abs(image - np.median(image[mask], axis=0)).max(axis=-1) < 40
         assert (alike & mask).sum() > 0.85 * mask.sum()
         assert image[mask].max(axis=-1).mean() > 1.2 * image[~mask].max(axis=-1).mean()
@@ -203,7 +205,8 @@ def test_colour_does_not_tell_the_class(drawings: list[list[Drawing]], part: str
     colours = np.empty((len(KINDS), 60, 3))
     for index, number in np.ndindex(colours.shape[:2]):
         image, mask, _ = drawings[index][number]
-        # A pattern's dark half belongs to the shape; the light colour is what could give a class away.
+        # A pattern's dark half belongs to the shape; the light colour is what could give a class
+        # away.
         pixels = image[~mask] if part == "background" else image[mask]
         brightness = pixels.max(axis=-1)
         colours[index, number] = pixels[brightness >= np.percentile(brightness, 75)].mean(axis=0)

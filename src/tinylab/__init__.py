@@ -1,1 +1,2 @@
-"""tinylab: ResNet-18 trained from scratch on Tiny ImageNet, as one experiment that reads from archive to figure."""
+"""tinylab: ResNet-18 trained from scratch on Tiny ImageNet, as one experiment that reads from
+archive to figure."""

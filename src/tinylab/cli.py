@@ -65,7 +65,8 @@ class Prepare:
     """Find or download Tiny ImageNet and decode it once into the data folder."""
 
     source: str = "auto"
-    """auto ($TINY_IMAGENET, the zip or folder below data/, else a download), or a URL, a zip or a folder."""
+    """auto ($TINY_IMAGENET, the zip or folder below data/, else a download), or a URL, a zip or a
+    folder."""
     data: Path = DATA
     """The data folder to make; one that is complete is only opened."""
     workers: int | None = None
@@ -90,8 +91,8 @@ class Train:
     data: Path = DATA
     """The data folder that `tinylab prepare` made."""
     run_folder: Annotated[Path | None, tyro.conf.arg(name="run", aliases=("--run-folder",))] = None
-    """The run folder; by default runs/<recipe>-<protocol>-s<seed>. (torchrun takes --run for itself:
-    there use --run-folder.)"""
+    """The run folder; by default runs/<recipe>-<protocol>-s<seed>. (torchrun takes --run for
+    itself: there use --run-folder.)"""
     seed: int = 0
     """Decides the first weights, the order of the images and their augmentation."""
     split: Literal["merged", "official", "select"] = "merged"
@@ -107,10 +108,11 @@ class Train:
     workers: int | None = None
     """Processes that run albumentations; they do not change the result."""
     mirror: Path | None = None
-    """A folder of this run's own, on another disk (Google Drive), that gets each checkpoint, too."""
+    """A folder of this run's own, on another disk (Google Drive), that gets each checkpoint, too.
+    """
     test_every: int = 1
-    """Test after every so many epochs, and after the last one. A test of 33,000 images costs as much
-    as training on 11,000."""
+    """Test after every so many epochs, and after the last one. A test of 33,000 images costs as
+    much as training on 11,000."""
     track: Literal["none", "tensorboard"] = "none"
     """tensorboard: also write each epoch's numbers to the run folder's tensorboard/."""
 
@@ -383,8 +385,8 @@ class Export:
     run_folder: Annotated[Positional[Path], tyro.conf.arg(name="run")]
     """The run folder."""
     to: Path | None = None
-    """The folder that gets model.safetensors, README.md (the model card) and classes.csv; by default
-    RUN/export."""
+    """The folder that gets model.safetensors, README.md (the model card) and classes.csv; by
+    default RUN/export."""
     onnx: Path | None = None
     """An ONNX file to write, whose outputs are compared with the network's in onnxruntime."""
 
@@ -416,7 +418,8 @@ class Export:
 
 @dataclass(frozen=True)
 class FindLr:
-    """Try rising learning rates for a hundred steps and suggest one; nothing that was trained changes."""
+    """Try rising learning rates for a hundred steps and suggest one; nothing that was trained
+    changes."""
 
     recipe: RecipeFields
     data: Path = DATA

@@ -1,7 +1,9 @@
-"""ResNet-18 for 64 x 64 pixels: a 3 x 3 stem with stride 1 and no max-pooling, so that stage four still sees 8 x 8.
+"""ResNet-18 for 64 x 64 pixels: a 3 x 3 stem with stride 1 and no max-pooling, so that stage four
+still sees 8 x 8.
 
-He et al., "Deep Residual Learning for Image Recognition", 2015; the stem for small images is that paper's CIFAR one.
-Names follow torchvision's resnet18, so that its state dict fits this one key by key.
+He et al., "Deep Residual Learning for Image Recognition", 2015; the stem for small images is that
+paper's CIFAR one. Names follow torchvision's resnet18, so that its state dict fits this one key by
+key.
 """
 
 import contextlib
@@ -40,7 +42,8 @@ class BasicBlock(nn.Module):
 
 
 class ResNet18(nn.Module):
-    """Normalised images (B, 3, 64, 64) -> logits (B, classes). `width` is the number of channels of the first stage."""
+    """Normalised images (B, 3, 64, 64) -> logits (B, classes). `width` is the number of channels of
+    the first stage."""
 
     def __init__(self, classes: int = 200, width: int = 64) -> None:
         super().__init__()
@@ -51,8 +54,9 @@ class ResNet18(nn.Module):
         self.layer3 = self._stage(2 * width, 4 * width, stride=2)  # (B, 256, 16, 16)
         self.layer4 = self._stage(4 * width, 8 * width, stride=2)  # (B, 512, 8, 8)
         self.fc = nn.Linear(8 * width, classes)
-        # Channels-last is the faster layout, but with fewer channels than a CPU's vectors are wide oneDNN writes past
-        # its workspace in the backward pass of the strided 1 x 1 convolution (uxlfoundation/oneDNN#6035) and crashes.
+        # Channels-last is the faster layout, but with fewer channels than a CPU's vectors are wide
+        # oneDNN writes past its workspace in the backward pass of the strided 1 x 1 convolution
+        # (uxlfoundation/oneDNN#6035) and crashes.
         self.memory_format = torch.channels_last if width >= 16 else torch.contiguous_format
         self.to(memory_format=self.memory_format)
 
@@ -73,11 +77,13 @@ class ResNet18(nn.Module):
 
 
 def build_model(recipe: Recipe, classes: int, seed: int) -> ResNet18:
-    """A new network on the CPU, its weights a function of `seed` and the recipe; global generators stay as they are.
+    """A new network on the CPU, its weights a function of `seed` and the recipe; global generators
+    stay as they are.
 
-    "kaiming" draws convolution weights as He et al. do in "Delving Deep into Rectifiers", 2015, so that the variance of
-    gradients is kept from layer to layer; all else starts from PyTorch's own defaults, as in the published run. Batch
-    norm's last scales of zero: Goyal et al., "Accurate, Large Minibatch SGD", 2017, section 5.1.
+    "kaiming" draws convolution weights as He et al. do in "Delving Deep into Rectifiers", 2015, so
+    that the variance of gradients is kept from layer to layer; all else starts from PyTorch's own
+    defaults, as in the published run. Batch norm's last scales of zero: Goyal et al., "Accurate,
+    Large Minibatch SGD", 2017, section 5.1.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -93,10 +99,11 @@ def build_model(recipe: Recipe, classes: int, seed: int) -> ResNet18:
 
 
 def summary(classes: int = 200, width: int = 64) -> str:
-    """torchsummary's table of the network for one 64 x 64 image: a row per layer, parameters, memory in MB.
+    """torchsummary's table of the network for one 64 x 64 image: a row per layer, parameters,
+    memory in MB.
 
-    Made on a network of its own, in eval mode on the CPU: torchsummary feeds random noise, which moves a training
-    network's batch-norm statistics, and its default device is a GPU.
+    Made on a network of its own, in eval mode on the CPU: torchsummary feeds random noise, which
+    moves a training network's batch-norm statistics, and its default device is a GPU.
     """
     import torchsummary
 

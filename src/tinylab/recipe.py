@@ -1,7 +1,7 @@
 """What a run is: one frozen dataclass.
 
-A variant is `replace(published(), epochs=50)`; the command line overrides any field by its name. Imports no torch, so
-that the command line can refuse a bad recipe before anything heavy is loaded.
+A variant is `replace(published(), epochs=50)`; the command line overrides any field by its name.
+Imports no torch, so that the command line can refuse a bad recipe before anything heavy is loaded.
 """
 
 import dataclasses
@@ -25,11 +25,13 @@ class Recipe:
     epochs: int
     """Passes over the training images; the schedule is stretched to fit them."""
     batch_size: int
-    """Images per optimiser step, over all processes. The last, smaller batch of an epoch is kept unless `drop_last`."""
+    """Images per optimiser step, over all processes. The last, smaller batch of an epoch is kept
+    unless `drop_last`."""
     max_learning_rate: float
     """Peak of the one-cycle schedule, per step of the mean cross-entropy."""
     warmup_share: float
-    """Share of all steps in which the learning rate rises (OneCycleLR's pct_start), inside (0, 1)."""
+    """Share of all steps in which the learning rate rises (OneCycleLR's pct_start), inside (0, 1).
+    """
     anneal: Literal["linear", "cos"]
     """Shape of rise and fall."""
     start_divisor: float
@@ -59,24 +61,29 @@ class Recipe:
     width: int = 64
     """Channels of the first stage; the others have 2, 4 and 8 times as many. 64 is ResNet-18."""
     resolution: int = 64
-    """Pixels per side of what the network sees in training (at its end, with a `ramp`); augmentation comes before it,
-    at the data set's 64. A multiple of 8, and at least 16: of 8 the last stage would leave a single value."""
+    """Pixels per side of what the network sees in training (at its end, with a `ramp`);
+    augmentation comes before it, at the data set's 64. A multiple of 8, and at least 16: of 8 the
+    last stage would leave a single value."""
 
     # From here on the defaults are what the published run did: it had none of this.
     micro_batch: int | None = None
-    """Most images in one forward pass, in each process; none: the whole batch. The step stays the same but for batch
-    norm, which sees the pieces: where memory is short, or where a CPU's cache is faster with less."""
+    """Most images in one forward pass, in each process; none: the whole batch. The step stays the
+    same but for batch norm, which sees the pieces: where memory is short, or where a CPU's cache is
+    faster with less."""
     ramp: tuple[tuple[int, float], ...] = ()
-    """(resolution, share of the epochs) of the phases before the last, which has `resolution` and the rest."""
+    """(resolution, share of the epochs) of the phases before the last, which has `resolution` and
+    the rest."""
     test_resolution: int = 64
     """Pixels per side of what the network sees when tested. A multiple of 8."""
     drop_last: bool = False
-    """Leave out an epoch's last batch if it is smaller than the others, so that every step has one shape."""
+    """Leave out an epoch's last batch if it is smaller than the others, so that every step has one
+    shape."""
     augmentation: Literal["albumentations", "batched"] = "albumentations"
-    """Who augments: albumentations, image by image in worker processes, or tensor operations, batch by batch on the
-    device. The fields from here to `unmixed_share` need the latter."""
+    """Who augments: albumentations, image by image in worker processes, or tensor operations, batch
+    by batch on the device. The fields from here to `unmixed_share` need the latter."""
     alternating_flip: bool = False
-    """Each image is mirrored in every other epoch, in the first one by `flip_probability`; not drawn anew each time."""
+    """Each image is mirrored in every other epoch, in the first one by `flip_probability`; not
+    drawn anew each time."""
     crop_probability: float = 0.0
     """Probability that an image gets a random resized crop in place of pad-and-crop."""
     crop_min_area: float = 0.35
@@ -86,17 +93,21 @@ class Recipe:
     contrast: float = 0.0
     """Factor on the distance of all values from the image's mean grey, drawn likewise; 0: none."""
     cutmix_probability: float = 0.0
-    """Probability that a batch is mixed by CutMix: a rectangle of each image comes from its neighbour in the batch."""
+    """Probability that a batch is mixed by CutMix: a rectangle of each image comes from its
+    neighbour in the batch."""
     mixup_probability: float = 0.0
-    """Probability that a batch is mixed by MixUp: each image is a weighted mean with its neighbour."""
+    """Probability that a batch is mixed by MixUp: each image is a weighted mean with its neighbour.
+    """
     resizemix_probability: float = 0.0
-    """Probability that a batch is mixed by ResizeMix: the whole neighbour, shrunk, is pasted over each image."""
+    """Probability that a batch is mixed by ResizeMix: the whole neighbour, shrunk, is pasted over
+    each image."""
     cutmix_alpha: float = 1.0
     """CutMix keeps a share of the area drawn from Beta(alpha, alpha); 1: uniform."""
     mixup_alpha: float = 0.2
     """MixUp's weight is drawn from Beta(alpha, alpha); below 1: mostly near 0 or 1."""
     unmixed_share: float = 0.0
-    """Last share of the epochs, in which nothing is mixed, so that the network ends on whole images."""
+    """Last share of the epochs, in which nothing is mixed, so that the network ends on whole
+    images."""
     label_smoothing: float = 0.0
     """Share of the target that is spread evenly over all classes, in training only."""
     optimizer: Literal["sgd", "muon"] = "sgd"
@@ -104,20 +115,23 @@ class Recipe:
     muon_learning_rate: float = 0.02
     """Peak of the same schedule for the convolution weights, if `optimizer` is muon."""
     muon_weight_decay: float = 0.075
-    """Each step multiplies the convolution weights by 1 - Muon's learning rate x this: decoupled, so that each of the
-    two numbers acts by itself."""
+    """Each step multiplies the convolution weights by 1 - Muon's learning rate x this: decoupled,
+    so that each of the two numbers acts by itself."""
     decay_1d: bool = True
     """Weight decay also on parameters with one dimension: batch-norm scales and shifts, biases."""
     ema_decay: float | None = None
-    """Share of the running average of the weights that each step keeps (less in its first steps, so that the first
-    weights fade); the average is tested and saved. Inside (0, 1); none: no average."""
+    """Share of the running average of the weights that each step keeps (less in its first steps, so
+    that the first weights fade); the average is tested and saved. Inside (0, 1); none: no average.
+    """
     ema_bn_batches: int = 20
-    """Training batches, without augmentation and of 500 images at most, that estimate the averaged network's
-    batch-norm statistics."""
+    """Training batches, without augmentation and of 500 images at most, that estimate the averaged
+    network's batch-norm statistics."""
     initialisation: Literal["torch", "kaiming"] = "torch"
-    """First convolution weights: PyTorch's default (uniform, by fan-in), or He's (normal, by fan-out)."""
+    """First convolution weights: PyTorch's default (uniform, by fan-in), or He's (normal, by
+    fan-out)."""
     zero_init_residual: bool = False
-    """The last batch-norm scale of each block starts at 0, so that each block starts as its shortcut."""
+    """The last batch-norm scale of each block starts at 0, so that each block starts as its
+    shortcut."""
     bn_momentum: float = 0.1
     """Share of the newest batch in batch norm's running statistics."""
 
@@ -170,8 +184,8 @@ class Recipe:
         return images // self.batch_size if self.drop_last else math.ceil(images / self.batch_size)
 
     def resolution_at(self, epoch: int) -> int:
-        """Pixels per side that the network is trained at in epoch number `epoch` (from 1); in the last one always
-        `resolution`."""
+        """Pixels per side that the network is trained at in epoch number `epoch` (from 1); in the
+        last one always `resolution`."""
         end = 0.0
         for resolution, share in self.ramp:
             end += share
@@ -189,15 +203,16 @@ SIZE = 64
 """Pixels per side of the data set's images."""
 
 GFLOP_PER_IMAGE = 13.33
-"""Arithmetic of one training image of 64 x 64 pixels, width 64: three times a forward pass, a multiplication and an
-addition being two. (torch.utils.flop_counter has 13.32: no gradient goes to the image itself.)"""
+"""Arithmetic of one training image of 64 x 64 pixels, width 64: three times a forward pass, a
+multiplication and an addition being two. (torch.utils.flop_counter has 13.32: no gradient goes to
+the image itself.)"""
 
 
 def training_petaflop(recipe: Recipe, train_images: int) -> float:
     """PFLOP of a run's forward and backward passes; tests and the optimiser come on top.
 
-    It goes by the area of the images and by the square of the width, and does not depend on the machine: what makes
-    runs on different machines comparable.
+    It goes by the area of the images and by the square of the width, and does not depend on the
+    machine: what makes runs on different machines comparable.
     """
     areas = sum((recipe.resolution_at(epoch) / SIZE) ** 2 for epoch in range(1, recipe.epochs + 1))
     images = min(train_images, recipe.steps_per_epoch(train_images) * recipe.batch_size)
@@ -218,7 +233,8 @@ BATCHED_ONLY = (
     "mixup_alpha",
     "unmixed_share",
 )
-"""Fields that do nothing unless `augmentation` is batched, and so are refused with albumentations."""
+"""Fields that do nothing unless `augmentation` is batched, and so are refused with albumentations.
+"""
 
 
 def _check_augmentation(recipe: Recipe) -> None:
@@ -293,7 +309,8 @@ def _is_resolution(value: object) -> bool:
 
 
 def _require_type(recipe: Recipe, field: dataclasses.Field) -> None:
-    """Refuses what a notebook's parameter cell may hold by mistake: 30.0 or "30" epochs, two means, a NaN."""
+    """Refuses what a notebook's parameter cell may hold by mistake: 30.0 or "30" epochs, two means,
+    a NaN."""
     value = getattr(recipe, field.name)
     if field.type is float:
         _require(recipe, field.name, _is_finite(value), "a finite number")

@@ -9,15 +9,16 @@ from tinylab.recipe import Recipe
 def published() -> Recipe:
     """The published course run, setting by setting.
 
-    Result: not yet measured on all 200 classes. The published run reports 57.55 % after 30 epochs (one run, unseeded
-    split, fp32, 79 minutes of training on a Colab GPU); `results/` holds what was measured here: of the first 20
-    classes, 2 epochs (62 steps), 29.55 and 28.30 % for seeds 0 and 1 (CPU, fp32, torch 2.14.1, 22 and 26 minutes;
-    `tinylab train published --limit-classes 20 --epochs 2`).
-    Command: `tinylab train published`.
+    Result: not yet measured on all 200 classes. The published run reports 57.55 % after 30 epochs
+    (one run, unseeded split, fp32, 79 minutes of training on a Colab GPU); `results/` holds what
+    was measured here: of the first 20 classes, 2 epochs (62 steps), 29.55 and 28.30 % for seeds 0
+    and 1 (CPU, fp32, torch 2.14.1, 22 and 26 minutes; `tinylab train published --limit-classes 20
+    --epochs 2`). Command: `tinylab train published`.
 
-    Source of every number: the published notebook (gokul-pv, EVA6 assignments, session 10). Where it is silent this
-    recipe says what was taken: network weights start from PyTorch's own defaults, and the padding mirrors without
-    repeating the edge (OpenCV's and torch's "reflect"), as albumentations did by default when the notebook was written.
+    Source of every number: the published notebook (gokul-pv, EVA6 assignments, session 10). Where
+    it is silent this recipe says what was taken: network weights start from PyTorch's own defaults,
+    and the padding mirrors without repeating the edge (OpenCV's and torch's "reflect"), as
+    albumentations did by default when the notebook was written.
     """
     return Recipe(
         name="published",
@@ -44,9 +45,9 @@ def published() -> Recipe:
 def smoke() -> Recipe:
     """The published recipe shrunk so that the made-up sample data trains in a minute on a CPU.
 
-    Result: 83.3 % on the sample data with seed 0 (10 classes, 420 / 180 images; CPU with bf16, two threads, torch 2.15;
-    81.7 % on one thread): the sample data is made so that it ends between 60 % and 95 %. It proves the chain, no more.
-    Command: `tinylab train smoke --data data/sample`.
+    Result: 83.3 % on the sample data with seed 0 (10 classes, 420 / 180 images; CPU with bf16, two
+    threads, torch 2.15; 81.7 % on one thread): the sample data is made so that it ends between 60 %
+    and 95 %. It proves the chain, no more. Command: `tinylab train smoke --data data/sample`.
     """
     return replace(
         published(),
@@ -60,45 +61,57 @@ def smoke() -> Recipe:
 def accurate() -> Recipe:
     """The most accurate network after 30 epochs on `merged`.
 
-    Result: 64.41 % (n = 1, seed 0), 30.7 PFLOP, 119 seconds of training, a part of them beside another run (H200, fp16,
-    torch 2.11.0). Command: `tinylab train accurate`. Of the first 20
-    classes, 2 epochs (30 steps), 9.97 and 7.97 % for seeds 0 and 1, where `published` has 29.55 and 28.30 %: not for
-    short runs on few images (CPU, fp32, torch 2.14.1; `tinylab train accurate --limit-classes 20 --epochs 2`).
+    Result: 64.41 % (n = 1, seed 0), 30.7 PFLOP, 119 seconds of training, a part of them beside
+    another run (H200, fp16, torch 2.11.0). Command: `tinylab train accurate`. Of the first 20
+    classes, 2 epochs (30 steps), 9.97 and 7.97 % for seeds 0 and 1, where `published` has 29.55 and
+    28.30 %: not for short runs on few images (CPU, fp32, torch 2.14.1; `tinylab train accurate
+    --limit-classes 20 --epochs 2`).
 
-    Where the published run loses its points: with a peak of 0.02 and weight decay of 1e-4 the decay never acts (its
-    time constant, batch / (learning rate x decay), momentum aside, is 1,662 epochs), and 385 images per class are
-    learned by heart.
-    Reasons stand beside the numbers; every number is a first choice from published runs, not tuned here.
+    Where the published run loses its points: with a peak of 0.02 and weight decay of 1e-4 the decay
+    never acts (its time constant, batch / (learning rate x decay), momentum aside, is 1,662
+    epochs), and 385 images per class are learned by heart. Reasons stand beside the numbers; every
+    number is a first choice from published runs, not tuned here.
     """
     return replace(
         published(),
         name="accurate",
         batch_size=512,  # one launch of every kernel serves twice the images; 150 steps an epoch
-        drop_last=True,  # one shape for every step: one compiled graph, one choice of convolution kernels
-        max_learning_rate=1.0,  # with the decay below, a time constant of 13 epochs: 2.3 of them in the run
-        weight_decay=5e-4,  # two public runs of this network reach 62.4 and 62.6 % at a tenth of this product
-        decay_1d=False,  # scales and shifts carry no scale to keep small; +0.5 points in torchvision's recipe
+        # one shape for every step: one compiled graph, one choice of convolution kernels
+        drop_last=True,
+        # with the decay below, a time constant of 13 epochs: 2.3 of them in the run
+        max_learning_rate=1.0,
+        # two public runs of this network reach 62.4 and 62.6 % at a tenth of this product
+        weight_decay=5e-4,
+        # scales and shifts carry no scale to keep small; +0.5 points in torchvision's recipe
+        decay_1d=False,
         warmup_share=0.1,  # three epochs, from a tenth of the peak
         start_divisor=10.0,
-        final_divisor=10.0,  # falls in a line to a hundredth of the peak, as every speed record has it
+        # falls in a line to a hundredth of the peak, as every speed record has it
+        final_divisor=10.0,
         base_momentum=0.9,
         max_momentum=0.9,  # constant: cycling it is not among what public ablations found to help
-        label_smoothing=0.15,  # the best-supported single change for ResNet-18 on small images (CIFAR-100: +2 to +3)
+        # the best-supported single change for ResNet-18 on small images (CIFAR-100: +2 to +3)
+        label_smoothing=0.15,
         initialisation="kaiming",
         zero_init_residual=True,  # bears the fifty times higher learning rate
         augmentation="batched",
-        alternating_flip=True,  # in any two epochs both views of every image (Jordan, airbench, 2024)
+        # in any two epochs both views of every image (Jordan, airbench, 2024)
+        alternating_flip=True,
         flip_probability=0.5,
         pad_to=80,  # 8 pixels on each side, as both public runs above
-        hole_size=16,  # smaller and rarer than published: label smoothing and mixing regularise, too
+        # smaller and rarer than published: label smoothing and mixing regularise, too
+        hole_size=16,
         hole_probability=0.5,
         brightness=0.3,  # +0.05 to +0.1 in paired runs of a CIFAR-100 speed record
         contrast=0.3,
-        cutmix_probability=0.15,  # few batches: at 30 epochs mixing helps only because these runs overfit
+        # few batches: at 30 epochs mixing helps only because these runs overfit
+        cutmix_probability=0.15,
         mixup_probability=0.15,
         unmixed_share=1 / 6,  # five epochs
-        ema_bn_batches=20,  # 10,000 images; a hundred batches would cost a fifth of an epoch in every test
-        ema_decay=0.997,  # averages 333 steps, 7 % of the run: +1.3 to +2.5 points at 150 epochs (TMLR 2024, EMA)
+        # 10,000 images; a hundred batches would cost a fifth of an epoch in every test
+        ema_bn_batches=20,
+        # averages 333 steps, 7 % of the run: +1.3 to +2.5 points at 150 epochs (TMLR 2024, EMA)
+        ema_decay=0.997,
         mean=(0.481, 0.448, 0.398),  # of merged's training images
         std=(0.277, 0.269, 0.282),
     )
@@ -138,22 +151,26 @@ def speedrun() -> Recipe:
 def cpu() -> Recipe:
     """The most accurate network for little arithmetic: all 200 classes on two CPU cores.
 
-    Result: as it stands not yet measured, the full run on two CPU cores is under way. With whole batches of 128
-    (`--micro-batch None`): 59.39 % (seed 0; H200, fp16, torch 2.11.0, 155 seconds of training, a part of them beside
-    another run). Command: `tinylab train cpu --test-every 2`.
-    A tenth of `published`'s arithmetic: 3.19 PFLOP of training. Epochs, sizes, batch, Muon's decay and SGD's peak were
-    asked about on `select` (LOG.md); smoothing, the other decay and Muon's rate are those of a full-width run on
-    `select` that ended at 53.83 % after five epochs; the rest is `speedrun`'s.
+    Result: as it stands not yet measured, the full run on two CPU cores is under way. With whole
+    batches of 128 (`--micro-batch None`): 59.39 % (seed 0; H200, fp16, torch 2.11.0, 155 seconds of
+    training, a part of them beside another run). Command: `tinylab train cpu --test-every 2`. A
+    tenth of `published`'s arithmetic: 3.19 PFLOP of training. Epochs, sizes, batch, Muon's decay
+    and SGD's peak were asked about on `select` (LOG.md); smoothing, the other decay and Muon's rate
+    are those of a full-width run on `select` that ended at 53.83 % after five epochs; the rest is
+    `speedrun`'s.
     """
     return replace(
         speedrun(),
         name="cpu",
         epochs=8,
-        # four epochs at a quarter of the cost, two at 39 %, one at 56 % and one at 77 %; tested at 64 pixels
+        # four epochs at a quarter of the cost, two at 39 %, one at 56 % and one at 77 %; tested at
+        # 64 pixels
         ramp=((32, 1 / 2), (40, 1 / 4), (48, 1 / 8)),
         resolution=56,
-        batch_size=128,  # 64 was no better over seven epochs; 256 (with Muon 0.03) two points worse over three
-        micro_batch=32,  # what a CPU's cache holds: 1.2 (32 px) to 1.4 times (64 px) as fast as 128 at once
+        # 64 was no better over seven epochs; 256 (with Muon 0.03) two points worse over three
+        batch_size=128,
+        # what a CPU's cache holds: 1.2 (32 px) to 1.4 times (64 px) as fast as 128 at once
+        micro_batch=32,
         optimizer="muon",  # six points more than SGD after three short epochs
         muon_learning_rate=0.02,
         muon_weight_decay=0.075,  # 0.15 was better after three epochs, not after seven
@@ -169,8 +186,9 @@ def official() -> Recipe:
 
     Result: not yet measured; it needs a GPU. Command: `tinylab train official --split official`.
 
-    A random choice among cheap ways of mixing beats the best single one on CIFAR-100 at no cost (RandomMix); averaging
-    with new batch-norm statistics reaches 68 % here without any (TMLR 2024). This puts them together.
+    A random choice among cheap ways of mixing beats the best single one on CIFAR-100 at no cost
+    (RandomMix); averaging with new batch-norm statistics reaches 68 % here without any (TMLR 2024).
+    This puts them together.
     """
     return replace(
         accurate(),
@@ -184,7 +202,8 @@ def official() -> Recipe:
         final_divisor=1e3,
         label_smoothing=0.1,
         alternating_flip=False,  # by chance each image is seen both ways often enough in 200 epochs
-        crop_probability=0.5,  # every other image by a light crop; crops down to 8 % lose points at 64 pixels
+        # every other image by a light crop; crops down to 8 % lose points at 64 pixels
+        crop_probability=0.5,
         crop_min_area=0.35,
         hole_size=26,  # the mean area of RandomErasing, at its usual probability
         hole_probability=0.1,

@@ -22,7 +22,7 @@ from tinylab.exceptions import UserError
 WNIDS = ("n03", "n01", "n02")  # as wnids.txt lists them: unsorted, like the published file
 ROOT = "tiny-imagenet-200/"
 
-# --- Archives ---------------------------------------------------------------------------------------------------------
+# --- Archives -------------------------------------------------------------------------------------
 
 
 def jpeg(seed: int, mode: str = "RGB", side: int = 64) -> bytes:
@@ -36,7 +36,8 @@ def jpeg(seed: int, mode: str = "RGB", side: int = 64) -> bytes:
 
 
 def made_up() -> dict[str, bytes]:
-    """Three classes of four training and two validation images in the published layout; grey and CMYK among them."""
+    """Three classes of four training and two validation images in the published layout; grey and
+    CMYK among them."""
     files = {
         "wnids.txt": "".join(f"{wnid}\n" for wnid in WNIDS).encode(),
         "words.txt": b"n00\tentity\nn01\tgoldfish, Carassius auratus\nn02\tfire \x1b[31msalamander\nn03\t\n",
@@ -81,7 +82,7 @@ def real_archive() -> Path | None:
     return named if named.exists() else None
 
 
-# --- What must be said, and what must be left -------------------------------------------------------------------------
+# --- What must be said, and what must be left -----------------------------------------------------
 
 
 def refused(action: Callable[..., object], *arguments: object, **keywords: object) -> str:
@@ -104,7 +105,8 @@ def leftovers(folder: Path) -> set[str]:
 
 
 def contents(folder: Path) -> dict[str, str]:
-    """sha256 of every file below the folder but locks, by its path; of links and the like, only that they are there."""
+    """sha256 of every file below the folder but locks, by its path; of links and the like, only
+    that they are there."""
     return {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
         if path.is_file()
@@ -115,19 +117,21 @@ def contents(folder: Path) -> dict[str, str]:
 
 
 def change_meta(folder: Path, **changes: object) -> None:
-    """Rewrites fields of a data set's meta.json, its hash of itself included: what somebody else may have made."""
+    """Rewrites fields of a data set's meta.json, its hash of itself included: what somebody else
+    may have made."""
     meta = json.loads((folder / "meta.json").read_text()) | changes
     meta["sha256"]["meta.json"] = dataset.meta_sha256(meta)
     (folder / "meta.json").write_bytes(dataset.meta_bytes(meta))
 
 
-# --- Damage -----------------------------------------------------------------------------------------------------------
+# --- Damage ---------------------------------------------------------------------------------------
 
 PAGE = 4096
 
 
 def damaged(whole: bytes, kind: str, chance: random.Random) -> bytes:
-    """`whole` with one fault of a kind: flip, flip near the end, truncate, zero tail, zero page, append, swap pages."""
+    """`whole` with one fault of a kind: flip, flip near the end, truncate, zero tail, zero page,
+    append, swap pages."""
     size = len(whole)
     result = bytearray(whole)
     while result == whole:
@@ -156,7 +160,7 @@ def damaged(whole: bytes, kind: str, chance: random.Random) -> bytes:
     return bytes(result)
 
 
-# --- Processes --------------------------------------------------------------------------------------
+# --- Processes ------------------------------------------------------------------------------------
 
 
 def run(script: str, *arguments: str) -> subprocess.Popen:

@@ -1,4 +1,5 @@
-"""What the tests of whole commands share: a folder to run them in, and what they must leave as it was."""
+"""What the tests of whole commands share: a folder to run them in, and what they must leave as it
+was."""
 
 import contextlib
 import os

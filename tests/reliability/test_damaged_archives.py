@@ -53,7 +53,8 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> dict[int, bytes]:
 
 
 def prepared(zipped: Path, folder: Path) -> dict[str, bytes]:
-    """The data set's files, which are then deleted: pixels, labels, boxes, and all the rest in meta.json."""
+    """The data set's files, which are then deleted: pixels, labels, boxes, and all the rest in
+    meta.json."""
     prepare(zipped, folder, workers=1, progress=False)
     files = {path.name: path.read_bytes() for path in folder.iterdir()}
     shutil.rmtree(folder)

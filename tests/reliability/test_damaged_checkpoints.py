@@ -1,4 +1,5 @@
-"""A checkpoint, a weights file or a finished run in which anything has changed: it is noticed, and never used."""
+"""A checkpoint, a weights file or a finished run in which anything has changed: it is noticed, and
+never used."""
 
 import random
 import shutil
@@ -120,7 +121,8 @@ def test_damaged_weights_are_not_used(
 
 
 def test_sha256sum_itself_can_check_a_run(run: Run) -> None:
-    """The file has the format of coreutils, so that nobody needs this project to check what it wrote."""
+    """The file has the format of coreutils, so that nobody needs this project to check what it
+    wrote."""
     tool = shutil.which("sha256sum")
     if tool is None:
         pytest.skip("no sha256sum here")
@@ -131,7 +133,7 @@ def test_sha256sum_itself_can_check_a_run(run: Run) -> None:
     assert done.stdout.count(": OK") == 7
 
 
-# --- `tinylab verify` -------------------------------------------------------------------------------------------------
+# --- `tinylab verify` -----------------------------------------------------------------------------
 
 
 def test_verify_tells_of_a_run_in_one_line(run: Run, capsys: pytest.CaptureFixture[str]) -> None:

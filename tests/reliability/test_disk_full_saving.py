@@ -53,8 +53,9 @@ OPTIONS = [
 def train_limited(
     small_dataset: Dataset, subprocess_environment: dict[str, str], tmp_path: Path
 ) -> Callable[[list[int], Path | None], list[list]]:
-    """A function: `tinylab train`, once for each limit, in a process that may write no file of more than so many bytes
-    (no root is needed), beginning each time with a copy of a folder if one is given; limit, status, stderr, leftovers.
+    """A function: `tinylab train`, once for each limit, in a process that may write no file of more
+    than so many bytes (no root is needed), beginning each time with a copy of a folder if one is
+    given; limit, status, stderr, leftovers.
     """
 
     def call(limits: list[int], start: Path | None = None) -> list[list]:

@@ -1,4 +1,5 @@
-"""Hostile names of classes, runs and devices: text wherever they are shown, never a path, a tag or a formula."""
+"""Hostile names of classes, runs and devices: text wherever they are shown, never a path, a tag or
+a formula."""
 
 import csv
 import io
@@ -103,7 +104,7 @@ class Tags(HTMLParser):
         self.targets += [value or "" for name, value in attributes if name in ("href", "src")]
 
 
-# --- Pictures ---------------------------------------------------------------------------------------------------------
+# --- Pictures -------------------------------------------------------------------------------------
 
 
 def entries(names: list[str]) -> list[dict]:
@@ -135,7 +136,8 @@ MANY = {
 
 
 def assert_plain(figure: object, path: Path) -> None:
-    """Nothing is read as a formula, nothing leaves the figure, nothing unprintable is left; and it can be saved."""
+    """Nothing is read as a formula, nothing leaves the figure, nothing unprintable is left; and it
+    can be saved."""
     renderer = draw(figure).get_renderer()
     for text in texts(figure):
         assert not text.get_parse_math() or "$" not in text.get_text()
@@ -169,7 +171,7 @@ def test_names_as_titles(name: str, tmp_path: Path, full: bool, tally: Callable)
     tally(names_drawn=len(titles))
 
 
-# --- Files ------------------------------------------------------------------------------------------------------------
+# --- Files ----------------------------------------------------------------------------------------
 
 
 def test_explain_json_has_the_names_as_they_are(tmp_path: Path, tally: Callable) -> None:
@@ -242,7 +244,7 @@ def test_errors_show_names_on_one_line(
     tally(names_written=len(ALL))
 
 
-# --- Pages and tables -------------------------------------------------------------------------------------------------
+# --- Pages and tables -----------------------------------------------------------------------------
 
 
 def page_of(text: str) -> str:
@@ -307,7 +309,8 @@ def records(name: str) -> dict[str, dict]:
 
 @pytest.fixture
 def checkout(tmp_path: Path, narrow: Recipe) -> Path:
-    """A README and results/ with a published run for every name, in a folder of that name where there can be one."""
+    """A README and results/ with a published run for every name, in a folder of that name where
+    there can be one."""
     (tmp_path / "results").mkdir()
     (tmp_path / "README.md").write_text(PAGE)
     for number, name in enumerate(ALL):
@@ -348,7 +351,8 @@ def test_the_table_of_results_is_no_program(checkout: Path, tally: Callable) -> 
 
 
 def assert_inert(markdown: str, targets: str) -> Tags:
-    """As HTML it has the elements of a table and nothing else, and every link leads where `targets` says."""
+    """As HTML it has the elements of a table and nothing else, and every link leads where `targets`
+    says."""
     page = Tags(
         MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"]).render(markdown)
     )

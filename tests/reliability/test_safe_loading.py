@@ -1,4 +1,5 @@
-"""Foreign files run nobody's code: pickles in every place from which tinylab reads, none of them executed."""
+"""Foreign files run nobody's code: pickles in every place from which tinylab reads, none of them
+executed."""
 
 import ast
 import hashlib

@@ -1,4 +1,5 @@
-"""A save that is cut short at any moment, by an error, a signal or a kill, leaves a whole checkpoint."""
+"""A save that is cut short at any moment, by an error, a signal or a kill, leaves a whole
+checkpoint."""
 
 import contextlib
 import io
@@ -34,8 +35,8 @@ def epoch_of(folder: Path) -> int:
 
 
 class Calls:
-    """Counts every write, flush, fsync and rename of `checkpoint`, and lets one of them fail: before it is done, or
-    (writes) after half of it."""
+    """Counts every write, flush, fsync and rename of `checkpoint`, and lets one of them fail:
+    before it is done, or (writes) after half of it."""
 
     def __init__(
         self, patched: pytest.MonkeyPatch, fail_at: int, error: Callable[[], BaseException]
@@ -169,7 +170,8 @@ except KeyboardInterrupt:
 def saving(
     subprocess_environment: dict[str, str], tmp_path: Path
 ) -> Iterator[Callable[[], subprocess.Popen]]:
-    """A function that starts a process which saves 46 MB after 46 MB, and waits until it has done so once."""
+    """A function that starts a process which saves 46 MB after 46 MB, and waits until it has done
+    so once."""
     started = []
 
     def start() -> subprocess.Popen:
@@ -206,7 +208,8 @@ def test_real_signals_while_46_mb_are_saved(
         out = None
         while out is None:
             process.send_signal(number)
-            # Inside torch's writer, C++ that calls Python, a Ctrl-C may be swallowed; a person would repeat it.
+            # Inside torch's writer, C++ that calls Python, a Ctrl-C may be swallowed; a person
+            # would repeat it.
             with contextlib.suppress(subprocess.TimeoutExpired):
                 out, _ = process.communicate(timeout=2)
         finished = [int(line) for line in out.split() if line.isdecimal()]

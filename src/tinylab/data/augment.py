@@ -1,11 +1,13 @@
 """The recipe's augmentation, and the randomness it draws from.
 
-Every draw is a function of (seed, stream, epoch, position), never of what was drawn before. A run that was stopped
-therefore continues with the very same images, whatever the number of worker processes, and no generator state is saved.
+Every draw is a function of (seed, stream, epoch, position), never of what was drawn before. A run
+that was stopped therefore continues with the very same images, whatever the number of worker
+processes, and no generator state is saved.
 
-There are two ways: albumentations, image by image on the CPU (`build_transform`, `augment`), and tensor operations,
-batch by batch on any device (`augment_batch`, `mix_batch`). Each of the latter is a free function from uint8 images
-(B, H, W, 3) to a new tensor of the same shape and type; it never writes to its arguments and never waits for a GPU.
+There are two ways: albumentations, image by image on the CPU (`build_transform`, `augment`), and
+tensor operations, batch by batch on any device (`augment_batch`, `mix_batch`). Each of the latter
+is a free function from uint8 images (B, H, W, 3) to a new tensor of the same shape and type; it
+never writes to its arguments and never waits for a GPU.
 """
 
 import functools
@@ -28,7 +30,8 @@ if TYPE_CHECKING:
 
 
 class Stream(IntEnum):
-    """Uses of randomness that never share a generator. Numbers are never given to another use: results hang on them."""
+    """Uses of randomness that never share a generator. Numbers are never given to another use:
+    results hang on them."""
 
     ORDER = 0
     AUGMENT = 1
@@ -38,17 +41,20 @@ class Stream(IntEnum):
 
 
 def generator(seed: int, stream: Stream, epoch: int, position: int = 0) -> np.random.Generator:
-    """The random generator of one use: Philox keyed by its four numbers (0 <= seed < 2**63; the others < 2**28)."""
+    """The random generator of one use: Philox keyed by its four numbers (0 <= seed < 2**63; the
+    others < 2**28)."""
     return np.random.Generator(
         np.random.Philox(key=[seed, (stream << 56) | (epoch << 28) | position])
     )
 
 
 def build_transform(recipe: Recipe) -> "albumentations.Compose":
-    """The published augmentation on one uint8 (64, 64, 3) image: flip, reflect-pad, random crop, one hole of the mean.
+    """The published augmentation on one uint8 (64, 64, 3) image: flip, reflect-pad, random crop,
+    one hole of the mean.
 
-    Normalisation is not part of it: it runs in batch on the device, for training and test images alike (`normalise`).
-    Edit a copy of this function to try other transforms; call `augment` on each image so that draws stay reproducible.
+    Normalisation is not part of it: it runs in batch on the device, for training and test images
+    alike (`normalise`). Edit a copy of this function to try other transforms; call `augment` on
+    each image so that draws stay reproducible.
     """
     os.environ.setdefault(
         "NO_ALBUMENTATIONS_UPDATE", "1"
@@ -58,7 +64,8 @@ def build_transform(recipe: Recipe) -> "albumentations.Compose":
 
     steps = []
     with warnings.catch_warnings():
-        # Arguments it does not know are dropped with a warning, which silently trains something else.
+        # Arguments it does not know are dropped with a warning, which silently trains something
+        # else.
         warnings.filterwarnings("error", message=".*not valid for transform.*")
         steps.append(albumentations.HorizontalFlip(p=recipe.flip_probability))
         if recipe.pad_to > SIZE:
@@ -84,10 +91,12 @@ def build_transform(recipe: Recipe) -> "albumentations.Compose":
 def augment(
     transform: "albumentations.Compose", image: np.ndarray, rng: np.random.Generator
 ) -> np.ndarray:
-    """`transform` applied to one uint8 (64, 64, 3) image with draws from `rng` alone; returns the same shape and type.
+    """`transform` applied to one uint8 (64, 64, 3) image with draws from `rng` alone; returns the
+    same shape and type.
 
-    The state is set on the composed transform for every image because both of albumentations 2.0.8's own ways go
-    wrong: unseeded, worker processes repeat each other; with `seed=`, the transforms of a composition draw alike.
+    The state is set on the composed transform for every image because both of albumentations
+    2.0.8's own ways go wrong: unseeded, worker processes repeat each other; with `seed=`, the
+    transforms of a composition draw alike.
     """
     transform.set_random_state(rng, random.Random(int(rng.integers(2**63))))
     return transform(image=image)["image"]
@@ -96,9 +105,10 @@ def augment(
 class Draws:
     """Random numbers for the images at `positions` of one batch of `batch` images.
 
-    Every call draws for the whole batch and keeps the numbers of `positions` (int64 (b,), default all; may repeat).
-    So a process that holds a part of a batch sees the numbers that a process with all of it sees. The numbers stay on
-    the host, in numpy: working out a few hundred corners there costs nothing, and a GPU gets the result by `send`.
+    Every call draws for the whole batch and keeps the numbers of `positions` (int64 (b,), default
+    all; may repeat). So a process that holds a part of a batch sees the numbers that a process with
+    all of it sees. The numbers stay on the host, in numpy: working out a few hundred corners there
+    costs nothing, and a GPU gets the result by `send`.
     """
 
     def __init__(
@@ -132,7 +142,8 @@ class Draws:
         return int(self._rng.integers(count))
 
     def beta(self, alpha: float) -> float:
-        """One number from Beta(alpha, alpha) for the whole batch, inside [0, 1]; as alpha nears 0 it is 0 or 1."""
+        """One number from Beta(alpha, alpha) for the whole batch, inside [0, 1]; as alpha nears 0
+        it is 0 or 1."""
         return float(
             self._rng.beta(max(alpha, 1e-6), max(alpha, 1e-6))
         )  # far below that some versions return NaN
@@ -152,10 +163,12 @@ def augment_batch(
     mirrored_first: torch.Tensor | None,
     epoch: int,
 ) -> torch.Tensor:
-    """What the recipe does to each image by itself: crop (resized, or padded), flip, jitter, hole; (B, H, W, 3) uint8.
+    """What the recipe does to each image by itself: crop (resized, or padded), flip, jitter, hole;
+    (B, H, W, 3) uint8.
 
-    `mirrored_first`: bool (B,) on the device, for alternating flips only; `epoch` counts from 1. What the recipe does
-    not ask for draws nothing. Raises `ValueError` if `draws` are not for as many images.
+    `mirrored_first`: bool (B,) on the device, for alternating flips only; `epoch` counts from 1.
+    What the recipe does not ask for draws nothing. Raises `ValueError` if `draws` are not for as
+    many images.
     """
     if len(images) != len(draws):
         raise ValueError(f"{len(images)} images, but draws for {len(draws)}")
@@ -193,8 +206,9 @@ def random_flip(images: torch.Tensor, probability: float, draws: Draws) -> torch
 def alternating_flip(
     images: torch.Tensor, mirrored_first: torch.Tensor, epoch: int
 ) -> torch.Tensor:
-    """Images (B, H, W, 3) uint8 mirrored where `mirrored_first` (bool (B,)) says so in odd epochs (the first is 1), and
-    all the others in even ones: two epochs show both views of every image (Jordan, 94% on CIFAR-10 in 3.29 s, 2024).
+    """Images (B, H, W, 3) uint8 mirrored where `mirrored_first` (bool (B,)) says so in odd epochs
+    (the first is 1), and all the others in even ones: two epochs show both views of every image
+    (Jordan, 94% on CIFAR-10 in 3.29 s, 2024).
     """
     return _flip(images, _mirrored_in(mirrored_first, epoch))
 
@@ -208,9 +222,10 @@ def _flip(images: torch.Tensor, mirror: torch.Tensor) -> torch.Tensor:
 
 
 def pad_crop(images: torch.Tensor, pad_to: int, draws: Draws) -> torch.Tensor:
-    """Each image (B, H, W, 3) uint8 reflected at its edges, not repeating them, to `pad_to` pixels per side, and a crop
-    of the old size from a uniform place. If padding is odd, bottom and right get one more pixel, as albumentations'
-    PadIfNeeded has it. Raises `ValueError` if `pad_to` is less than the images have.
+    """Each image (B, H, W, 3) uint8 reflected at its edges, not repeating them, to `pad_to` pixels
+    per side, and a crop of the old size from a uniform place. If padding is odd, bottom and right
+    get one more pixel, as albumentations' PadIfNeeded has it. Raises `ValueError` if `pad_to` is
+    less than the images have.
     """
     return _shift_and_flip(images, draws.send(_crop_shifts(images, pad_to, draws)), None, pad_to)
 
@@ -228,12 +243,13 @@ def _crop_shifts(images: torch.Tensor, pad_to: int, draws: Draws) -> np.ndarray:
 def _shift_and_flip(
     images: torch.Tensor, shifts: torch.Tensor, mirror: torch.Tensor | None, pad_to: int
 ) -> torch.Tensor:
-    """Crops of images (B, H, W, 3) uint8 that reflect at their edges without end, `shifts` int64 (2, B) pixels down and
-    to the right; then mirrored left to right where `mirror` (bool (B,)) says so. All in one gather.
+    """Crops of images (B, H, W, 3) uint8 that reflect at their edges without end, `shifts` int64
+    (2, B) pixels down and to the right; then mirrored left to right where `mirror` (bool (B,)) says
+    so. All in one gather.
 
-    A reflected row repeats every 2 W - 2 pixels and is its own mirror image. So a mirrored crop is just a crop from
-    another column, and every crop is 3 W neighbouring bytes of each row of one extended copy: whole rows are copied,
-    five times as fast as pixels are.
+    A reflected row repeats every 2 W - 2 pixels and is its own mirror image. So a mirrored crop is
+    just a crop from another column, and every crop is 3 W neighbouring bytes of each row of one
+    extended copy: whole rows are copied, five times as fast as pixels are.
     """
     batch, height, width, _ = images.shape
     last, margin = width - 1, (pad_to - width + 1) // 2
@@ -249,13 +265,15 @@ def _shift_and_flip(
 
 
 def _reflect(index: torch.Tensor, size: int) -> torch.Tensor:
-    """Where in 0..size - 1 an index lies after reflection at both ends: -1 -> 1, size -> size - 2, and so on."""
+    """Where in 0..size - 1 an index lies after reflection at both ends: -1 -> 1, size -> size - 2,
+    and so on."""
     index = index.remainder(max(2 * size - 2, 1))
     return torch.minimum(index, 2 * size - 2 - index)
 
 
 def _reflected_columns(images: torch.Tensor, first: int, end: int) -> torch.Tensor:
-    """Columns `first` to `end` - 1 of images that reflect at their edges without end: (B, H, end - first, 3)."""
+    """Columns `first` to `end` - 1 of images that reflect at their edges without end: (B, H, end -
+    first, 3)."""
     period = torch.cat([images, images[:, :, 1:-1].flip(2)], dim=2)
     parts = []
     while first < end:
@@ -268,9 +286,9 @@ def _reflected_columns(images: torch.Tensor, first: int, end: int) -> torch.Tens
 def hole(
     images: torch.Tensor, size: int, fill: tuple[int, int, int], probability: float, draws: Draws
 ) -> torch.Tensor:
-    """With that probability one square of `size` pixels per side of an image (B, H, W, 3) uint8 takes the colour `fill`
-    (0..255). It lies wholly inside; all places are equally likely, as in albumentations' CoarseDropout with one hole.
-    (DeVries and Taylor 2017 let it stick out.)
+    """With that probability one square of `size` pixels per side of an image (B, H, W, 3) uint8
+    takes the colour `fill` (0..255). It lies wholly inside; all places are equally likely, as in
+    albumentations' CoarseDropout with one hole. (DeVries and Taylor 2017 let it stick out.)
     """
     _, height, width, _ = images.shape
     chosen = np.flatnonzero(draws.uniform() < probability)
@@ -286,14 +304,15 @@ def hole(
 def random_resized_crop(
     images: torch.Tensor, min_area: float, probability: float, draws: Draws
 ) -> torch.Tensor:
-    """With that probability an image (B, H, W, 3) uint8 is replaced by a crop of it, enlarged to the old size
-    (bilinear); the others stay as they are, bit by bit.
+    """With that probability an image (B, H, W, 3) uint8 is replaced by a crop of it, enlarged to
+    the old size (bilinear); the others stay as they are, bit by bit.
 
-    The crop keeps a share of the area uniform in [min_area, 1], with an aspect ratio log-uniform in [3/4, 4/3], rounded
-    to whole pixels, at a uniform place (Szegedy et al. 2015, torchvision's RandomResizedCrop). torchvision draws again,
-    up to ten times, when a crop is wider or higher than the image; here the ratio is drawn from the part of its range
-    that fits. For a given area both have the same ratios, but large areas, which torchvision often refuses, stay as
-    likely as small ones.
+    The crop keeps a share of the area uniform in [min_area, 1], with an aspect ratio log-uniform in
+    [3/4, 4/3], rounded to whole pixels, at a uniform place (Szegedy et al. 2015, torchvision's
+    RandomResizedCrop). torchvision draws again, up to ten times, when a crop is wider or higher
+    than the image; here the ratio is drawn from the part of its range that fits. For a given area
+    both have the same ratios, but large areas, which torchvision often refuses, stay as likely as
+    small ones.
     """
     return _crop_and_resize(images, draws.uniform() < probability, min_area, draws)
 
@@ -326,9 +345,11 @@ def _crop_boxes(height: int, width: int, min_area: float, draws: Draws) -> np.nd
 
 
 def _resized_crops(images: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
-    """The boxes, float32 (4, B) of top, left, height and width, enlarged bilinearly to the images' own size.
+    """The boxes, float32 (4, B) of top, left, height and width, enlarged bilinearly to the images'
+    own size.
 
-    No pixel outside a box is looked at: sampling stops at the centres of the pixels along its edges.
+    No pixel outside a box is looked at: sampling stops at the centres of the pixels along its
+    edges.
     """
     top, left, high, wide = boxes
     rows = _sampling_places(top, high, images.shape[1])
@@ -341,17 +362,20 @@ def _resized_crops(images: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
 
 
 def _sampling_places(first: torch.Tensor, length: torch.Tensor, size: int) -> torch.Tensor:
-    """Where along one axis `length` pixels from `first` on are sampled to make `size`; -1 and 1 are the outer edges."""
+    """Where along one axis `length` pixels from `first` on are sampled to make `size`; -1 and 1 are
+    the outer edges."""
     places = (torch.arange(size, device=first.device) + 0.5) * (length / size)[:, None] - 0.5
     places = first[:, None] + torch.minimum(places.clamp_(min=0), length[:, None] - 1)
     return (2 * places + 1) / size - 1
 
 
 def jitter(images: torch.Tensor, brightness: float, contrast: float, draws: Draws) -> torch.Tensor:
-    """Images (B, H, W, 3) uint8 times a factor per image, uniform in [1 - brightness, 1 + brightness]; then their
-    distance from their mean grey times another, uniform in [1 - contrast, 1 + contrast]; values stay within 0..255.
+    """Images (B, H, W, 3) uint8 times a factor per image, uniform in [1 - brightness, 1 +
+    brightness]; then their distance from their mean grey times another, uniform in [1 - contrast, 1
+    + contrast]; values stay within 0..255.
 
-    As torchvision's adjust_brightness and adjust_contrast, but rounded once, at the end. 0 leaves out that step.
+    As torchvision's adjust_brightness and adjust_contrast, but rounded once, at the end. 0 leaves
+    out that step.
     """
     values = images.float()
     if brightness > 0:
@@ -368,8 +392,9 @@ def jitter(images: torch.Tensor, brightness: float, contrast: float, draws: Draw
 
 
 def resize(images: torch.Tensor, resolution: int) -> torch.Tensor:
-    """Images (B, H, W, 3) uint8 -> (B, resolution, resolution, 3) uint8: bilinear, and shrinking averages over all
-    pixels that a new one covers (antialiasing), so that it does not alias. Images of that size are returned themselves.
+    """Images (B, H, W, 3) uint8 -> (B, resolution, resolution, 3) uint8: bilinear, and shrinking
+    averages over all pixels that a new one covers (antialiasing), so that it does not alias. Images
+    of that size are returned themselves.
     """
     return (
         images
@@ -393,10 +418,11 @@ def _to_bytes(values: torch.Tensor) -> torch.Tensor:
 
 
 def mixing_of(recipe: Recipe, draws: Draws, epoch: int) -> str | None:
-    """How a batch of epoch number `epoch` (from 1) is mixed: "cutmix", "mixup", "resizemix" or not at all.
+    """How a batch of epoch number `epoch` (from 1) is mixed: "cutmix", "mixup", "resizemix" or not
+    at all.
 
-    Asks no image, so that neighbours are fetched only when they are needed. Takes the first number of `draws`, or none
-    if nothing can be mixed: `mix_batch` wants new draws from the same key.
+    Asks no image, so that neighbours are fetched only when they are needed. Takes the first number
+    of `draws`, or none if nothing can be mixed: `mix_batch` wants new draws from the same key.
     """
     if recipe.mixing_probability == 0 or epoch > round(recipe.epochs * (1 - recipe.unmixed_share)):
         return None
@@ -417,10 +443,11 @@ def mix_batch(
     draws: Draws,
     epoch: int,
 ) -> tuple[torch.Tensor, torch.Tensor | None, float]:
-    """Mixes images (B, H, W, 3) uint8 with their partners, the way that `mixing_of` draws for the whole batch.
+    """Mixes images (B, H, W, 3) uint8 with their partners, the way that `mixing_of` draws for the
+    whole batch.
 
-    Returns the images, the labels that were mixed in (int64 (B,); None if none were), and the share of `labels`:
-    the loss is share x loss(labels) + (1 - share) x loss(partner_labels).
+    Returns the images, the labels that were mixed in (int64 (B,); None if none were), and the share
+    of `labels`: the loss is share x loss(labels) + (1 - share) x loss(partner_labels).
     """
     way = mixing_of(recipe, draws, epoch)
     if way is None:
@@ -437,10 +464,12 @@ def mix_batch(
 def cutmix(
     images: torch.Tensor, partner_images: torch.Tensor, alpha: float, draws: Draws
 ) -> tuple[torch.Tensor, float]:
-    """One rectangle for the whole batch, filled from the partners; all uint8 (B, H, W, 3). Yun et al. 2019.
+    """One rectangle for the whole batch, filled from the partners; all uint8 (B, H, W, 3). Yun et
+    al. 2019.
 
-    It has the images' aspect ratio and 1 - Beta(alpha, alpha) of their area, its centre is uniform, and what sticks out
-    is cut off (the box of torchvision's v2.CutMix). The returned share is that of the pixels that stayed.
+    It has the images' aspect ratio and 1 - Beta(alpha, alpha) of their area, its centre is uniform,
+    and what sticks out is cut off (the box of torchvision's v2.CutMix). The returned share is that
+    of the pixels that stayed.
     """
     _, height, width, _ = images.shape
     half = 0.5 * math.sqrt(1 - draws.beta(alpha))
@@ -456,8 +485,8 @@ def cutmix(
 def mixup(
     images: torch.Tensor, partner_images: torch.Tensor, alpha: float, draws: Draws
 ) -> tuple[torch.Tensor, float]:
-    """share x images + (1 - share) x partners, rounded, with one share from Beta(alpha, alpha) for the whole batch; all
-    uint8 (B, H, W, 3). Zhang et al. 2018.
+    """share x images + (1 - share) x partners, rounded, with one share from Beta(alpha, alpha) for
+    the whole batch; all uint8 (B, H, W, 3). Zhang et al. 2018.
     """
     share = draws.beta(alpha)
     return _to_bytes(torch.lerp(partner_images.float(), images.float(), share)), share
@@ -466,9 +495,10 @@ def mixup(
 def resizemix(
     images: torch.Tensor, partner_images: torch.Tensor, draws: Draws
 ) -> tuple[torch.Tensor, float]:
-    """The whole partner, shrunk to a part of each side that is uniform in [0.1, 0.8], pasted at a uniform place, both
-    the same for the whole batch; all uint8 (B, H, W, 3). The returned share is that of the pixels that stayed.
-    Qin et al. 2020: unlike CutMix, what is pasted always shows what its label says.
+    """The whole partner, shrunk to a part of each side that is uniform in [0.1, 0.8], pasted at a
+    uniform place, both the same for the whole batch; all uint8 (B, H, W, 3). The returned share is
+    that of the pixels that stayed. Qin et al. 2020: unlike CutMix, what is pasted always shows what
+    its label says.
     """
     _, height, width, _ = images.shape
     scale = draws.once(0.1, 0.8)
@@ -480,7 +510,8 @@ def resizemix(
 
 
 def normalise(images: torch.Tensor, recipe: Recipe) -> torch.Tensor:
-    """uint8 (B, 64, 64, 3) on any device -> float32 (B, 3, 64, 64) in channels-last memory: (x / 255 - mean) / std.
+    """uint8 (B, 64, 64, 3) on any device -> float32 (B, 3, 64, 64) in channels-last memory: (x /
+    255 - mean) / std.
 
     The images are stored channels-last, so the permutation moves no memory.
     """
@@ -489,8 +520,8 @@ def normalise(images: torch.Tensor, recipe: Recipe) -> torch.Tensor:
 
 
 def network_input(recipe: Recipe) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The function that makes of images uint8 (n, 64, 64, 3) what a network of `recipe` is tested on: float32
-    (n, 3, R, R), R being its test_resolution."""
+    """The function that makes of images uint8 (n, 64, 64, 3) what a network of `recipe` is tested
+    on: float32 (n, 3, R, R), R being its test_resolution."""
     return lambda images: normalise(resize(images, recipe.test_resolution), recipe)
 
 

@@ -1,8 +1,9 @@
 """Which images train and which test: three protocols, the same on every machine and for ever.
 
-`merged`   training and validation images pooled, 70 % / 30 % of every class: the published protocol, made repeatable.
-`official` the data set's own training and validation images.
-`select`   the training images of `merged` split again, one in eleven held out: every hyper-parameter is chosen on
+`merged`   training and validation images pooled, 70 % / 30 % of every class: the published
+protocol, made repeatable. `official` the data set's own training and validation images. `select`
+the training images of `merged` split again, one in eleven held out: every hyper-parameter is chosen
+on
            these, so that the test images of the other two are only ever used for final numbers.
 """
 
@@ -21,7 +22,8 @@ PROTOCOLS = ("merged", "official", "select")
 class Split:
     """Row numbers into the data set, in canonical order, of the first `classes` classes.
 
-    train, test: int64, ascending, disjoint. sha256: hex digest over protocol, classes and both lists of rows.
+    train, test: int64, ascending, disjoint. sha256: hex digest over protocol, classes and both
+    lists of rows.
     """
 
     protocol: str
@@ -32,11 +34,13 @@ class Split:
 
 
 def make_split(dataset: Dataset, protocol: str, limit_classes: int | None = None) -> Split:
-    """The split of `dataset` by `protocol`, of its first `limit_classes` classes (by sorted wnid) or of all.
+    """The split of `dataset` by `protocol`, of its first `limit_classes` classes (by sorted wnid)
+    or of all.
 
-    Each class is split by itself, from its wnid alone, so fewer classes give a part of the full split, never another
-    one. Membership follows SHA-256 ranks rather than a random generator's stream, which libraries may change.
-    Raises `UserError` for an unknown protocol, an impossible number of classes, or a class too small to split.
+    Each class is split by itself, from its wnid alone, so fewer classes give a part of the full
+    split, never another one. Membership follows SHA-256 ranks rather than a random generator's
+    stream, which libraries may change. Raises `UserError` for an unknown protocol, an impossible
+    number of classes, or a class too small to split.
     """
     if protocol not in PROTOCOLS:
         raise UserError(f"unknown split '{protocol}'; there are: {', '.join(PROTOCOLS)}")

@@ -1,8 +1,10 @@
-"""A small made-up data set in the layout of the public archive, so that everything runs without the real one.
+"""A small made-up data set in the layout of the public archive, so that everything runs without the
+real one.
 
-Every image shows one figure (a ring, a star, a striped square, ...) somewhere on a cluttered background. Place, size,
-turn, stretch and all colours are drawn independently of the class: only shape and pattern tell it. The box beside each
-image is the extent of the figure's own pixels, so whatever measures localisation can be tested against the truth.
+Every image shows one figure (a ring, a star, a striped square, ...) somewhere on a cluttered
+background. Place, size, turn, stretch and all colours are drawn independently of the class: only
+shape and pattern tell it. The box beside each image is the extent of the figure's own pixels, so
+whatever measures localisation can be tested against the truth.
 """
 
 import colorsys
@@ -22,7 +24,8 @@ from tinylab.exceptions import UserError
 SIZE = 64
 """Pixels per side, as in Tiny ImageNet."""
 ROOT = "tiny-imagenet-200"
-"""First folder of every member, as in the public archive (also where there are fewer classes than 200)."""
+"""First folder of every member, as in the public archive (also where there are fewer classes than
+200)."""
 BOX_SHARE = (0.1, 0.6)
 """Least and greatest share of the image that a figure's box covers."""
 GREYSCALE_SHARE = 0.02
@@ -46,12 +49,15 @@ class Drawing(NamedTuple):
 
 
 def _star(x: np.ndarray, y: np.ndarray, points: int, inner: float) -> np.ndarray:
-    """Distance to a star whose tips lie at radius 1, one of them on top, and whose notches lie at radius `inner`.
+    """Distance to a star whose tips lie at radius 1, one of them on top, and whose notches lie at
+    radius `inner`.
 
-    With `inner` = cos(pi / points) the notches lie on the edges between the tips: a regular polygon.
+    With `inner` = cos(pi / points) the notches lie on the edges between the tips: a regular
+    polygon.
     """
     half = np.pi / points
-    # All edges are alike: turn and mirror every point into the wedge between one tip and the next notch.
+    # All edges are alike: turn and mirror every point into the wedge between one tip and the next
+    # notch.
     angle = np.abs((np.arctan2(x, -y) + half) % (2 * half) - half)
     radius = np.hypot(x, y)
     along, across = radius * np.cos(angle), radius * np.sin(angle)
@@ -117,7 +123,8 @@ def _centre(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 class Kind(NamedTuple):
-    """What the images of one class show; `x` and `y` below are float32 (64, 64) in the figure's own axes."""
+    """What the images of one class show; `x` and `y` below are float32 (64, 64) in the figure's own
+    axes."""
 
     name: str
     """As in words.txt: synonyms separated by ', '."""
@@ -147,17 +154,20 @@ OTHER_WORDS = {
     "n80000002": "background, clutter",
     "n95000000": "texture, pattern",
 }
-"""Entries of words.txt that are no class: the real file names 82,114 wnids, of which 200 are classes."""
+"""Entries of words.txt that are no class: the real file names 82,114 wnids, of which 200 are
+classes."""
 TEST_IMAGES = 10
 """Images in test/: the real archive has unlabelled ones too, which nothing here reads."""
 
 
 def write_sample(target: Path, *, classes: int = 10, per_class: int = 60, seed: int = 0) -> Path:
-    """Writes the made-up data set as a zip in the layout of the public archive and returns its path.
+    """Writes the made-up data set as a zip in the layout of the public archive and returns its
+    path.
 
-    `classes` are the first of `KINDS`. Of the `per_class` images one sixth goes to val/, the others to train/;
-    test/ gets ten more without labels. One seed gives the same bytes every time, with the same numpy and Pillow.
-    The file appears complete or not at all; folders above it are made. About a second for 10 classes of 60.
+    `classes` are the first of `KINDS`. Of the `per_class` images one sixth goes to val/, the others
+    to train/; test/ gets ten more without labels. One seed gives the same bytes every time, with
+    the same numpy and Pillow. The file appears complete or not at all; folders above it are made.
+    About a second for 10 classes of 60.
 
     Raises `UserError` if the target cannot be written or a size is impossible.
     """
@@ -201,7 +211,8 @@ def _fill(archive: zipfile.ZipFile, classes: int, per_class: int, seed: int) -> 
     rng = np.random.default_rng(seed)
     wnids = [wnid(index) for index in range(classes)]
     words = {wnid(index): KINDS[index].name for index in range(classes)} | OTHER_WORDS
-    # As in the public archive: wnids.txt is not sorted, words.txt is and names more than the classes.
+    # As in the public archive: wnids.txt is not sorted, words.txt is and names more than the
+    # classes.
     _add_lines(archive, "wnids.txt", wnids[1::2] + wnids[::2])
     _add_lines(archive, "words.txt", [f"{key}\t{words[key]}" for key in sorted(words)])
 
@@ -260,7 +271,8 @@ def wnid(index: int) -> str:
 
 
 def draw(kind: Kind, rng: np.random.Generator) -> Drawing:
-    """One image of a class: a background with clutter, the figure with its shadow on it, then noise."""
+    """One image of a class: a background with clutter, the figure with its shadow on it, then
+    noise."""
     ground_colours = [_colour(rng, saturation=(0, 0.5), value=(0.1, 0.6)) for _ in range(3)]
     canvas = _background(rng, ground_colours)
     x, y, coverage = _place(kind, rng)
@@ -278,7 +290,8 @@ def draw(kind: Kind, rng: np.random.Generator) -> Drawing:
 
 
 def draw_numbered(class_index: int, number: int, seed: int = 0) -> Drawing:
-    """The drawing that `write_sample` stores (in colour, or turned to grey) as image `number` of a class.
+    """The drawing that `write_sample` stores (in colour, or turned to grey) as image `number` of a
+    class.
 
     It depends on these three numbers alone: a larger sample holds the same images and more.
     """
@@ -349,7 +362,8 @@ def _background(rng: np.random.Generator, colours: list[np.ndarray]) -> np.ndarr
 
 
 def _scrap(rng: np.random.Generator) -> np.ndarray:
-    """Coverage 0..1 of one piece of clutter, float32 (64, 64): a bar with round ends, from a dot to a long stroke."""
+    """Coverage 0..1 of one piece of clutter, float32 (64, 64): a bar with round ends, from a dot to
+    a long stroke."""
     turn, length, width = rng.uniform(0, np.pi), rng.choice((0, 6, 25)), rng.uniform(1, 3.5)
     across, down = _COLUMNS - rng.uniform(0, SIZE), _ROWS - rng.uniform(0, SIZE)
     along = across * np.cos(turn) + down * np.sin(turn)

@@ -1,5 +1,5 @@
-"""All that `tinylab explain` finds out about a finished run: what it gets wrong, and where it looks, as numbers, tables
-and figures.
+"""All that `tinylab explain` finds out about a finished run: what it gets wrong, and where it
+looks, as numbers, tables and figures.
 
 Errors and calibration come from the stored predictions alone; only the maps need the network.
 """
@@ -168,8 +168,8 @@ def figures_of_training(run: Run, dataset: Dataset, rows: Split) -> dict[str, pl
 def figures_of_errors(
     errors: Errors, conflicts: dict, dataset: Dataset, rows: Split, logits: np.ndarray
 ) -> dict[str, plots.Figure]:
-    """Figures by file name: confusions, the pairs most often confused, the surest mistakes and the least sure hits,
-    calibration, and identical images with different labels."""
+    """Figures by file name: confusions, the pairs most often confused, the surest mistakes and the
+    least sure hits, calibration, and identical images with different labels."""
     names = dataset.names[: rows.classes]
     doubtful = conflicts["pairs"]
     return {
@@ -191,7 +191,8 @@ def figures_of_errors(
 
 
 def figures_of_maps(explanation: Explanation) -> dict[str, plots.Figure]:
-    """Figures by file name: the mistakes, their four stages for the predicted class, the last one for both classes."""
+    """Figures by file name: the mistakes, their four stages for the predicted class, the last one
+    for both classes."""
     images, entries = explanation.images, explanation.entries
     if explanation.wrong and not entries:
         return {}  # none was asked for; a figure would say that there is none
@@ -209,7 +210,8 @@ def figures_of_maps(explanation: Explanation) -> dict[str, plots.Figure]:
 def thumbnails(
     pairs: Sequence[dict], dataset: Dataset, rows: Split, logits: np.ndarray
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """For each pair the first test images of `one` answered as `other`, and the reverse: uint8 (k, 64, 64, 3) each."""
+    """For each pair the first test images of `one` answered as `other`, and the reverse: uint8 (k,
+    64, 64, 3) each."""
     labels, answers = dataset.labels[rows.test], logits.argmax(axis=1)
 
     def confused(actual: int, predicted: int) -> np.ndarray:
@@ -223,7 +225,8 @@ def thumbnails(
 def entries_of(
     positions: np.ndarray, dataset: Dataset, rows: Split, logits: np.ndarray
 ) -> list[dict]:
-    """What the figures say of tested images: predicted and actual class, each with wnid, name and probability."""
+    """What the figures say of tested images: predicted and actual class, each with wnid, name and
+    probability."""
     entries = []
     for row, scores in zip(rows.test[positions].tolist(), softmax(logits[positions]), strict=True):
         answers = {"predicted": int(scores.argmax()), "actual": int(dataset.labels[row])}

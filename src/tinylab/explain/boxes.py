@@ -1,8 +1,8 @@
 """Maps against boxes: how much of what a map points at lies in the box around the object.
 
-Two measures: the pointing game (Zhang et al. 2016, arXiv:1608.00507) asks whether a map's highest point lies in the
-box, the energy-based one (Wang et al. 2020, arXiv:1910.01279) which share of the map does. Boxes are x0 y0 x1 y1 in
-pixels of the 64 x 64 image, both ends included.
+Two measures: the pointing game (Zhang et al. 2016, arXiv:1608.00507) asks whether a map's highest
+point lies in the box, the energy-based one (Wang et al. 2020, arXiv:1910.01279) which share of the
+map does. Boxes are x0 y0 x1 y1 in pixels of the 64 x 64 image, both ends included.
 """
 
 import numpy as np
@@ -13,20 +13,23 @@ from tinylab.recipe import SIZE
 
 
 def usable(boxes: np.ndarray) -> np.ndarray:
-    """Which boxes, integer (N, 4) x0 y0 x1 y1, have an inside: bool (N,). Some of the published ones have none."""
+    """Which boxes, integer (N, 4) x0 y0 x1 y1, have an inside: bool (N,). Some of the published
+    ones have none."""
     x0, y0, x1, y1 = _corners(boxes)
     return (x1 > x0) & (y1 > y0)
 
 
 def box_area(boxes: np.ndarray) -> np.ndarray:
-    """Share of the 64 x 64 image that each box, integer (N, 4), covers, both ends included: float64 (N,)."""
+    """Share of the 64 x 64 image that each box, integer (N, 4), covers, both ends included: float64
+    (N,)."""
     x0, y0, x1, y1 = _corners(boxes)
     return np.maximum(x1 - x0 + 1, 0) * np.maximum(y1 - y0 + 1, 0) / SIZE**2
 
 
 def centre_hits(boxes: np.ndarray) -> np.ndarray:
-    """How the image's centre does in the pointing game, for each box (N, 4): float64 (N,). The centre are the four
-    pixels in the middle, of which, as in `hits`, the share in the box counts: 0, 1/4, 1/2 or 1."""
+    """How the image's centre does in the pointing game, for each box (N, 4): float64 (N,). The
+    centre are the four pixels in the middle, of which, as in `hits`, the share in the box counts:
+    0, 1/4, 1/2 or 1."""
     x0, y0, x1, y1 = _corners(boxes)
     columns, lines = (
         sum(
@@ -40,11 +43,13 @@ def centre_hits(boxes: np.ndarray) -> np.ndarray:
 
 
 def hits(maps: np.ndarray, boxes: np.ndarray) -> np.ndarray:
-    """The pointing game: float64 (N,), of maps float (N, h, w), not negative, and boxes integer (N, 4) x0 y0 x1 y1.
+    """The pointing game: float64 (N,), of maps float (N, h, w), not negative, and boxes integer (N,
+    4) x0 y0 x1 y1.
 
-    A map is enlarged to 64 x 64 bilinearly. Where several pixels are highest (within a millionth), the share of them
-    that lies in the box counts, which is what a choice at random would score on average: no corner is preferred, and a
-    map that is the same everywhere, or 0, scores its box's area.
+    A map is enlarged to 64 x 64 bilinearly. Where several pixels are highest (within a millionth),
+    the share of them that lies in the box counts, which is what a choice at random would score on
+    average: no corner is preferred, and a map that is the same everywhere, or 0, scores its box's
+    area.
     """
     large = _enlarged(maps)
     peaks = large >= large.max(axis=(1, 2), keepdims=True) * (1 - 1e-6)
@@ -52,8 +57,9 @@ def hits(maps: np.ndarray, boxes: np.ndarray) -> np.ndarray:
 
 
 def energy(maps: np.ndarray, boxes: np.ndarray) -> np.ndarray:
-    """The share of each map, float (N, h, w), not negative, enlarged as in `hits`, that lies in its box: float64 (N,).
-    A map that is 0 knows nothing and scores as one that is the same everywhere: its box's area."""
+    """The share of each map, float (N, h, w), not negative, enlarged as in `hits`, that lies in its
+    box: float64 (N,). A map that is 0 knows nothing and scores as one that is the same everywhere:
+    its box's area."""
     large = _enlarged(maps)
     total = large.sum(axis=(1, 2))
     inside = (large * _inside(boxes)).sum(axis=(1, 2))

@@ -29,7 +29,8 @@ RESAMPLES = 2000
 
 @dataclass(frozen=True)
 class Explanation:
-    """The chosen images, their maps, and what `explain.json` says about them; all empty if no answer was wrong."""
+    """The chosen images, their maps, and what `explain.json` says about them; all empty if no
+    answer was wrong."""
 
     images: np.ndarray
     """uint8 (n, 64, 64, 3)."""
@@ -47,7 +48,8 @@ class Explanation:
     """Seed of the choice."""
 
     def to_json(self) -> dict:
-        """The contents of `explain.json`: how the images were chosen and explained, and one object for each."""
+        """The contents of `explain.json`: how the images were chosen and explained, and one object
+        for each."""
         return {
             "tested": self.tested,
             "wrong": self.wrong,
@@ -97,7 +99,8 @@ def gradcam(
     and may be compiled or wrapped. Gradients are computed down to the first of `stages` only.
     """
     require_known(stages)
-    # The library gives an image without a target a map of zeros, and prints and swallows an index out of range.
+    # The library gives an image without a target a map of zeros, and prints and swallows an index
+    # out of range.
     if targets.shape != inputs.shape[:1]:
         raise ValueError(
             f"one target for each image, please: {tuple(targets.shape)} for {len(inputs)} images"
@@ -106,7 +109,8 @@ def gradcam(
     if targets.min() < 0 or targets.max() >= classes:
         raise ValueError(f"targets must lie in 0..{classes - 1}")
 
-    # The library matches layers to activations by the order of execution, so it has to get them in that order.
+    # The library matches layers to activations by the order of execution, so it has to get them in
+    # that order.
     ordered = [stage for stage in STAGES if stage in stages]
     device = next(model.parameters()).device
     batches: list[list[np.ndarray]] = []
@@ -117,7 +121,8 @@ def gradcam(
     ):
         network = frozen_copy(model)
         layers = [getattr(network, stage) for stage in ordered]
-        # The copy's weights ask for no gradient: the first stage's output does, before the library's hooks see it.
+        # The copy's weights ask for no gradient: the first stage's output does, before the
+        # library's hooks see it.
         layers[0].register_forward_hook(lambda _module, _inputs, output: output.requires_grad_())
         with NativeGradCAM(network, layers) as cam:
             for images, wanted in zip(
@@ -193,14 +198,16 @@ def explain(
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The network itself, without the wrappers of torch.compile, DistributedDataParallel and AveragedModel."""
+    """The network itself, without the wrappers of torch.compile, DistributedDataParallel and
+    AveragedModel."""
     while inner := getattr(model, "_orig_mod", None) or getattr(model, "module", None):
         model = inner
     return model
 
 
 def frozen_copy(model: nn.Module) -> nn.Module:
-    """A copy of the network without its wrappers: float32, in evaluation mode, its weights ask for no gradients."""
+    """A copy of the network without its wrappers: float32, in evaluation mode, its weights ask for
+    no gradients."""
     return copy.deepcopy(unwrapped(model)).float().eval().requires_grad_(False)
 
 
@@ -233,7 +240,8 @@ def bootstrap(
 
 
 class NativeGradCAM(GradCAM):
-    """The library's Grad-CAM as a list of one (B, h, w) array per layer: not enlarged, not averaged."""
+    """The library's Grad-CAM as a list of one (B, h, w) array per layer: not enlarged, not
+    averaged."""
 
     def get_target_width_height(self, input_tensor: Tensor) -> None:
         return None
@@ -243,14 +251,16 @@ class NativeGradCAM(GradCAM):
 
 
 def to_full_scale(batches: list[np.ndarray]) -> np.ndarray:
-    """One array whose maps peak at exactly 1: the library adds 1e-7 to its divisor, which dims weak maps."""
+    """One array whose maps peak at exactly 1: the library adds 1e-7 to its divisor, which dims weak
+    maps."""
     maps = np.concatenate(batches)
     peak = maps.max(axis=(1, 2), keepdims=True)
     return maps / np.where(peak > 0, peak, 1)
 
 
 def box_figures(box: np.ndarray, maps: dict[str, np.ndarray]) -> dict:
-    """The entries `box`, `box_area` and `stages` of one image, whose maps are (h, w); see `explain`."""
+    """The entries `box`, `box_area` and `stages` of one image, whose maps are (h, w); see
+    `explain`."""
     boxes = box[None]
     stages = {}
     for stage, small in maps.items():

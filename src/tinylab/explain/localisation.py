@@ -1,7 +1,8 @@
-"""Do the maps look at the object? Class activation maps against the boxes that Tiny ImageNet gives for every image.
+"""Do the maps look at the object? Class activation maps against the boxes that Tiny ImageNet gives
+for every image.
 
-The two measures of `boxes` stand beside what needs no network, as many boxes are large and most are in the middle: the
-image's centre, and a map that is the same everywhere.
+The two measures of `boxes` stand beside what needs no network, as many boxes are large and most are
+in the middle: the image's centre, and a map that is the same everywhere.
 """
 
 from collections.abc import Callable
@@ -40,16 +41,18 @@ class Localisation:
     """How well the maps of a sample of test images meet the boxes."""
 
     summary: dict
-    """stage and method; native_size, height and width of the maps; sampled, degenerate (boxes without an inside, left
-    out), scored (the rest), empty_maps (of those that were scored); seed; resamples; groups.
+    """stage and method; native_size, height and width of the maps; sampled, degenerate (boxes
+    without an inside, left out), scored (the rest), empty_maps (of those that were scored); seed;
+    resamples; groups.
 
-    A group has `boxes` ("all", or "below half" of the image's area), `answers` ("all", "right", "wrong"), `class`
-    ("predicted", "actual", or "both" where they are one), `images`, and of each of `MEASURES` mean, low and high,
-    shares of 1 with the 95 % interval, or None if it has no images."""
+    A group has `boxes` ("all", or "below half" of the image's area), `answers` ("all", "right",
+    "wrong"), `class` ("predicted", "actual", or "both" where they are one), `images`, and of each
+    of `MEASURES` mean, low and high, shares of 1 with the 95 % interval, or None if it has no
+    images."""
     table: list[dict]
-    """One per scored image: row (of the data set), predicted and actual (class), right, box_area, centre (what the
-    image's centre scores, see `boxes.centre_hits`), and for both classes hit_, energy_ and empty_ (whether the map is
-    0)."""
+    """One per scored image: row (of the data set), predicted and actual (class), right, box_area,
+    centre (what the image's centre scores, see `boxes.centre_hits`), and for both classes hit_,
+    energy_ and empty_ (whether the map is 0)."""
 
     def to_json(self) -> dict:
         """The summary."""

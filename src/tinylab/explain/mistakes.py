@@ -1,7 +1,8 @@
-"""What a network gets wrong, from its logits alone: classes, confused pairs, calibration, identical images.
+"""What a network gets wrong, from its logits alone: classes, confused pairs, calibration, identical
+images.
 
-Everything here is computed from predictions as they are stored, so that it needs no network, no GPU and no second pass.
-Equal logits rank by class number, as in `evaluate.score`.
+Everything here is computed from predictions as they are stored, so that it needs no network, no GPU
+and no second pass. Equal logits rank by class number, as in `evaluate.score`.
 """
 
 import hashlib
@@ -20,8 +21,8 @@ COLDEST, HOTTEST = 0.05, 20.0
 """Temperatures between which the best one is looked for."""
 
 MOST_PAIRS = 1000
-"""So many pairs of identical images are listed at most (there are 27 in Tiny ImageNet): pictures of one colour, many
-times over, would make as many as the square of their number."""
+"""So many pairs of identical images are listed at most (there are 27 in Tiny ImageNet): pictures of
+one colour, many times over, would make as many as the square of their number."""
 
 
 @dataclass(frozen=True)
@@ -29,15 +30,16 @@ class Errors:
     """Where a network's answers to N test images of C classes are wrong."""
 
     classes: list[dict]
-    """One per class, in canonical order: index, wnid, name, images (tested), top1 and top5 (percent; None without
-    images), mistaken_for (wnid, name and count of the most frequent wrong answer; None if there is none)."""
+    """One per class, in canonical order: index, wnid, name, images (tested), top1 and top5
+    (percent; None without images), mistaken_for (wnid, name and count of the most frequent wrong
+    answer; None if there is none)."""
     matrix: np.ndarray
     """int64 (C, C), see `confusion_matrix`."""
     order: np.ndarray
     """int64 (C,), see `block_order`."""
     pairs: list[dict]
-    """Unordered pairs of classes, most confused first: one and other (index, wnid, name and images each), one_as_other
-    and other_as_one (images), count (their sum, at least 1)."""
+    """Unordered pairs of classes, most confused first: one and other (index, wnid, name and images
+    each), one_as_other and other_as_one (images), count (their sum, at least 1)."""
     confident_mistakes: np.ndarray
     """int64: positions among the N images of wrong answers, the most probable one first."""
     hesitant_hits: np.ndarray
@@ -46,8 +48,8 @@ class Errors:
     """See `calibration`."""
 
     def to_json(self) -> dict:
-        """Plain values: the best and the worst classes (ten each, or half of those tested), best and worst first; the
-        pairs, the calibration, all classes."""
+        """Plain values: the best and the worst classes (ten each, or half of those tested), best
+        and worst first; the pairs, the calibration, all classes."""
         tested = [each for each in self.classes if each["images"]]
         ranked = sorted(tested, key=lambda each: (-each["top1"], -each["top5"]))
         half = len(ranked) // 2  # so that no class is among both
@@ -60,8 +62,9 @@ class Errors:
         }
 
     def write_tables(self, folder: Path) -> list[Path]:
-        """Writes classes.csv, a line per class, and confusion.csv, a line of counts per actual class and a column per
-        predicted one, each under its wnid, in canonical order. Returns their paths; raises `UserError` if that fails.
+        """Writes classes.csv, a line per class, and confusion.csv, a line of counts per actual
+        class and a column per predicted one, each under its wnid, in canonical order. Returns their
+        paths; raises `UserError` if that fails.
         """
         wnids = [each["wnid"] for each in self.classes]
         columns = ("index", "wnid", "name", "images", "top1", "top5")
@@ -94,10 +97,12 @@ def analyse(
     extremes: int = 10,
     seed: int = 0,
 ) -> Errors:
-    """Everything that the logits (N, C) of images with `labels`, integer (N,), say about the errors.
+    """Everything that the logits (N, C) of images with `labels`, integer (N,), say about the
+    errors.
 
-    pairs, extremes: most pairs of classes, mistakes and hits to list. seed: of the halves in `calibration`.
-    Raises `UserError` if logits and labels do not fit together, or are not those of a network (see `calibration`).
+    pairs, extremes: most pairs of classes, mistakes and hits to list. seed: of the halves in
+    `calibration`. Raises `UserError` if logits and labels do not fit together, or are not those of
+    a network (see `calibration`).
     """
     _check(logits, labels)
     assert logits.shape[1] == len(wnids) == len(names), (
@@ -126,12 +131,12 @@ def softmax(logits: np.ndarray) -> np.ndarray:
     return exponentials / exponentials.sum(axis=1, keepdims=True)
 
 
-# --- Classes ----------------------------------------------------------------------------------------------------------
+# --- Classes --------------------------------------------------------------------------------------
 
 
 def confusion_matrix(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """How often images of each class were answered by each class: int64 (C, C) [actual, predicted], of logits (N, C)
-    and integer labels (N,)."""
+    """How often images of each class were answered by each class: int64 (C, C) [actual, predicted],
+    of logits (N, C) and integer labels (N,)."""
     _check(logits, labels)
     classes = logits.shape[1]
     cells = labels.astype(np.int64) * classes + logits.argmax(axis=1)
@@ -139,12 +144,13 @@ def confusion_matrix(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 
 def block_order(matrix: np.ndarray) -> np.ndarray:
-    """An order of the classes, int64 (C,), in which those that are confused with each other stand together, of counts
-    (C, C) [actual, predicted].
+    """An order of the classes, int64 (C,), in which those that are confused with each other stand
+    together, of counts (C, C) [actual, predicted].
 
-    Two classes are as similar as the mean of the shares of each that are taken for the other. Average linkage over the
-    similarities, whose tree is then turned so that neighbours are as similar as it allows (Bar-Joseph et al., "Fast
-    optimal leaf ordering for hierarchical clustering", 2001). Classes that are never confused follow at the end.
+    Two classes are as similar as the mean of the shares of each that are taken for the other.
+    Average linkage over the similarities, whose tree is then turned so that neighbours are as
+    similar as it allows (Bar-Joseph et al., "Fast optimal leaf ordering for hierarchical
+    clustering", 2001). Classes that are never confused follow at the end.
     """
     from scipy.cluster.hierarchy import leaves_list, linkage
     from scipy.spatial.distance import squareform
@@ -226,23 +232,26 @@ def _pairs(matrix: np.ndarray, classes: list[dict], most: int) -> list[dict]:
     return entries
 
 
-# --- Calibration ------------------------------------------------------------------------------------------------------
+# --- Calibration ----------------------------------------------------------------------------------
 
 
 def calibration(logits: np.ndarray, labels: np.ndarray, bins: int = 15, seed: int = 0) -> dict:
-    """How far the probability of the answer is from being right so often, before and after temperature scaling (Guo et
-    al., "On calibration of modern neural networks", 2017), of logits (N, C) and integer labels (N,).
+    """How far the probability of the answer is from being right so often, before and after
+    temperature scaling (Guo et al., "On calibration of modern neural networks", 2017), of logits
+    (N, C) and integer labels (N,).
 
-    The temperature is what divides the logits so that their mean cross-entropy is least. It is fitted on one half of
-    the images, drawn by `seed` class by class, and applied to the other, both ways: no image is judged with a
-    temperature that it helped to fit. `temperatures` are those fitted on the first and on the second half,
-    `temperature` is their mean; `note` says so if 1 had to be taken, as none between 0.05 and 20 is best (all answers
-    right, for instance), and is None otherwise.
+    The temperature is what divides the logits so that their mean cross-entropy is least. It is
+    fitted on one half of the images, drawn by `seed` class by class, and applied to the other, both
+    ways: no image is judged with a temperature that it helped to fit. `temperatures` are those
+    fitted on the first and on the second half, `temperature` is their mean; `note` says so if 1 had
+    to be taken, as none between 0.05 and 20 is best (all answers right, for instance), and is None
+    otherwise.
 
-    `before` and `after` hold `ece`, the expected calibration error: the mean over images of the distance between mean
-    confidence and accuracy in their bin, of `bins` equally wide ones that include their upper ends; `nll`, in nats;
-    `mean_confidence`; `accuracy_overall`; and by bin `confidence` and `accuracy` (None where it is empty) and `count`.
-    All are shares, from 0 to 1. Raises `UserError` if logits and labels do not fit together.
+    `before` and `after` hold `ece`, the expected calibration error: the mean over images of the
+    distance between mean confidence and accuracy in their bin, of `bins` equally wide ones that
+    include their upper ends; `nll`, in nats; `mean_confidence`; `accuracy_overall`; and by bin
+    `confidence` and `accuracy` (None where it is empty) and `count`. All are shares, from 0 to 1.
+    Raises `UserError` if logits and labels do not fit together.
     """
     _check(logits, labels)
     assert bins >= 1, f"{bins} bins"
@@ -324,13 +333,15 @@ def _reliability(shifted: np.ndarray, labels: np.ndarray, hit: np.ndarray, bins:
     }
 
 
-# --- Identical images -------------------------------------------------------------------------------------------------
+# --- Identical images -----------------------------------------------------------------------------
 
 
 def identical_images(images: np.ndarray, rows: Iterable[int] | None = None) -> list[list[int]]:
-    """Groups of rows whose images, uint8 (M, 64, 64, 3), are equal in every byte: each ascending and of two or more,
-    by their first rows. `rows`: only among these; None: among all. Memory-mapped images are read one by one."""
-    # A few lines from the middle tell almost all images apart, and only the others are read as a whole.
+    """Groups of rows whose images, uint8 (M, 64, 64, 3), are equal in every byte: each ascending
+    and of two or more, by their first rows. `rows`: only among these; None: among all.
+    Memory-mapped images are read one by one."""
+    # A few lines from the middle tell almost all images apart, and only the others are read as a
+    # whole.
     middle = images.shape[1] // 2
     alike = _alike(images[:, middle : middle + 8], range(len(images)) if rows is None else rows)
     return sorted(sorted(group) for some in alike for group in _alike(images, some))
@@ -355,14 +366,16 @@ def label_conflicts(
 ) -> dict:
     """Identical images with different labels, and what share of the errors they can explain.
 
-    `images` uint8 (M, 64, 64, 3), `labels` integer (M,) and the classes' `names` are the whole data set's; `rows` (N,)
-    says which of them were tested, `logits` (N, C) what the network answered. A network of the first C classes may have
-    a twin's label to learn or not: the label of an image that has one is in doubt all the same.
+    `images` uint8 (M, 64, 64, 3), `labels` integer (M,) and the classes' `names` are the whole data
+    set's; `rows` (N,) says which of them were tested, `logits` (N, C) what the network answered. A
+    network of the first C classes may have a twin's label to learn or not: the label of an image
+    that has one is in doubt all the same.
 
-    `pairs`: rows, ascending, names (the labels') and tested (whether each is a test image) of each two, 1000 at most;
-    `found`: how many pairs there are. `tested`: test images that have such a twin; `wrong`: those of them that were
-    answered wrong; `answered_as_twin`: those of them answered by a twin's label; `wrong_in_all`: wrong answers to any
-    test image; `share_of_error`: the share of these that `wrong` makes, None if there are none.
+    `pairs`: rows, ascending, names (the labels') and tested (whether each is a test image) of each
+    two, 1000 at most; `found`: how many pairs there are. `tested`: test images that have such a
+    twin; `wrong`: those of them that were answered wrong; `answered_as_twin`: those of them
+    answered by a twin's label; `wrong_in_all`: wrong answers to any test image; `share_of_error`:
+    the share of these that `wrong` makes, None if there are none.
     """
     _check(logits, labels[rows])
     answers = dict(zip(rows.tolist(), logits.argmax(axis=1).tolist(), strict=True))
@@ -400,11 +413,12 @@ def label_conflicts(
     }
 
 
-# --- Small parts ------------------------------------------------------------------------------------------------------
+# --- Small parts ----------------------------------------------------------------------------------
 
 
 def _check(logits: np.ndarray, labels: np.ndarray) -> None:
-    """Raises `UserError` for predictions that no network made; they come from a file that anybody may have written."""
+    """Raises `UserError` for predictions that no network made; they come from a file that anybody
+    may have written."""
     problem = None
     if logits.ndim != 2 or 0 in logits.shape or not np.issubdtype(logits.dtype, np.floating):
         problem = f"logits are {logits.dtype} {logits.shape}"

@@ -1,9 +1,11 @@
-"""Does the network need what a map points at? ROAD: pixels are removed in the order of the map, and the answer watched.
+"""Does the network need what a map points at? ROAD: pixels are removed in the order of the map, and
+the answer watched.
 
-Rong et al. 2022, "A Consistent and Efficient Evaluation Strategy for Attribution Methods" (arXiv:2202.00449), as the
-pytorch-grad-cam library has it: removed pixels are filled in from their neighbours with a little noise, so that neither
-their absence nor a hard edge tells what was there. If a map is faithful, the probability of the answer falls fast when
-its highest pixels go first, and stays when its lowest do.
+Rong et al. 2022, "A Consistent and Efficient Evaluation Strategy for Attribution Methods"
+(arXiv:2202.00449), as the pytorch-grad-cam library has it: removed pixels are filled in from their
+neighbours with a little noise, so that neither their absence nor a hard edge tells what was there.
+If a map is faithful, the probability of the answer falls fast when its highest pixels go first, and
+stays when its lowest do.
 """
 
 import time
@@ -101,11 +103,13 @@ def _changes(
     ranks = _ranks(large, decides).numpy()
     targets = [ClassifierOutputSoftmaxTarget(index) for index in classes.tolist()]
     before = network(inputs).softmax(dim=1).cpu()[torch.arange(len(classes)), classes].numpy()
-    # What the library fills in is noisy: the same noise for maps and random maps. On the CPU, whatever the device.
+    # What the library fills in is noisy: the same noise for maps and random maps. On the CPU,
+    # whatever the device.
     torch.default_generator.manual_seed(seed)
 
     def after(road: type, percentile: int) -> np.ndarray:
-        # Without the library's own difference, for which it would ask the network about the whole images each time.
+        # Without the library's own difference, for which it would ask the network about the whole
+        # images each time.
         return road(percentile)(inputs, ranks, targets, network, return_diff=False)
 
     tried = [[after(road, percentile) for percentile in PERCENTILES] for road in ORDERS.values()]
@@ -126,7 +130,8 @@ def _ranks(maps: Tensor, ties: Tensor) -> Tensor:
 
 
 def _summarised(ours: np.ndarray, theirs: np.ndarray, seed: int) -> dict:
-    """What `faithfulness` returns of the changes, (2, percentiles, N) each, of the maps and of random ones."""
+    """What `faithfulness` returns of the changes, (2, percentiles, N) each, of the maps and of
+    random ones."""
     curves = {
         kind: {order: _means(change) for order, change in zip(ORDERS, changes, strict=True)}
         for kind, changes in (("map", ours), ("random", theirs))

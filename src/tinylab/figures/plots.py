@@ -1,8 +1,9 @@
-"""Every figure of the project. Functions take arrays, dicts and strings and return a matplotlib `Figure`.
+"""Every figure of the project. Functions take arrays, dicts and strings and return a matplotlib
+`Figure`.
 
-Nothing here touches pyplot or global settings, so no figure lingers in memory and nobody else's style changes. As the
-last value of a notebook's cell a figure shows itself. Class names are foreign text: they are never read as formulas,
-lose characters that cannot be printed, and are cut to fit.
+Nothing here touches pyplot or global settings, so no figure lingers in memory and nobody else's
+style changes. As the last value of a notebook's cell a figure shows itself. Class names are foreign
+text: they are never read as formulas, lose characters that cannot be printed, and are cut to fit.
 """
 
 import io
@@ -59,7 +60,8 @@ STYLE = {
 
 
 class SelfShowing(Figure):
-    """A figure that a notebook shows without pyplot, whose inline backend is what shows figures otherwise."""
+    """A figure that a notebook shows without pyplot, whose inline backend is what shows figures
+    otherwise."""
 
     def _repr_png_(self) -> bytes:
         buffer = io.BytesIO()
@@ -68,7 +70,8 @@ class SelfShowing(Figure):
 
 
 def save(figure: Figure, path: Path | str, dpi: int = 100) -> Path:
-    """Writes a PNG, whole or not at all, its bytes given by the picture alone. Makes folders, returns the path.
+    """Writes a PNG, whole or not at all, its bytes given by the picture alone. Makes folders,
+    returns the path.
 
     Raises `OSError` where the file cannot be written.
     """
@@ -89,13 +92,15 @@ def accuracy_and_loss(
     title: str = "",
     label: str = "this run",
 ) -> Figure:
-    """Loss (left) and top-1 accuracy (right) per epoch, of training (above) and test images (below).
+    """Loss (left) and top-1 accuracy (right) per epoch, of training (above) and test images
+    (below).
 
-    `history`: one mapping per epoch with `epoch` (from 1), `train_loss`, `test_loss` (mean cross-entropy, nats),
-    `train_top1`, `test_top1` (percent). `reference`: the rows of results/reference/published_run.csv, numbers or
-    strings, drawn dashed as "published, 200 classes". What it prints as test loss is the sum of its 129 batch means
-    over 33,000 images, so 33000 / 129 times that is the mean cross-entropy (within 0.013: it prints four decimals). Of
-    its training loss it kept only each epoch's last batch, which is noisier than the epoch's mean.
+    `history`: one mapping per epoch with `epoch` (from 1), `train_loss`, `test_loss` (mean
+    cross-entropy, nats), `train_top1`, `test_top1` (percent). `reference`: the rows of
+    results/reference/published_run.csv, numbers or strings, drawn dashed as "published, 200
+    classes". What it prints as test loss is the sum of its 129 batch means over 33,000 images, so
+    33000 / 129 times that is the mean cross-entropy (within 0.013: it prints four decimals). Of its
+    training loss it kept only each epoch's last batch, which is noisier than the epoch's mean.
     """
     published = "published,\n200 classes"
     panels = [
@@ -132,7 +137,8 @@ def learning_rate_curve(
     momenta: Sequence[float] | None = None,
     steps_per_epoch: int | None = None,
 ) -> Figure:
-    """Learning rate, and momentum below it if given, at every optimiser step; the x axis counts epochs if it can."""
+    """Learning rate, and momentum below it if given, at every optimiser step; the x axis counts
+    epochs if it can."""
     curves = [("Learning rate", learning_rates)] + (
         [("Momentum", momenta)] if momenta is not None else []
     )
@@ -146,7 +152,8 @@ def learning_rate_curve(
             ax.plot(x, values, color=BLUE)
             ax.set_title(name)
             ax.margins(x=0.08, y=0.2)
-            # Start, turning point and end say it all; a set, because short or constant schedules have fewer of them.
+            # Start, turning point and end say it all; a set, because short or constant schedules
+            # have fewer of them.
             turn = int(np.argmax(np.abs(np.asarray(values) - values[0])))
             for step in {0, turn, len(values) - 1}:
                 ax.plot(x[step], values[step], "o", color=BLUE, markersize=4)
@@ -192,7 +199,8 @@ def image_grid(
 def before_after(
     before: np.ndarray, after: np.ndarray, titles: Sequence[str], columns: int = 8, title: str = ""
 ) -> Figure:
-    """The same images, uint8 (n, h, w, 3), before and after augmentation: blocks of two rows, one above the other."""
+    """The same images, uint8 (n, h, w, 3), before and after augmentation: blocks of two rows, one
+    above the other."""
     if not len(before):
         return message("No images to show.")
     margin, gap, labels, between = 0.08, 0.06, 0.52, 0.14
@@ -228,10 +236,12 @@ def class_accuracy(
     best: int = 10,
     worst: int = 10,
 ) -> Figure:
-    """The best and the worst classes (all of them if they are few) as bars, with the mean over all classes.
+    """The best and the worst classes (all of them if they are few) as bars, with the mean over all
+    classes.
 
-    `accuracies` in percent, `counts` test images of each class. The thin lines are 95 % intervals (Wilson 1927) for
-    what more images of the class would show; they do not allow for having picked the extremes.
+    `accuracies` in percent, `counts` test images of each class. The thin lines are 95 % intervals
+    (Wilson 1927) for what more images of the class would show; they do not allow for having picked
+    the extremes.
     """
     known = [i for i in np.argsort(-np.asarray(accuracies, float), kind="stable") if counts[i] > 0]
     if not known:
@@ -303,11 +313,12 @@ def gradcam_stages(
     title: str = "",
     method: str = "Grad-CAM",
 ) -> Figure:
-    """One row per image: the image, then heat map and overlay of every stage, for the class the network predicted.
+    """One row per image: the image, then heat map and overlay of every stage, for the class the
+    network predicted.
 
-    `images` uint8 (n, h, w, 3); `maps` float32 (n, map height, map width) in 0..1 for each stage, at its own size;
-    `entries` as for `misclassified`, and with `box` (x0 y0 x1 y1, inclusive) if the object is to be framed. `method`
-    names the maps in the caption.
+    `images` uint8 (n, h, w, 3); `maps` float32 (n, map height, map width) in 0..1 for each stage,
+    at its own size; `entries` as for `misclassified`, and with `box` (x0 y0 x1 y1, inclusive) if
+    the object is to be framed. `method` names the maps in the caption.
     """
     if not len(images):
         return message("No misclassified image: there is nothing to explain.")
@@ -352,11 +363,13 @@ def gradcam_stages(
 
 
 def confusion(matrix: np.ndarray, names: Sequence[str], order: Sequence[int]) -> Figure:
-    """How often images of each class (rows) were answered by each class (columns), in percent of the row.
+    """How often images of each class (rows) were answered by each class (columns), in percent of
+    the row.
 
-    `matrix` holds counts, integer (C, C); `order` (C,) is that of the classes on both axes: blocks show if it places
-    classes that are confused with each other side by side. Right answers, on the diagonal, have a scale of their own,
-    or the mistakes would drown. Up to 30 classes are all named; of more, those that are most often taken for one other.
+    `matrix` holds counts, integer (C, C); `order` (C,) is that of the classes on both axes: blocks
+    show if it places classes that are confused with each other side by side. Right answers, on the
+    diagonal, have a scale of their own, or the mistakes would drown. Up to 30 classes are all
+    named; of more, those that are most often taken for one other.
     """
     if not np.sum(matrix):
         return message("No class has test images: nothing to draw.")
@@ -414,9 +427,9 @@ def confused_pairs(
 ) -> Figure:
     """Pairs of classes that are taken for each other, with up to three images of either mistake.
 
-    A pair has `one` and `other`, each with `name` and `images` (tested), and the counts `one_as_other`, `other_as_one`
-    and `count`, their sum. Its thumbnails are uint8 (k, h, w, 3) of images of `one` that were predicted as `other`, and
-    of the reverse.
+    A pair has `one` and `other`, each with `name` and `images` (tested), and the counts
+    `one_as_other`, `other_as_one` and `count`, their sum. Its thumbnails are uint8 (k, h, w, 3) of
+    images of `one` that were predicted as `other`, and of the reverse.
     """
     if not pairs:
         return message("No class was taken for another: there is no confused pair.")
@@ -466,9 +479,11 @@ def confused_pairs(
 def confident(
     images: np.ndarray, entries: Sequence[Mapping], title: str = "", columns: int = 5
 ) -> Figure:
-    """A gallery like `misclassified`, uint8 (n, h, w, 3), of any answers: a right one bears its one name.
+    """A gallery like `misclassified`, uint8 (n, h, w, 3), of any answers: a right one bears its one
+    name.
 
-    An answer is right if `predicted` equals `actual`, so a `wnid` in both keeps classes of one name apart.
+    An answer is right if `predicted` equals `actual`, so a `wnid` in both keeps classes of one name
+    apart.
     """
     if not len(images):
         return message(f"{clean(title)}: there is none." if title else "There is no such answer.")
@@ -478,10 +493,11 @@ def confident(
 def label_conflicts(
     images: np.ndarray, entries: Sequence[Mapping], columns: int = 5, most: int = 60
 ) -> Figure:
-    """Identical images that bear different labels: each picture once, with both, for the first `most` pairs.
+    """Identical images that bear different labels: each picture once, with both, for the first
+    `most` pairs.
 
-    `images` uint8 (n, h, w, 3), or (n, 2, h, w, 3), of which the first of two is shown. An entry has the two `names`,
-    and may have `tested`: of each whether it is a test image.
+    `images` uint8 (n, h, w, 3), or (n, 2, h, w, 3), of which the first of two is shown. An entry
+    has the two `names`, and may have `tested`: of each whether it is a test image.
     """
     if not len(images):
         return message("No two identical images bear different labels.")
@@ -494,7 +510,8 @@ def label_conflicts(
             "",
             "",
         ]
-        # A right answer to one of the two is a mistake for the other: neither has the colour of the truth.
+        # A right answer to one of the two is a mistake for the other: neither has the colour of the
+        # truth.
         captions.append(
             [(name, kind, INK) for name, kind in zip(entry["names"], kinds, strict=True)]
         )
@@ -503,11 +520,13 @@ def label_conflicts(
 
 
 def reliability(calibration: Mapping) -> Figure:
-    """Accuracy against confidence, as trained and after temperature scaling, with the number of answers below.
+    """Accuracy against confidence, as trained and after temperature scaling, with the number of
+    answers below.
 
-    `calibration` has `bins` (equal parts of 0..1), `temperature`, perhaps a `note`, and `before` and `after`, each with
-    `ece`, `mean_confidence`, `accuracy_overall` (0..1), and for each bin `confidence`, `accuracy` (0..1, None if it is
-    empty) and `count`. The thin lines are 95 % intervals (Wilson 1927).
+    `calibration` has `bins` (equal parts of 0..1), `temperature`, perhaps a `note`, and `before`
+    and `after`, each with `ece`, `mean_confidence`, `accuracy_overall` (0..1), and for each bin
+    `confidence`, `accuracy` (0..1, None if it is empty) and `count`. The thin lines are 95 %
+    intervals (Wilson 1927).
     """
     if not sum(calibration["before"]["count"]):
         return message("No test images: nothing to draw.")
@@ -542,10 +561,11 @@ def class_maps(
     stage: str = "layer4",
     title: str = "",
 ) -> Figure:
-    """Two images per row, each beside what spoke for the class that was predicted, and what spoke for the actual one.
+    """Two images per row, each beside what spoke for the class that was predicted, and what spoke
+    for the actual one.
 
-    `images` uint8 (n, h, w, 3); `predicted` and `actual` float32 (n, map height, map width) in 0..1; `entries` as for
-    `gradcam_stages`.
+    `images` uint8 (n, h, w, 3); `predicted` and `actual` float32 (n, map height, map width) in
+    0..1; `entries` as for `gradcam_stages`.
     """
     if not len(images):
         return message("No misclassified image: there is nothing to explain.")
@@ -605,12 +625,13 @@ def class_maps(
 
 
 def localisation(summary: Mapping) -> Figure:
-    """Do the maps look at the object? Both measures for each group of images, with 95 % intervals and baselines.
+    """Do the maps look at the object? Both measures for each group of images, with 95 % intervals
+    and baselines.
 
-    `summary` has `method`, `stage`, `native_size` (h, w) and `groups`. A group has `boxes` ("all" or "below half" of
-    the image), `answers` ("all", "right", "wrong"), `class` ("predicted", "actual", "both"), `images`, and the shares
-    `hit`, `energy`, `centre_hit`, `uniform`, `hit_minus_centre`, `energy_minus_uniform`: `mean`, `low` and `high`, None
-    if unknown.
+    `summary` has `method`, `stage`, `native_size` (h, w) and `groups`. A group has `boxes` ("all"
+    or "below half" of the image), `answers` ("all", "right", "wrong"), `class` ("predicted",
+    "actual", "both"), `images`, and the shares `hit`, `energy`, `centre_hit`, `uniform`,
+    `hit_minus_centre`, `energy_minus_uniform`: `mean`, `low` and `high`, None if unknown.
     """
     if not any(group["images"] for group in summary["groups"]):
         return message("No image was scored: nothing to draw.")
@@ -654,12 +675,13 @@ def localisation(summary: Mapping) -> Figure:
 
 
 def faithfulness(result: Mapping) -> Figure:
-    """ROAD (Rong et al. 2022): how the answer's probability changes when pixels are removed in the order of the map.
+    """ROAD (Rong et al. 2022): how the answer's probability changes when pixels are removed in the
+    order of the map.
 
-    `result` has `images`, `method`, `stage`, `percentiles` (of the map's values, as the library has them: at 80 the
-    first 20 % of the pixels are removed), `map` and `random`, each with the mean changes `most_relevant_first` and
-    `least_relevant_first` for every percentile (-1..1, None if unknown), and `combined`, `random_combined` and
-    `difference`: `mean`, `low` and `high`.
+    `result` has `images`, `method`, `stage`, `percentiles` (of the map's values, as the library has
+    them: at 80 the first 20 % of the pixels are removed), `map` and `random`, each with the mean
+    changes `most_relevant_first` and `least_relevant_first` for every percentile (-1..1, None if
+    unknown), and `combined`, `random_combined` and `difference`: `mean`, `low` and `high`.
     """
     if not result["images"] or not len(result["percentiles"]):
         return message("No image was scored: nothing to draw.")
@@ -708,10 +730,11 @@ def learning_rate_test(
     smoothed: Sequence[float],
     suggestion: float | None = None,
 ) -> Figure:
-    """The loss while the learning rate grows step by step (Smith 2015), and the suggestion, if there is one.
+    """The loss while the learning rate grows step by step (Smith 2015), and the suggestion, if
+    there is one.
 
-    One value for each step; losses in nats, of single batches and smoothed. What is not finite is left out, and what
-    rises far above the start is cut off.
+    One value for each step; losses in nats, of single batches and smoothed. What is not finite is
+    left out, and what rises far above the start is cut off.
     """
     rates, raw, smooth = (
         np.asarray(values, float) for values in (learning_rates, losses, smoothed)
@@ -760,7 +783,8 @@ def prediction(
 ) -> Figure:
     """One image, uint8 (h, w, 3), what spoke for the first answer, and the first answers as bars.
 
-    `top` holds `name` and `probability` (0..1), best first; `heat` is a map (map height, map width) in 0..1.
+    `top` holds `name` and `probability` (0..1), best first; `heat` is a map (map height, map width)
+    in 0..1.
     """
     if not top:
         return message("There is no answer to show.")
@@ -814,7 +838,8 @@ def message(text: str) -> Figure:
 
 
 def clean(text: str, limit: int = 60) -> str:
-    """One line of at most `limit` characters: what cannot be printed becomes a space, what is cut off an ellipsis."""
+    """One line of at most `limit` characters: what cannot be printed becomes a space, what is cut
+    off an ellipsis."""
     printable = "".join(character if character.isprintable() else " " for character in text)
     line = " ".join(printable.split()) or "(no name)"
     return line if len(line) <= limit else line[: limit - 1].rstrip() + "…"
@@ -853,7 +878,8 @@ def _wrapped(text: str, inches: float, size: float) -> str:
 
 @contextmanager
 def _style() -> Iterator[None]:
-    """The house style for what is made inside, whatever the settings around it; they come back unchanged."""
+    """The house style for what is made inside, whatever the settings around it; they come back
+    unchanged."""
     with matplotlib.style.context(["default", STYLE]):
         yield
 
@@ -874,7 +900,8 @@ def _figure(height: float, title: str = "") -> Figure:
 
 
 def _subplots(figure: Figure, rows: int = 1, columns: int = 1, **sharing: bool | str) -> np.ndarray:
-    """A flat array of axes. Their ticks are made when the figure is drawn, outside the style, so they get it here."""
+    """A flat array of axes. Their ticks are made when the figure is drawn, outside the style, so
+    they get it here."""
     axes = figure.subplots(rows, columns, squeeze=False, **sharing).ravel()
     for ax in axes:
         ax.tick_params(
@@ -917,7 +944,8 @@ def _picture(figure: Figure, left: float, top: float, side: float, image: np.nda
 
 
 def _draw_box(ax: Axes, box: Sequence[int]) -> None:
-    """A frame around the pixels x0 y0 x1 y1, both ends included: light on a dark edge, so it shows on any picture."""
+    """A frame around the pixels x0 y0 x1 y1, both ends included: light on a dark edge, so it shows
+    on any picture."""
     x0, y0, x1, y1 = (int(value) for value in box)
     frame = Rectangle(
         (x0 - 0.5, y0 - 0.5), x1 - x0 + 1, y1 - y0 + 1, fill=False, edgecolor="white", linewidth=1.0
@@ -927,7 +955,8 @@ def _draw_box(ax: Axes, box: Sequence[int]) -> None:
 
 
 def _heat_map(ax: Axes, values: np.ndarray, hide_picture: bool) -> None:
-    """Lays a map (h, w) in 0..1 over the picture in `ax`, enlarged without steps: in its place, or as a veil."""
+    """Lays a map (h, w) in 0..1 over the picture in `ax`, enlarged without steps: in its place, or
+    as a veil."""
     (picture,) = ax.images
     # A veil that thickens with the heat leaves the rest of the picture to be seen.
     opacity = 1.0 if hide_picture else 0.3 + 0.5 * values
@@ -1028,7 +1057,8 @@ def _footnote(figure: Figure, text: str) -> None:
 
 
 def _row_title(ax: Axes, entry: Mapping) -> None:
-    """Predicted and actual class with their probabilities, on one line from the upper left corner of `ax`."""
+    """Predicted and actual class with their probabilities, on one line from the upper left corner
+    of `ax`."""
     pieces = []
     for kind, color in KINDS.items():
         name = _fitted(entry[kind]["name"], 2.8, 8.5, "bold")
@@ -1085,7 +1115,8 @@ def _whole_numbers(ax: Axes) -> None:
 
 
 def _from_zero(axes: Sequence[Axes]) -> None:
-    """One height for all `axes`, from 0 to a little above their highest value; labels need it final."""
+    """One height for all `axes`, from 0 to a little above their highest value; labels need it
+    final."""
     values = np.concatenate([line.get_ydata() for ax in axes for line in ax.lines])
     highest = max(values[np.isfinite(values)], default=0)
     for ax in axes:
@@ -1093,7 +1124,8 @@ def _from_zero(axes: Sequence[Axes]) -> None:
 
 
 def _label_ends(ax: Axes, unit: str) -> None:
-    """Writes every line's name and last value beside its last point, pushed apart where two would overlap."""
+    """Writes every line's name and last value beside its last point, pushed apart where two would
+    overlap."""
     bottom, top = ax.get_ylim()
     ends = []
     for line in ax.lines:
@@ -1144,7 +1176,8 @@ def _note(
     va: str = "baseline",
     **style,
 ) -> None:
-    """Text `offset` points away from `place`, with a white edge that keeps it legible on top of lines."""
+    """Text `offset` points away from `place`, with a white edge that keeps it legible on top of
+    lines."""
     note = ax.annotate(
         text, compute, offset, textcoords="offset points", color=color, ha=ha, va=va, **style
     )
@@ -1154,11 +1187,13 @@ def _note(
 def _share_scales(
     figure: Figure, left: float, highest: float, even: bool
 ) -> list[tuple[Colormap, Normalize]]:
-    """Colours of right answers and of mistakes, up to `highest`, in percent, each with its key above the matrix."""
+    """Colours of right answers and of mistakes, up to `highest`, in percent, each with its key
+    above the matrix."""
     right = LinearSegmentedColormap.from_list("right", ("#eaf2f8", BLUE, "#00304d"))
     wrong = LinearSegmentedColormap.from_list("wrong", ("#f3f4f6", "#f3b185", VERMILION, "#5c1e00"))
     top = next(top for top in (1, 2, 5, 10, 20, 50, 100) if top >= highest)
-    # Many classes have no numbers: the root makes what is rare visible beside the most frequent mistake.
+    # Many classes have no numbers: the root makes what is rare visible beside the most frequent
+    # mistake.
     norm = Normalize(0, top) if even else PowerNorm(0.5, 0, top)
     keys = [
         ("right (diagonal), % of the row", right, Normalize(0, 100), 50, 100),
@@ -1181,7 +1216,8 @@ def _cells(
     shares: np.ndarray,
     scales: Sequence[tuple],
 ) -> None:
-    """The squares of a matrix (C, C) in percent, `cell` inches each; numbers in them if they are large enough."""
+    """The squares of a matrix (C, C) in percent, `cell` inches each; numbers in them if they are
+    large enough."""
     classes = len(shares)
     ax = _picture(figure, left, top, cell * classes, np.ones((classes, classes, 3)))
     diagonal = np.eye(classes, dtype=bool)
@@ -1217,7 +1253,8 @@ def _apart(values: np.ndarray, distance: int) -> list[int]:
 
 
 def _calibrated(ax: Axes, below: Axes, result: Mapping, bins: int) -> None:
-    """One half of `reliability`: accuracy against confidence in `ax`, answers in each bin in `below`."""
+    """One half of `reliability`: accuracy against confidence in `ax`, answers in each bin in
+    `below`."""
     ax.plot([0, 100], [0, 100], color=MUTED, linewidth=1.2, linestyle=(0, (3, 1.6)))
     places = []
     for confidence, accuracy, count in zip(
@@ -1256,7 +1293,8 @@ def _estimates(
     difference: str,
     against: str,
 ) -> None:
-    """A line for each group: the measure `key` with its interval, baselines by their markers, the difference beside."""
+    """A line for each group: the measure `key` with its interval, baselines by their markers, the
+    difference beside."""
     for y, group in enumerate(groups):
         estimate = _percent(group[key])
         if estimate is None:

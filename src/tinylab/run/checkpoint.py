@@ -1,4 +1,5 @@
-"""Checkpoints that carry their own hash, two generations, and a mirror on another disk if asked for.
+"""Checkpoints that carry their own hash, two generations, and a mirror on another disk if asked
+for.
 
 A file is MAGIC, the SHA-256 of the payload, then the payload as torch.save writes it: tensors and
 plain values only, so that it loads without running anybody's code.

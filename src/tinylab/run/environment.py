@@ -22,14 +22,16 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 
 @dataclass(frozen=True)
 class Compute:
-    """device: where tensors live. precision: "fp32", or the autocast format "bf16" or "fp16". reason: why."""
+    """device: where tensors live. precision: "fp32", or the autocast format "bf16" or "fp16".
+    reason: why."""
 
     device: torch.device
     precision: str
     reason: str
 
     def autocast(self) -> contextlib.AbstractContextManager:
-        """Convolutions and matrix products in `precision`; weights, batch norm and the loss stay fp32."""
+        """Convolutions and matrix products in `precision`; weights, batch norm and the loss stay
+        fp32."""
         if self.precision == "fp32":
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=PRECISIONS[self.precision])
@@ -50,10 +52,11 @@ class Compute:
 
 
 def choose(device: str = "auto", precision: str = "auto", *, compiled: bool = False) -> Compute:
-    """The placement for `device` ("auto", "cpu", "cuda", "mps") and `precision` ("auto", "fp32", "bf16", "fp16").
+    """The placement for `device` ("auto", "cpu", "cuda", "mps") and `precision` ("auto", "fp32",
+    "bf16", "fp16").
 
-    `compiled`: the step runs under torch.compile. Raises `UserError` for what this machine does not have, a compiler
-    among it.
+    `compiled`: the step runs under torch.compile. Raises `UserError` for what this machine does not
+    have, a compiler among it.
     """
     if device == "auto":
         device = (
@@ -89,7 +92,8 @@ def choose(device: str = "auto", precision: str = "auto", *, compiled: bool = Fa
 
 def _suitable_precision(device: str, compiled: bool) -> tuple[str, str]:
     if device == "cuda":
-        # Not torch.cuda.is_bf16_supported(): it counts emulation, which is slower than fp32 on a T4.
+        # Not torch.cuda.is_bf16_supported(): it counts emulation, which is slower than fp32 on a
+        # T4.
         if torch.cuda.get_device_capability() >= (8, 0) and compiled:
             return "bf16", "native bf16, compiled"
         # Also on newer GPUs when eager: there is no cuDNN path for bf16 batch norm.
@@ -102,8 +106,8 @@ def _suitable_precision(device: str, compiled: bool) -> tuple[str, str]:
 
 
 def _require_compiler(device: str) -> None:
-    """Raises `UserError` where torch.compile has nothing to compile with: C++ on a CPU, Triton (which needs C for its
-    launchers) on CUDA."""
+    """Raises `UserError` where torch.compile has nothing to compile with: C++ on a CPU, Triton
+    (which needs C for its launchers) on CUDA."""
     if device == "mps":
         raise UserError("--compile is for CPUs and CUDA GPUs; leave it out")
     if device == "cuda" and importlib.util.find_spec("triton") is None:
@@ -122,8 +126,8 @@ def _require_compiler(device: str) -> None:
 
 @contextlib.contextmanager
 def fastest_convolutions(compute: Compute) -> Iterator[None]:
-    """While entered, cuDNN measures which algorithm is fastest for each new shape (and torch's setting is as before
-    afterwards). Training has a few shapes only."""
+    """While entered, cuDNN measures which algorithm is fastest for each new shape (and torch's
+    setting is as before afterwards). Training has a few shapes only."""
     if compute.device.type != "cuda":
         yield
         return

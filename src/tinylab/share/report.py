@@ -140,8 +140,8 @@ def _files(run: Run) -> list[dict]:
 
 
 def _picture(data: bytes) -> dict | None:
-    """A PNG as the page needs it: its data URI, and width and height, which keep its place while it is decoded. None
-    if it is no PNG."""
+    """A PNG as the page needs it: its data URI, and width and height, which keep its place while it
+    is decoded. None if it is no PNG."""
     from markupsafe import Markup
 
     if data[:8] != b"\x89PNG\r\n\x1a\n" or len(data) < 24:
@@ -151,11 +151,12 @@ def _picture(data: bytes) -> dict | None:
     return {"uri": uri, "width": width, "height": height}
 
 
-# --- How values are shown ---------------------------------------------------------------------------------------------
+# --- How values are shown -------------------------------------------------------------------------
 
 
 def _printable(value: object) -> object:
-    """What jinja2 is about to escape: foreign text without what is not printed, on one line, not too long."""
+    """What jinja2 is about to escape: foreign text without what is not printed, on one line, not
+    too long."""
     if value is None:
         return "unknown"
     if not isinstance(value, str) or hasattr(value, "__html__"):

@@ -13,7 +13,8 @@ from torch.optim.lr_scheduler import OneCycleLR
 from tinylab.exceptions import UserError
 from tinylab.recipe import Recipe
 
-# Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024, https://kellerjordan.github.io/posts/muon
+# Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024,
+# https://kellerjordan.github.io/posts/muon
 NEWTON_SCHULZ_STEPS = 5
 NEWTON_SCHULZ_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
