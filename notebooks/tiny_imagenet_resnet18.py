@@ -84,6 +84,7 @@ from dataclasses import replace
 
 from IPython.display import Image
 
+from tinylab import figures as plots
 from tinylab import model
 from tinylab.data.dataset import prepare
 from tinylab.data.loader import make_loader
@@ -91,7 +92,6 @@ from tinylab.data.split import make_split
 from tinylab.data.synthetic import write_sample
 from tinylab.exceptions import UserError
 from tinylab.explain.analysis import analyse_run, explain_answers
-from tinylab.figures import plots
 from tinylab.recipes import named
 from tinylab.run import folder as record
 from tinylab.run.environment import choose

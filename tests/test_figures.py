@@ -10,13 +10,15 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import pytest
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.text import Text
 from PIL import Image
 
-from tinylab.figures import plots
+from tinylab import figures as plots
+from tinylab.figures import style
 
 PLAIN = ["one", "two", "three", "four"]
 IMAGES = np.random.default_rng(0).integers(0, 256, (4, 64, 64, 3), dtype=np.uint8)
@@ -253,7 +255,7 @@ NEW = list(FIGURES)[list(FIGURES).index("confusion") : -1]
 def test_no_text_overlaps_another_or_leaves_the_figure(name: str, names: list[str]) -> None:
     figure = FIGURES[name](names)
     assert_apart(figure)
-    assert figure.get_figwidth() == plots.WIDTH
+    assert figure.get_figwidth() == style.WIDTH
 
 
 def assert_apart(figure: Figure) -> None:
@@ -593,7 +595,7 @@ def test_confused_pairs_show_counts_and_images_of_either_mistake() -> None:
     )
     assert all(ax.images[0].get_interpolation() == "nearest" for ax in image_axes(figure))
     captions = [(text.get_text(), text.get_color()) for text in texts(figure)]
-    for name, color, number in (("dog", plots.VERMILION, "12"), ("cat", plots.BLUE, "of 165")):
+    for name, color, number in (("dog", style.VERMILION, "12"), ("cat", style.BLUE, "of 165")):
         at = captions.index((name, color))
         assert captions[at + 1] == (number, color)
     assert words(figure).count("never") == 2
@@ -622,7 +624,7 @@ def test_gallery_names_a_right_answer_once() -> None:
     mistake = right | {"actual": answer | {"wnid": "n2"}}
     mixed = plots.confident(IMAGES[:2], [right, mistake])
     colors = [text.get_color() for text in texts(mixed) if text.get_text() == "cat"]
-    assert colors == [plots.INK, plots.VERMILION, plots.BLUE], (
+    assert colors == [style.INK, style.VERMILION, style.BLUE], (
         "two classes of one name are a mistake"
     )
     for word in ("predicted", "actual", "right answer"):
@@ -710,7 +712,7 @@ def test_maps_of_the_predicted_and_the_actual_class_stand_side_by_side() -> None
     ):
         assert word in words(figure)
     colors = [text.get_color() for text in texts(figure) if text.get_text() == "dog"]
-    assert colors == [plots.VERMILION, plots.BLUE]
+    assert colors == [style.VERMILION, style.BLUE]
 
 
 def test_class_maps_say_what_they_cannot_show() -> None:
@@ -733,7 +735,7 @@ def test_localisation_shows_both_measures_beside_their_baselines() -> None:
     figure = plots.localisation(located())
     hit, energy, small, _ = figure.axes
 
-    def marked(ax: plots.Axes, marker: str) -> list[float]:
+    def marked(ax: Axes, marker: str) -> list[float]:
         return [float(line.get_xdata()[0]) for line in ax.lines if line.get_marker() == marker]
 
     assert np.allclose(marked(hit, "o"), [80] * 5)

@@ -362,8 +362,8 @@ class Predict:
         """Draw for each picture what spoke for the answer; return the figures' paths."""
         import numpy as np
 
+        from tinylab import figures as plots
         from tinylab.explain.analysis import explain_answers
-        from tinylab.figures import plots
 
         paths: list[Path] = []
         maps = explain_answers(model, metadata, np.stack(pictures), answers)
@@ -449,8 +449,8 @@ class FindLr:
         name = f"find-lr-{self.recipe.name}-{self.split}-s{self.seed}.png"
         out = self.figure or Path("runs") / name
         require_folder(out.parent, "the picture")
+        from tinylab import figures as plots
         from tinylab.data.dataset import open_dataset
-        from tinylab.figures import plots
         from tinylab.training.lr_finder import find_lr
 
         refuse_data_folder(out)
@@ -588,7 +588,7 @@ def refuse_data_folder(path: Path) -> None:
 
 def drawn(figure: object, path: Path) -> Path:
     """Save a figure."""
-    from tinylab.figures import plots
+    from tinylab import figures as plots
 
     try:
         return plots.save(figure, path)

@@ -10,6 +10,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -168,7 +169,7 @@ class WorkerLoader:
             persistent_workers=workers > 0,
             pin_memory=device.type == "cuda",
             prefetch_factor=4 if workers else None,
-            worker_init_fn=start_worker,
+            worker_init_fn=partial(start_worker, os.getpid()),
         )
 
     def close(self) -> None:
@@ -188,11 +189,13 @@ class WorkerLoader:
         return Batch(*self._batches[epoch, step], total=len(self.rows_at(epoch, step)))
 
 
-def start_worker(_number: int) -> None:
+def start_worker(parent: int, _number: int) -> None:
     """Take a worker out of the process group: Ctrl-C is for the process that trains.
 
     That one saves first; workers that died under it would break its step. They end with it.
     """
+    if os.getppid() != parent:  # killed already: torch would watch its heir, and wait for ever
+        os._exit(1)
     if hasattr(os, "setpgrp"):
         os.setpgrp()
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from tinylab import figures as plots
 from tinylab.data.augment import network_input
 from tinylab.data.dataset import Dataset
 from tinylab.data.loader import make_loader
@@ -21,7 +22,6 @@ from tinylab.explain.gradcam import Explanation, explain, gradcam
 from tinylab.explain.localisation import Localisation, localise
 from tinylab.explain.mistakes import Errors, analyse, label_conflicts, softmax
 from tinylab.explain.road import faithfulness
-from tinylab.figures import plots
 from tinylab.files import interactive
 from tinylab.run.folder import Run, note_figures, published_history
 from tinylab.run.weights import normalised

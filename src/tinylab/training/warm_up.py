@@ -70,10 +70,18 @@ def warm_up(state: TrainState, recipe: Recipe, compute: Compute, images: tuple[i
 
 @contextlib.contextmanager
 def memory_hint(recipe: Recipe, compute: Compute) -> Iterator[None]:
-    """Turn running out of memory into one line that says what to do."""
+    """Turn running out of memory into one line that says what to do.
+
+    The system ends worker processes first.
+    """
     try:
         yield
     except (MemoryError, RuntimeError) as error:
+        if "DataLoader worker" in str(error):  # torch has no type for it
+            raise UserError(
+                "a worker process has died, perhaps for lack of memory: the same command "
+                "continues, with fewer --workers, too"
+            ) from error
         # On a CPU torch has no type for it.
         words = ("out of memory", "can't allocate memory", "not enough memory")
         if not isinstance(error, MemoryError) and not any(each in str(error) for each in words):
