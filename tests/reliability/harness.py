@@ -7,9 +7,9 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from multiprocessing import get_context
 from pathlib import Path
 
 import psutil
@@ -175,20 +175,37 @@ def last_state(run: Run) -> dict:
 # --- Processes ------------------------------------------------------------------------------------
 
 
-def start_fork(body: Callable[[], object]):
-    """Start a fork of this process that does `body`."""
-    process = get_context("fork").Process(target=body)
-    process.start()
-    return process
+def start_fork(body: Callable[[], object]) -> psutil.Process:
+    """Start a fork of this process that does `body`, in a session of its own."""
+    pid = os.fork()
+    if pid:
+        return psutil.Process(pid)
+    status = 1
+    try:
+        os.setsid()
+        body()
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(status)
 
 
-def status_of(process) -> int:
-    """Wait for a fork; return its exit status, negative after a signal that ended it."""
-    process.join(PATIENCE)
-    if process.exitcode is None:
+def status_of(process: psutil.Process) -> int:
+    """Wait for a fork and what it has started; return its status, negative after a signal."""
+    try:
+        status = process.wait(PATIENCE)
+    except psutil.TimeoutExpired:
         process.kill()
-        raise AssertionError("a process hangs")
-    return process.exitcode
+        raise
+    assert_ended([each for each in psutil.process_iter() if session_of(each) == process.pid])
+    return int(status)
+
+
+def session_of(process: psutil.Process) -> int:
+    with contextlib.suppress(ProcessLookupError):
+        return os.getsid(process.pid)
+    return 0
 
 
 def forked(body: Callable[[], object]) -> int:

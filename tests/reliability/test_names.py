@@ -24,10 +24,10 @@ from PIL import Image
 from publish import PROTOCOLS, publish_run, render, rewrite_tables
 from test_plots import FIGURES, draw, texts
 
+from tinylab import figures as plots
 from tinylab.cli import main
 from tinylab.exceptions import UserError
 from tinylab.explain.gradcam import explain
-from tinylab.figures import plots
 from tinylab.model import ResNet18
 from tinylab.recipe import Recipe
 from tinylab.recipes import smoke

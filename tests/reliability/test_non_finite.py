@@ -18,7 +18,7 @@ pytestmark = pytest.mark.promise("non-finite")
 def poison(tensor: torch.Tensor, value: float) -> torch.Tensor:
     """Return a copy whose first number is the value."""
     tensor = tensor.clone()
-    tensor.view(-1)[0] = value
+    tensor[(0,) * tensor.ndim] = value
     return tensor
 
 
@@ -42,23 +42,31 @@ def in_statistics(model, value: float):
     """The loss, the gradients and the weights are fine."""
 
     def change(norm, *_) -> None:
-        norm.running_var[0] = value
+        norm.running_var.data[0] = value
 
     return model.layer2[0].bn1.register_forward_hook(change)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.fixture(scope="module")
+def plan(train_tiny, rich, narrow) -> Plan:
+    return plans(train_tiny, rich, narrow)["sgd"]
+
+
+@pytest.fixture(scope="module")
+def reference(plan, tmp_path_factory) -> Run:
+    return plan(tmp_path_factory.mktemp("undisturbed") / "run")
+
+
+@pytest.mark.parametrize("value", [float("nan"), -float("inf")])
 @pytest.mark.parametrize(
     "place",
     [in_images, in_features, in_logits, in_gradient, in_statistics],
     ids=lambda p: p.__name__,
 )
 def test_a_number_that_is_not_finite_ends_the_run(
-    train_tiny, rich, narrow, tmp_path, monkeypatch, full, tally, place: Callable, value
+    plan, reference, tmp_path, monkeypatch, full, tally, place: Callable, value
 ) -> None:
     """As the very first step and later; each step is saved, or none within an epoch."""
-    plan: Plan = plans(train_tiny, rich, narrow)["sgd"]
-    reference, _ = plan.undisturbed(tmp_path / "undisturbed")
     steps = [(epoch, step) for epoch in (1, 2) for step in range(3)]
     for number, where in enumerate(steps if full else steps[1:5:3]):
         run, seldom = Run(tmp_path / str(where)), number % 2 == 1

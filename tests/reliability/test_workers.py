@@ -1,6 +1,5 @@
 """A worker process that dies ends its run in one line; the same command continues it."""
 
-import signal
 import sys
 
 import psutil
@@ -23,33 +22,26 @@ pytestmark = [
 ]
 
 
-def kill_workers(number: int) -> None:
-    """Send all worker processes the signal; they are dead when this returns."""
-    workers = psutil.Process().children()
-    assert workers
-    for worker in workers:
-        worker.send_signal(number)
-    psutil.wait_procs(workers, timeout=10)
+def test_a_worker_that_dies_ends_the_run_in_one_line(small_dataset, tmp_path, tally) -> None:
+    """Killed as the system does when memory runs out."""
 
+    def kill_worker() -> None:
+        psutil.Process().children()[0].kill()
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=["killed", "terminated"])
-def test_a_worker_that_dies_ends_the_run_in_one_line(
-    small_dataset, tmp_path, tally, number
-) -> None:
     options = {"epochs": 2, "width": 4, "batch_size": 7, "workers": 2}
     run, log = Run(tmp_path / "run"), tmp_path / "log"
     arguments = train_arguments(small_dataset.folder, run.folder, **options)
     undisturbed = train_arguments(small_dataset.folder, tmp_path / "undisturbed", **options)
 
     def disturbed() -> None:
-        moments(pytest.MonkeyPatch(), at(5, lambda: kill_workers(number), "step"))
+        moments(pytest.MonkeyPatch(), at(5, kill_worker, "step"))
         command(arguments, log)
 
     assert forked(disturbed) == 2
-    assert_one_line(log.with_suffix(".err").read_text())
+    assert_one_line(log.with_suffix(".err").read_text(), "a worker process has died")
     assert not run.finished
     assert forked(lambda: command(arguments, log)) == 0
     assert run.summary["stops"] == 1
     assert forked(lambda: command(undisturbed, log)) == 0
     assert_same_end(run, Run(tmp_path / "undisturbed"))
-    tally(workers_killed=2)
+    tally(workers_killed=1)
