@@ -56,7 +56,8 @@ def test_a_shifted_mask_scores_its_overlap() -> None:
 
 
 @pytest.mark.parametrize(("x", "y", "inside"), [
-    (8, 16, True), (31, 55, True), (31, 16, True), (8, 55, True), (7, 16, False), (32, 55, False), (8, 15, False),
+    (8, 16, True), (31, 55, True), (31, 16, True), (8, 55, True), (7, 16, False), (32, 55, False),
+    (8, 15, False),
     (31, 56, False), (16, 8, False), (55, 31, False),
 ])  # fmt: skip
 def test_both_ends_of_a_box_belong_to_it_and_x_goes_to_the_right(
@@ -143,8 +144,10 @@ def test_boxes_without_an_inside_are_known() -> None:
 
 
 @pytest.mark.parametrize(("box", "hit"), [
-    ((0, 0, 63, 63), 1), ((31, 31, 32, 32), 1), ((0, 0, 31, 63), 0.5), ((32, 0, 63, 63), 0.5), ((0, 0, 63, 31), 0.5),
-    ((0, 32, 63, 63), 0.5), ((30, 30, 40, 40), 1), ((32, 32, 63, 63), 0.25), ((0, 0, 30, 63), 0), ((0, 33, 63, 63), 0),
+    ((0, 0, 63, 63), 1), ((31, 31, 32, 32), 1), ((0, 0, 31, 63), 0.5), ((32, 0, 63, 63), 0.5),
+    ((0, 0, 63, 31), 0.5),
+    ((0, 32, 63, 63), 0.5), ((30, 30, 40, 40), 1), ((32, 32, 63, 63), 0.25), ((0, 0, 30, 63), 0),
+    ((0, 33, 63, 63), 0),
 ])  # fmt: skip
 def test_the_centre_scores_what_a_map_with_its_peak_there_scores(box: tuple, hit: float) -> None:
     boxes = np.array([box], np.uint8)

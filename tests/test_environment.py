@@ -1,4 +1,5 @@
-"""Where a run computes and in which number format, on machines that this one only pretends to be."""
+"""Where a run computes and in which number format, on machines that this one only pretends to
+be."""
 
 import platform
 import subprocess

@@ -215,7 +215,8 @@ FIGURES = {
 
 
 def texts(figure: Figure) -> list[Text]:
-    """Every text that is drawn: matplotlib also keeps ticks of hidden axes and beyond the limits."""
+    """Every text that is drawn: matplotlib also keeps ticks of hidden axes and beyond the
+    limits."""
     undrawn = set()
     for axis in [axis for ax in figure.axes for axis in (ax.xaxis, ax.yaxis)]:
         low, high = sorted(axis.get_view_interval())

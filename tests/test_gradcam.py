@@ -231,7 +231,8 @@ def test_bootstrap_agrees_with_scipy_and_with_theory() -> None:
 
 
 def test_bootstrap_samples_whole_images() -> None:
-    """The interval of a difference is that of paired values; that of two constants is the constant."""
+    """The interval of a difference is that of paired values; that of two constants is the
+    constant."""
     values = np.random.default_rng(0).random(50)
     found = bootstrap({"one": values, "other": values + 0.1, "difference": (values + 0.1) - values})
     assert found["difference"] == pytest.approx({"mean": 0.1, "low": 0.1, "high": 0.1}, abs=1e-12)

@@ -278,7 +278,8 @@ def test_temperature_scaling_finds_what_was_put_in() -> None:
 
 
 def test_each_half_is_judged_with_the_other_s_temperature() -> None:
-    """The best temperature of each half by a search over a grid, applied to the other one, by hand."""
+    """The best temperature of each half by a search over a grid, applied to the other one, by
+    hand."""
     logits, labels = sharpened(images=100, seed=1)
     found = calibration(logits, labels)
     half = errors._halves(labels, seed=0)

@@ -349,7 +349,8 @@ def test_importing_recipes_loads_no_torch(subprocess_environment: dict[str, str]
 
 @pytest.mark.parametrize(("field", "value"), IMPOSSIBLE)
 def test_an_impossible_value_is_refused_by_name(field: str, value: object) -> None:
-    """In a recipe whose augmentation allows every field, so that it is the value that is refused."""
+    """In a recipe whose augmentation allows every field, so that it is the value that is
+    refused."""
     with pytest.raises(UserError, match=rf"^{field} must be"):
         replace(BATCHED, **{field: value})
 

@@ -31,7 +31,8 @@ def real_archive(repository: Path):
     path = Path(os.environ.get("TINY_IMAGENET") or repository / "data" / "tiny-imagenet-200.zip")
     if not zipfile.is_zipfile(path):
         pytest.skip(
-            "no Tiny ImageNet zip here: set TINY_IMAGENET or put data/tiny-imagenet-200.zip in place"
+            "no Tiny ImageNet zip here: set TINY_IMAGENET or put data/tiny-imagenet-200.zip in "
+            "place"
         )
     with zipfile.ZipFile(path) as opened:
         yield opened

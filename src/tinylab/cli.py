@@ -78,7 +78,8 @@ class Prepare:
         dataset = prepare(self.source, self.data, workers=self.workers)
         validation = len(dataset) - dataset.train_count
         print(
-            f"{self.data}: {len(dataset):,} images ({dataset.train_count:,} training, {validation:,} validation)"
+            f"{self.data}: {len(dataset):,} images ({dataset.train_count:,} training, "
+            f"{validation:,} validation)"
         )
         print(f"{len(dataset.wnids)} classes, content sha256 {dataset.content_sha256}")
 
@@ -567,7 +568,8 @@ def require_folder(folder: Path, what: str) -> None:
 
 
 def refuse_as_file(path: Path, run: "Run | None" = None) -> None:
-    """Raise `UserError` if `path` is a folder, or a record of the run's, which would be replaced."""
+    """Raise `UserError` if `path` is a folder, or a record of the run's, which would be
+    replaced."""
     if path.is_dir():
         raise UserError(f"{path} is a folder: name a file")
     if run is None:
@@ -646,7 +648,8 @@ def usage() -> str:
 
 
 def first(rank: str) -> bool:
-    """Return whether this process is torchrun's first by that variable, or not torchrun's at all."""
+    """Return whether this process is torchrun's first by that variable, or not torchrun's at
+    all."""
     return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get(rank, "0") == "0"
 
 
@@ -657,7 +660,8 @@ def complain(error: object) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command and return the exit status: 0, 2 for user errors, 130 or 143 after a signal."""
+    """Run one command and return the exit status: 0, 2 for user errors, 130 or 143 after a
+    signal."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage())

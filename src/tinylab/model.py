@@ -17,7 +17,8 @@ from tinylab.recipe import Recipe
 
 
 class BasicBlock(nn.Module):
-    """Two 3 x 3 convolutions and a shortcut; (B, C, H, W) -> (B, channels, H / stride, W / stride)."""
+    """Two 3 x 3 convolutions and a shortcut; (B, C, H, W) -> (B, channels, H / stride, W /
+    stride)."""
 
     def __init__(self, in_channels: int, channels: int, stride: int) -> None:
         super().__init__()

@@ -40,7 +40,8 @@ def made_up() -> dict[str, bytes]:
     CMYK among them."""
     files = {
         "wnids.txt": "".join(f"{wnid}\n" for wnid in WNIDS).encode(),
-        "words.txt": b"n00\tentity\nn01\tgoldfish, Carassius auratus\nn02\tfire \x1b[31msalamander\nn03\t\n",
+        "words.txt": b"n00\tentity\nn01\tgoldfish, Carassius auratus\n"
+        b"n02\tfire \x1b[31msalamander\nn03\t\n",
     }
     annotations = []
     for c, wnid in enumerate(WNIDS):

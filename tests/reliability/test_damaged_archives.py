@@ -1,4 +1,5 @@
-"""Damaged archives are refused, or give the very same data set: never one that differs in silence."""
+"""Damaged archives are refused, or give the very same data set: never one that differs in
+silence."""
 
 import random
 import shutil

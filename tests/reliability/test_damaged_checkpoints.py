@@ -140,7 +140,8 @@ def test_verify_tells_of_a_run_in_one_line(run: Run, capsys: pytest.CaptureFixtu
     assert main(["verify", str(run.folder)]) == 0
     out, err = capsys.readouterr()
     assert out == (
-        f"{run.folder}: finished, 7 files as they were written, 2 whole checkpoints, the newest of epoch 3, step 0\n"
+        f"{run.folder}: finished, 7 files as they were written, 2 whole checkpoints, the newest "
+        "of epoch 3, step 0\n"
     )
     assert err == ""
     for name in ("predictions.npz", "model.safetensors"):

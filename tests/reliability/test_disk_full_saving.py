@@ -21,18 +21,21 @@ import contextlib, io, json, resource, shutil, sys
 from pathlib import Path
 from tinylab.cli import main
 
-folder, start, limits, options = Path(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3]), json.loads(sys.argv[4])
+folder, start, limits, options = Path(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3]),
+json.loads(sys.argv[4])
 for limit in limits:
     if start:
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(start, folder)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, -1))  # Python itself ignores SIGXFSZ
-    with contextlib.redirect_stderr(io.StringIO()) as err, contextlib.redirect_stdout(io.StringIO()):
+    with contextlib.redirect_stderr(io.StringIO()) as err,
+    contextlib.redirect_stdout(io.StringIO()):
         status = main(["train", "smoke", *options])
     resource.setrlimit(resource.RLIMIT_FSIZE, (-1, -1))
     if start:
         shutil.copytree(folder, folder.with_name(f"after {limit}"))
-    print(json.dumps([limit, status, err.getvalue(), [str(path) for path in folder.rglob("*.tmp")]]), flush=True)
+    print(json.dumps([limit, status, err.getvalue(),
+    [str(path) for path in folder.rglob("*.tmp")]]), flush=True)
 """
 
 OPTIONS = [

@@ -285,7 +285,8 @@ PAGE = "".join(f"<!-- {part} -->\n<!-- /{part} -->\n" for part in PARTS)
 def records(name: str) -> dict[str, dict]:
     """What a published run's files say; every text is `name`."""
     summary = {
-        "seed": 0, "classes": 3, "epochs": 1, "train_images": 12, "test_images": 6, "test_top1": 50.0,
+        "seed": 0, "classes": 3, "epochs": 1, "train_images": 12, "test_images": 6,
+        "test_top1": 50.0,
         "test_top5": 100.0,
         "train_seconds": 60.0, "model_sha256": "m", "recipe": name, "protocol": name, "note": name,
     }  # fmt: skip

@@ -256,7 +256,8 @@ def problems(source: str) -> list[str]:
     "line",
     [
         "torch.load(f, weights_only=False)", "torch.load(f)", "np.load(f, allow_pickle=True)",
-        "z.extractall()", "subprocess.run(c, shell=True)", "pickle.load(f)", "pickle.loads(b)", "eval(x)", "exec(x)",
+        "z.extractall()", "subprocess.run(c, shell=True)", "pickle.load(f)", "pickle.loads(b)",
+        "eval(x)", "exec(x)",
         "yaml.load(f)", "os.system(c)", "shutil.unpack_archive(f)", "joblib.load(f)", "np.savez(f, allow_pickle=True)",
     ],
 )  # fmt: skip

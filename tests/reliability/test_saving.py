@@ -99,7 +99,8 @@ ERRORS = {
 
 
 def test_a_save_writes_flushes_syncs_and_renames() -> None:
-    """Opening, two writes, flushing by hand and on closing, fsync, two renames, the folder's fsync."""
+    """Opening, two writes, flushing by hand and on closing, fsync, two renames, the folder's
+    fsync."""
     assert len(POINTS) >= 8
 
 
@@ -159,7 +160,8 @@ print("ready", flush=True)
 try:
     while True:
         number += 1
-        save(folder, {"epoch": number, "step": 0, "weight": torch.full((11_500_000,), float(number))})
+        save(folder, {"epoch": number, "step": 0, "weight": torch.full((11_500_000,),
+        float(number))})
         print(number, flush=True)
 except KeyboardInterrupt:
     print("interrupted", flush=True)

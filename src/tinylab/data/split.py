@@ -47,7 +47,8 @@ def make_split(dataset: Dataset, protocol: str, limit_classes: int | None = None
     classes = len(dataset.wnids) if limit_classes is None else limit_classes
     if not 2 <= classes <= len(dataset.wnids):
         raise UserError(
-            f"limit-classes must be from 2 to {len(dataset.wnids)}, the classes of this data set, not {classes}"
+            f"limit-classes must be from 2 to {len(dataset.wnids)}, the classes of this data set, "
+            f"not {classes}"
         )
     train, test = [], []
     for label in range(classes):
@@ -55,7 +56,8 @@ def make_split(dataset: Dataset, protocol: str, limit_classes: int | None = None
         class_train, class_test = _split_class(rows, dataset, protocol, dataset.wnids[label])
         if len(class_train) == 0 or len(class_test) == 0:
             raise UserError(
-                f"class {dataset.wnids[label]} has {len(rows)} images, too few for the split '{protocol}'"
+                f"class {dataset.wnids[label]} has {len(rows)} images, too few for the split "
+                f"'{protocol}'"
             )
         train.append(class_train)
         test.append(class_test)

@@ -23,7 +23,8 @@ BATCH = 256
 
 COLUMNS = (
     "row", "predicted", "actual", "right", "box_area", "centre",
-    "hit_predicted", "energy_predicted", "empty_predicted", "hit_actual", "energy_actual", "empty_actual",
+    "hit_predicted", "energy_predicted", "empty_predicted", "hit_actual", "energy_actual",
+    "empty_actual",
 )  # fmt: skip
 MEASURES = ("hit", "energy", "centre_hit", "uniform", "hit_minus_centre", "energy_minus_uniform")
 GROUPS = (

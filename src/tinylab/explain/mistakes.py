@@ -265,7 +265,10 @@ def calibration(logits: np.ndarray, labels: np.ndarray, bins: int = 15, seed: in
     note = None
     if None in fitted:
         which = "either half" if fitted == [None, None] else "one half"
-        note = f"no temperature from {COLDEST} to {HOTTEST} is best for {which} of the images: 1 was taken there"
+        note = (
+            f"no temperature from {COLDEST} to {HOTTEST} is best for {which} of the images: 1 was "
+            "taken there"
+        )
     applied = np.array(temperatures)[1 - half]
     return {
         "bins": bins,
@@ -279,7 +282,8 @@ def calibration(logits: np.ndarray, labels: np.ndarray, bins: int = 15, seed: in
 
 
 def _halves(labels: np.ndarray, seed: int) -> np.ndarray:
-    """0 or 1 for each image, int64 (N,): as many of either in all and in each class, or one more."""
+    """0 or 1 for each image, int64 (N,): as many of either in all and in each class, or one
+    more."""
     half = np.empty(len(labels), dtype=np.int64)
     shuffled = np.random.default_rng(seed).random(len(labels))
     half[np.lexsort((shuffled, labels))] = np.arange(len(labels)) % 2
@@ -287,7 +291,8 @@ def _halves(labels: np.ndarray, seed: int) -> np.ndarray:
 
 
 def _fit_temperature(shifted: np.ndarray, labels: np.ndarray) -> float | None:
-    """The temperature that minimises the mean cross-entropy, or None if there is none in the range."""
+    """The temperature that minimises the mean cross-entropy, or None if there is none in the
+    range."""
     from scipy.optimize import brentq
 
     if len(labels) == 0:
@@ -295,7 +300,8 @@ def _fit_temperature(shifted: np.ndarray, labels: np.ndarray) -> float | None:
     own = shifted[np.arange(len(labels)), labels]
 
     def slope(log_inverse: float) -> float:
-        """Derivative of the mean cross-entropy by the inverse temperature, in which it is convex."""
+        """Derivative of the mean cross-entropy by the inverse temperature, in which it is
+        convex."""
         weights = shifted * np.exp(log_inverse)
         np.exp(weights, out=weights)
         return float((np.einsum("nc,nc->n", weights, shifted) / weights.sum(axis=1) - own).mean())

@@ -1,4 +1,5 @@
-"""Every figure. Functions return a matplotlib Figure and write nothing; only these modules import it."""
+"""Every figure. Functions return a matplotlib Figure and write nothing; only these modules import
+it."""
 
 from tinylab.figures.images import before_after as before_after
 from tinylab.figures.images import class_maps as class_maps

@@ -160,8 +160,10 @@ def gradcam_stages(
                     hide_picture=False,
                 )
         notes = (
-            f"{clean(method)} for the predicted class. Every map is scaled to itself: it shows where, never how much.\n"
-            "Maps are computed at the size given above them and enlarged bilinearly; image pixels are left as they are."
+            f"{clean(method)} for the predicted class. Every map is scaled to itself: it shows "
+            "where, never how much.\n"
+            "Maps are computed at the size given above them and enlarged bilinearly; image pixels "
+            "are left as they are."
         )
         put_heat_key(figure, margin, top + len(images) * row_height, notes)
     return figure
@@ -193,7 +195,10 @@ def label_conflicts(
     if not len(images):
         return message("No two identical images bear different labels.")
     images = images[:most, 0] if images.ndim == 5 else images[:most]
-    title = f"{len(entries):,} pair{'' if len(entries) == 1 else 's'} of identical images with different labels"
+    title = (
+        f"{len(entries):,} pair{'' if len(entries) == 1 else 's'} of identical images with "
+        "different labels"
+    )
     title += "" if len(entries) <= most else f": the first {most}"
     captions = []
     for entry in entries[:most]:
@@ -276,7 +281,8 @@ def class_maps(
         notes = (
             f"{fitted(method, 1.4, 8)} of {fitted(stage, 0.7, 8)}, {which}. "
             "Every map is scaled to itself: it shows where, never how much.\n"
-            f"Maps are computed at {width} × {rows} and enlarged bilinearly; image pixels are left as they are."
+            f"Maps are computed at {width} × {rows} and enlarged bilinearly; image pixels are "
+            "left as they are."
         )
         put_heat_key(figure, margin, bottom, notes)
     return figure
@@ -321,12 +327,18 @@ def prediction(
             )
             for width, color in ((room, GRID), (room * entry["probability"], BLUE)):
                 put_bar(figure, bars, upper_edge + 0.22, width, 0.1, color)
-        notes = "The answer is always one of the classes that the network has learned, whatever the picture shows."
+        notes = (
+            "The answer is always one of the classes that the network has learned, whatever the "
+            "picture shows."
+        )
         if heat is None:
             put_text(figure, margin, upper + side + 0.22, notes, color=MUTED, size=8)
         else:
             size = f"{heat.shape[1]} × {heat.shape[0]}"
-            scaled = f"The map ({size}, enlarged bilinearly) is scaled to itself: it shows where, never how much."
+            scaled = (
+                f"The map ({size}, enlarged bilinearly) is scaled to itself: it shows where, "
+                "never how much."
+            )
             put_heat_key(figure, margin, upper + side, f"{scaled}\n{notes}")
     return figure
 

@@ -161,9 +161,15 @@ def confusion(matrix: np.ndarray, names: Sequence[str], order: Sequence[int]) ->
         axis = {"color": MUTED, "ha": "center", "va": "center"}
         put_text(figure, 0.14, top + side / 2, "actual class", rotation=90, **axis)
         put_text(figure, left + side / 2, bottom - 0.18, "predicted class", **axis)
-        notes = "Same order on both axes: a block on the diagonal is a group of classes that are taken for each other."
+        notes = (
+            "Same order on both axes: a block on the diagonal is a group of classes that are "
+            "taken for each other."
+        )
         if not every:
-            notes += "\nNamed are the classes that are most often taken for one other, as far as there is room."
+            notes += (
+                "\nNamed are the classes that are most often taken for one other, as far as there "
+                "is room."
+            )
         if not images.all():
             notes += f"{' ' if not every else chr(10)}White rows: no test images."
         put_text(
@@ -223,7 +229,10 @@ def confused_pairs(
                         size=8,
                         va="center",
                     )
-        notes = "Bold: test images of either class that were taken for the other. Beneath: up to three of them each way."
+        notes = (
+            "Bold: test images of either class that were taken for the other. Beneath: up to "
+            "three of them each way."
+        )
         put_text(figure, margin, figure.get_figheight() - 0.1, notes, color=MUTED, size=8)
     return figure
 
@@ -254,8 +263,10 @@ def reliability(calibration: Mapping) -> Figure:
         note = fitted(calibration["note"], WIDTH - 0.4, 8) if calibration.get("note") else ""
         put_footnote(
             figure,
-            "ECE, the expected calibration error, is how far the dots are from the dashed line, on average over the "
-            "answers.\nEach half of the answers was scaled by the temperature that fits the other half best; T is the "
+            "ECE, the expected calibration error, is how far the dots are from the dashed line, "
+            "on average over the "
+            "answers.\nEach half of the answers was scaled by the temperature that fits the other "
+            "half best; T is the "
             f"mean of both.\n{note[:1].upper()}{note[1:]}",
         )
     return figure
@@ -307,8 +318,10 @@ def localisation(summary: Mapping) -> Figure:
         axes[1, 1].set_xlabel("mean share of the map in %")
         put_footnote(
             figure,
-            "Dots: the maps. Diamonds: the centre of the image as the point. Bars: a map that is the same everywhere. "
-            "On the right: the difference, in points; at 0 the maps are no better. Lines and brackets: 95 % intervals.",
+            "Dots: the maps. Diamonds: the centre of the image as the point. Bars: a map that is "
+            "the same everywhere. "
+            "On the right: the difference, in points; at 0 the maps are no better. Lines and "
+            "brackets: 95 % intervals.",
         )
     return figure
 
@@ -356,8 +369,10 @@ def faithfulness(result: Mapping) -> Figure:
         words = "; ".join(f"{name} {in_points(result[key])}" for name, key in scores.items())
         put_footnote(
             figure,
-            f"Means over {result['images']:,} test images; removed pixels are filled in from their neighbours. Maps "
-            "that tell what matters fall faster than random ones on the left and slower on the right.\n"
+            f"Means over {result['images']:,} test images; removed pixels are filled in from "
+            "their neighbours. Maps "
+            "that tell what matters fall faster than random ones on the left and slower on the "
+            "right.\n"
             f"Half of right less left, in points, with 95 % intervals: {words}.",
         )
     return figure

@@ -208,7 +208,8 @@ def put_text(
 
 
 def put_picture(figure: Figure, left: float, top: float, side: float, image: np.ndarray) -> Axes:
-    """A square image of `side` inches, `left` and `top` inches from the figure's upper left corner."""
+    """A square image of `side` inches, `left` and `top` inches from the figure's upper left
+    corner."""
     width, height = figure.get_size_inches()
     ax = figure.add_axes((left / width, 1 - (top + side) / height, side / width, side / height))
     ax.imshow(image, interpolation="nearest", aspect="auto")

@@ -70,7 +70,8 @@ def choose(device: str = "auto", precision: str = "auto", *, compiled: bool = Fa
         raise UserError(f"unknown device '{device}'; there are: auto, cpu, cuda, mps")
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError(
-            "no CUDA device here; use --device auto or cpu (in Colab: Runtime > Change runtime type > T4 GPU)"
+            "no CUDA device here; use --device auto or cpu (in Colab: Runtime > Change runtime "
+            "type > T4 GPU)"
         )
     if device == "mps" and not torch.backends.mps.is_available():
         raise UserError("no Apple GPU here; use --device auto or cpu")

@@ -45,7 +45,8 @@ def page(run: Run, explanation: Mapping, figures: Mapping[str, bytes]) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {
-        "number": _number, "count": _count, "percent": _percent, "points": _points, "duration": _duration,
+        "number": _number, "count": _count, "percent": _percent, "points": _points,
+        "duration": _duration,
         "interval": _interval, "words": _value, "shortened": _shortened,
     }  # fmt: skip
     digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
@@ -95,7 +96,8 @@ def wilson(share: float, count: int) -> tuple[float, float]:
 
 
 def _recipe_rows(recipe: Recipe) -> list[dict]:
-    """Every field of the recipe, and what the recipe of that name has where that is something else."""
+    """Every field of the recipe, and what the recipe of that name has where that is something
+    else."""
     usual = dataclasses.asdict(named(recipe.name)) if recipe.name in RECIPES else {}
     return [
         {
