@@ -215,8 +215,10 @@ def test_building_the_transform_asks_no_network(subprocess_environment: dict[str
     code = """
 import socket, sys
 asked = []
-socket.getaddrinfo = socket.create_connection = lambda *where,
-**_: asked.append(where) or sys.exit("network")
+def ask(*where, **_):
+    asked.append(where)
+    sys.exit("network")
+socket.getaddrinfo = socket.create_connection = ask
 from tinylab.data.augment import build_transform
 from tinylab.recipes import published
 build_transform(published())

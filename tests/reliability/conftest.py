@@ -6,6 +6,7 @@ its tests add to it what they counted. `--soak` does the full amount; `--table F
 """
 
 import datetime
+import functools
 import platform
 import subprocess
 from collections import Counter, defaultdict
@@ -16,7 +17,9 @@ import pytest
 import torch
 from publish import replace_between
 
+from reliability.harness import Plan, plans
 from tinylab.run.environment import device_name
+from tinylab.run.folder import Run
 
 PROMISES = {
     "kill": "SIGKILL at any moment, resume: the same bits",
@@ -24,16 +27,12 @@ PROMISES = {
     "signals": "SIGINT and SIGTERM at any moment: one line, exit 130 / 143, resume: the same bits",
     "workers": "a worker process dies: one line, resume: the same bits",
     "processes": "one of torchrun's two processes is killed: all end, the same command continues",
-    "saving": "a save interrupted at each write, fsync and rename: a whole checkpoint is left",
-    "mirror": "a mirror that fails or is damaged: the newest whole checkpoint counts",
     "damaged-files": "damaged checkpoints, data sets and weights: detected",
     "damaged-archives": "damaged archives: refused or harmless, never silently wrong",
-    "hostile": "hostile archives and files: refused in one line, nothing is executed",
     "names": "hostile class names: text in every figure, page, table and file name",
     "concurrent": "several processes prepare at once, one is killed: one whole data set",
     "disk-full": "a full or read-only disk: one line, what was there is whole",
     "non-finite": "numbers that are not finite: one line, the newest checkpoint is finite",
-    "bad-input": "bad input by the command line: exit 2, one line, nothing changed",
 }
 """The table's rows, in its order."""
 COUNTS: dict[str, Counter] = defaultdict(Counter)
@@ -55,6 +54,24 @@ def tally(request) -> Callable[..., None]:
             request.node.user_properties.append((what.replace("_", " "), int(count)))
 
     return add
+
+
+@pytest.fixture(scope="session")
+def runs(train_tiny, rich, narrow) -> dict[str, Plan]:
+    """One run of each kind, to be trained."""
+    return plans(train_tiny, rich, narrow)
+
+
+@pytest.fixture(scope="session")
+def undisturbed(runs, tmp_path_factory) -> Callable[[str], tuple[Run, list[str]]]:
+    """A function: the run of that name that nothing happens to, and its moments. Read only."""
+
+    @functools.cache
+    def call(name: str) -> tuple[Run, list[str]]:
+        names = []
+        return runs[name](tmp_path_factory.mktemp("undisturbed") / "run", names.append), names
+
+    return call
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -82,13 +99,11 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 def table(columns: tuple[str, ...]) -> str:
     """Return the Markdown table with its first columns: promise, done, outcome, time."""
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
-    for row, promise in PROMISES.items():
-        cells = [promise, "not run", "", ""]
-        if row in SECONDS:
-            done = ", ".join(f"{count:,} {what}" for what, count in COUNTS[row].items())
-            skipped = f" ({SKIPPED[row]} tests skipped)" if SKIPPED[row] else ""
-            outcome = ("FAILED" if row in FAILED else "kept") + skipped
-            cells = [promise, done, outcome, f"{SECONDS[row]:.0f} s"]
+    for row in (each for each in PROMISES if each in SECONDS):
+        done = ", ".join(f"{count:,} {what}" for what, count in COUNTS[row].items())
+        skipped = f" ({SKIPPED[row]} tests skipped)" if SKIPPED[row] else ""
+        outcome = ("FAILED" if row in FAILED else "kept") + skipped
+        cells = [PROMISES[row], done, outcome, f"{SECONDS[row]:.0f} s"]
         lines.append(f"| {' | '.join(cells[: len(columns)])} |")
     return "\n".join(lines)
 

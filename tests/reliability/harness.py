@@ -127,11 +127,6 @@ class Plan:
                 moments(patched, hook)
             return self.train(folder, self.recipe, workers=self.workers)
 
-    def undisturbed(self, folder: Path) -> tuple[Run, list[str]]:
-        """Return the run that nothing happens to, and its moments."""
-        names = []
-        return self(folder, names.append), names
-
 
 def overflowing(state, *arguments, **options) -> None:
     """Do one optimiser step; the second one's gradients are not finite."""

@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from reliability.harness import Plan, assert_same_end, plans
+from reliability.harness import assert_same_end
 from tinylab.exceptions import UserError
 from tinylab.run import checkpoint
 from tinylab.run.folder import Run
@@ -21,11 +21,10 @@ def position(run: Run) -> tuple[int, int]:
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES], ids=os.strerror)
 def test_a_file_that_cannot_be_written_costs_nothing(
-    train_tiny, rich, narrow, tmp_path, full, tally, number
+    runs, undisturbed, tmp_path, full, tally, number
 ) -> None:
     """At each moment of each of a run's files; with the disk mended the same command continues."""
-    plan: Plan = plans(train_tiny, rich, narrow)["sgd"]
-    reference, names = plan.undisturbed(tmp_path / "undisturbed")
+    plan, (reference, names) = runs["sgd"], undisturbed("sgd")
     of_files = [i for i, name in enumerate(names) if name in ("half", "sync", "rename")]
     first = int(number) % 3
     for which in of_files[first :: 3 if full else 21]:

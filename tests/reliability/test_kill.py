@@ -10,17 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from reliability.harness import (
-    ON_DISK,
-    Plan,
-    assert_same_end,
-    at,
-    forked,
-    kill_me,
-    plans,
-    start_fork,
-    status_of,
-)
+from reliability.harness import ON_DISK, assert_same_end, at, forked, kill_me, start_fork, status_of
 from tinylab import files
 from tinylab.data import loader
 from tinylab.data.loader import EpochRows
@@ -36,15 +26,11 @@ STRIDES = {"sgd": (19, 1), "muon": (37, 2), "no workers": (37, 2), "two workers"
 """Every how many moments a run is killed: quick, in full."""
 
 
-@pytest.fixture
-def runs(train_tiny, rich, narrow) -> dict[str, Plan]:
-    return plans(train_tiny, rich, narrow)
-
-
 @pytest.mark.parametrize("name", ["sgd", "muon", "no workers", "two workers", "loss scale"])
-def test_a_run_killed_at_any_moment_ends_the_same(runs, tmp_path, full, tally, name) -> None:
-    plan = runs[name]
-    reference, names = plan.undisturbed(tmp_path / "undisturbed")
+def test_a_run_killed_at_any_moment_ends_the_same(
+    runs, undisturbed, tmp_path, full, tally, name
+) -> None:
+    plan, (reference, names) = runs[name], undisturbed(name)
     numbers = range(0, len(names), STRIDES.get(name, (67, 5))[full])
     for number in numbers:
         run = Run(tmp_path / str(number))
@@ -57,11 +43,9 @@ def test_a_run_killed_at_any_moment_ends_the_same(runs, tmp_path, full, tally, n
     tally(kills=len(numbers), while_a_file_is_written=of_files)
 
 
-@pytest.mark.parametrize("name", ["sgd", "two workers"])
-def test_a_run_killed_again_and_again_ends_the_same(runs, tmp_path, tally, name) -> None:
+def test_a_run_killed_again_and_again_ends_the_same(runs, undisturbed, tmp_path, tally) -> None:
     """Each process does at least one step and saves it, or the test of an epoch."""
-    plan, run = runs[name], Run(tmp_path / "run")
-    reference, _ = plan.undisturbed(tmp_path / "undisturbed")
+    plan, run = runs["no workers"], Run(tmp_path / "run")
     for kills in range(30):
         status = forked(lambda: plan(run.folder, at(15 + kills % 11, kill_me)))  # noqa: B023
         if status == 0:
@@ -70,13 +54,12 @@ def test_a_run_killed_again_and_again_ends_the_same(runs, tmp_path, tally, name)
     assert run.finished, "the run does not come forward"
     assert kills >= 6
     tally(kills=kills)
-    assert_same_end(run, reference)
+    assert_same_end(run, undisturbed("no workers")[0])
 
 
-def test_a_run_killed_from_outside_ends_the_same(runs, tmp_path, full, tally) -> None:
+def test_a_run_killed_from_outside_ends_the_same(runs, undisturbed, tmp_path, full, tally) -> None:
     """At moments that nobody chose: in the midst of a computation, too."""
-    rng, plan = random.Random(0), runs["sgd"]
-    reference, _ = plan.undisturbed(tmp_path / "undisturbed")
+    rng, plan, (reference, _) = random.Random(0), runs["sgd"], undisturbed("sgd")
     for number in range(20 if full else 2):
         run = Run(tmp_path / str(number))
         for _ in range(4):

@@ -1,12 +1,10 @@
 """A number that is not finite ends the run in one line, wherever it comes from; what is saved is
 finite, and the run continues from there."""
 
-from collections.abc import Callable
-
 import pytest
 import torch
 
-from reliability.harness import Plan, assert_same_end, plans, step_module, train_module
+from reliability.harness import assert_same_end, step_module, train_module
 from tinylab.exceptions import RecipeFailed
 from tinylab.run import checkpoint
 from tinylab.run.folder import Run
@@ -22,57 +20,39 @@ def poison(tensor: torch.Tensor, value: float) -> torch.Tensor:
     return tensor
 
 
-def in_images(model, value: float):
-    return model.register_forward_pre_hook(lambda _, inputs: (poison(inputs[0], value),))
-
-
-def in_features(model, value: float):
-    return model.layer4[1].conv2.register_forward_hook(lambda *given: poison(given[2], value))
-
-
-def in_logits(model, value: float):
-    return model.fc.register_forward_hook(lambda *given: poison(given[2], value))
-
-
-def in_gradient(model, value: float):
-    return model.conv1.weight.register_hook(lambda gradient: poison(gradient, value))
-
-
-def in_statistics(model, value: float):
-    """The loss, the gradients and the weights are fine."""
-
-    def change(norm, *_) -> None:
-        norm.running_var.data[0] = value
-
-    return model.layer2[0].bn1.register_forward_hook(change)
-
-
-@pytest.fixture(scope="module")
-def plan(train_tiny, rich, narrow) -> Plan:
-    return plans(train_tiny, rich, narrow)["sgd"]
-
-
-@pytest.fixture(scope="module")
-def reference(plan, tmp_path_factory) -> Run:
-    return plan(tmp_path_factory.mktemp("undisturbed") / "run")
+PLACES = {
+    "images": lambda model, value: model.register_forward_pre_hook(
+        lambda _, inputs: (poison(inputs[0], value),)
+    ),
+    "features": lambda model, value: model.layer4[1].conv2.register_forward_hook(
+        lambda _module, _inputs, output: poison(output, value)
+    ),
+    "logits": lambda model, value: model.fc.register_forward_hook(
+        lambda _module, _inputs, output: poison(output, value)
+    ),
+    "gradient": lambda model, value: model.conv1.weight.register_hook(
+        lambda gradient: poison(gradient, value)
+    ),
+    "statistics": lambda model, value: model.layer2[0].bn1.register_forward_hook(
+        lambda norm, *_: [norm.running_var.data.fill_(value)].clear()
+    ),
+}
+"""Where the number gets in; the last one leaves loss, gradients and weights finite."""
 
 
 @pytest.mark.parametrize("value", [float("nan"), -float("inf")])
-@pytest.mark.parametrize(
-    "place",
-    [in_images, in_features, in_logits, in_gradient, in_statistics],
-    ids=lambda p: p.__name__,
-)
+@pytest.mark.parametrize("place", PLACES)
 def test_a_number_that_is_not_finite_ends_the_run(
-    plan, reference, tmp_path, monkeypatch, full, tally, place: Callable, value
+    runs, undisturbed, tmp_path, monkeypatch, full, tally, place, value
 ) -> None:
     """As the very first step and later; each step is saved, or none within an epoch."""
+    plan, (reference, _) = runs["sgd"], undisturbed("sgd")
     steps = [(epoch, step) for epoch in (1, 2) for step in range(3)]
     for number, where in enumerate(steps if full else steps[1:5:3]):
         run, seldom = Run(tmp_path / str(where)), number % 2 == 1
 
         def step(state, *arguments, where=where, **options) -> None:
-            hook = place(state.model, value) if (state.epoch, state.step) == where else None
+            hook = PLACES[place](state.model, value) if (state.epoch, state.step) == where else None
             step_module.train_step(state, *arguments, **options)
             if hook:
                 hook.remove()

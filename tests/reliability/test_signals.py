@@ -10,14 +10,12 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import psutil
 import pytest
 
 from reliability.harness import (
     STATUS,
-    Plan,
     assert_ended,
     assert_one_line,
     assert_same_end,
@@ -25,7 +23,6 @@ from reliability.harness import (
     command,
     forked,
     moments,
-    plans,
     start_fork,
     start_process,
     status_of,
@@ -58,11 +55,10 @@ def _interruptible() -> Iterator[None]:
 
 @pytest.mark.parametrize("name", ["sgd", "no workers"])
 def test_a_signal_at_any_moment_costs_no_bit(
-    train_tiny, rich, narrow, tmp_path, full, tally, name
+    runs, undisturbed, tmp_path, full, tally, name
 ) -> None:
     """As in a notebook: the same process runs the cell again."""
-    plan: Plan = plans(train_tiny, rich, narrow)[name]
-    reference, names = plan.undisturbed(tmp_path / "undisturbed")
+    plan, (reference, names) = runs[name], undisturbed(name)
     first, last = names.index("step"), len(names)
     for number in range(first, last, 1 if full else 11):
         run, sent, after = Run(tmp_path / str(number)), list(STATUS)[number % 2], []
@@ -95,73 +91,62 @@ def test_a_signal_at_any_moment_costs_no_bit(
 # --- The command, in forks of this process --------------------------------------------------------
 
 
-def start_command(
-    arguments: list[str], log: Path, prepare: Callable[[pytest.MonkeyPatch], None]
-) -> Callable[[], None]:
-    """Return what does the command after `prepare` has changed something in it."""
-
-    def body() -> None:
-        prepare(pytest.MonkeyPatch())
-        command(arguments, log)
-
-    return body
-
-
-@pytest.mark.parametrize("number", STATUS, ids=["ctrl-c", "sigterm"])
-def test_a_signal_during_the_set_up_ends_at_once(small_dataset, tmp_path, tally, number) -> None:
-    """Whatever is called then: nothing is left half-written, and the same command begins."""
-    folder, log = tmp_path / "run", tmp_path / "log"
+@pytest.fixture
+def train_command(small_dataset, tmp_path) -> Callable[[Callable], Callable[[], None]]:
+    """What does a short run by the command line after the argument has changed something."""
     options = {"epochs": 2, "width": 4, "batch_size": 9}
-    arguments = train_arguments(small_dataset.folder, folder, **options)
-    for name in SET_UP:
+    arguments = train_arguments(small_dataset.folder, tmp_path / "run", **options)
 
-        def prepare(patched: pytest.MonkeyPatch, name=name) -> None:
-            def call(*given, **options) -> object:
-                signal.raise_signal(number)
-                return real(*given, **options)
+    def make(change: Callable[[pytest.MonkeyPatch], None]) -> Callable[[], None]:
+        return lambda: (change(pytest.MonkeyPatch()), command(arguments, tmp_path / "log"))
 
-            real = getattr(train_module, name)
-            patched.setattr(train_module, name, call)
-
-        assert forked(start_command(arguments, log, prepare)) == STATUS[number]
-        assert_one_line(log.with_suffix(".err").read_text())
-        assert not list(folder.rglob("*.tmp"))
-        tally(signals=1)
-    for which in range(8):  # before and after each of the first files has its name
-
-        def prepare(patched: pytest.MonkeyPatch, which=which) -> None:
-            moments(patched, at(which, lambda: signal.raise_signal(number)))
-
-        assert forked(start_command(arguments, log, prepare)) in (STATUS[number], 0)
-        assert not list(folder.rglob("*.tmp"))
-        tally(signals=1)
-    assert forked(start_command(arguments, log, lambda _: None)) == 0
-    assert Run(folder).finished
+    return make
 
 
 @pytest.mark.parametrize("number", STATUS, ids=["ctrl-c", "sigterm"])
-def test_a_second_signal_ends_at_once(small_dataset, tmp_path, tally, number) -> None:
+@pytest.mark.parametrize("moment", [*SET_UP, *range(8)])
+def test_a_signal_during_the_set_up_ends_at_once(
+    train_command, tmp_path, tally, number, moment
+) -> None:
+    """Whatever is called then, or before and after each of the first files gets its name."""
+
+    def change(patched: pytest.MonkeyPatch) -> None:
+        def call(*given, **options) -> object:
+            signal.raise_signal(number)
+            return real(*given, **options)
+
+        if isinstance(moment, int):
+            moments(patched, at(moment, lambda: signal.raise_signal(number)))
+        else:
+            real = getattr(train_module, moment)
+            patched.setattr(train_module, moment, call)
+
+    assert forked(train_command(change)) == STATUS[number]
+    assert_one_line((tmp_path / "log.err").read_text())
+    assert not list((tmp_path / "run").rglob("*.tmp"))
+    assert forked(train_command(lambda _: None)) == 0
+    assert Run(tmp_path / "run").finished
+    tally(signals=1)
+
+
+@pytest.mark.parametrize("number", STATUS, ids=["ctrl-c", "sigterm"])
+def test_a_second_signal_ends_at_once(train_command, tmp_path, tally, number) -> None:
     """In a step that never ends, after one that was saved."""
-    folder, log, hanging = tmp_path / "run", tmp_path / "log", tmp_path / "hanging"
 
-    def prepare(patched: pytest.MonkeyPatch) -> None:
-        def hang() -> None:
-            hanging.touch()
-            while True:
-                time.sleep(0.01)
+    def hang() -> None:
+        (tmp_path / "hanging").touch()
+        while True:
+            time.sleep(0.01)
 
-        moments(patched, at(1, hang, "step"))
-
-    arguments = train_arguments(small_dataset.folder, folder, epochs=2, width=4, batch_size=9)
-    process = start_fork(start_command(arguments, log, prepare))
-    wait_until(hanging.exists, process.is_running)
+    process = start_fork(train_command(lambda patched: moments(patched, at(1, hang, "step"))))
+    wait_until((tmp_path / "hanging").exists, process.is_running)
     os.kill(process.pid, number)
     line = "stopping after this step"
-    wait_until(lambda: line in log.with_suffix(".out").read_text(), process.is_running)
+    wait_until(lambda: line in (tmp_path / "log.out").read_text(), process.is_running)
     os.kill(process.pid, number)
     assert status_of(process) == STATUS[number]
-    assert_one_line(log.with_suffix(".err").read_text())
-    saved, _ = checkpoint.load(folder / "checkpoints")
+    assert_one_line((tmp_path / "log.err").read_text())
+    saved, _ = checkpoint.load(tmp_path / "run" / "checkpoints")
     assert (saved["epoch"], saved["step"]) == (1, 1)
     tally(signals=2)
 
