@@ -211,17 +211,12 @@ def command(arguments: list[str], log: Path) -> None:
     """Do what `python -m tinylab` does, in a fork: `log`.out and `log`.err get its output."""
     from tinylab.cli import main
 
-    for stream, name in ((sys.stdout, "out"), (sys.stderr, "err")):
-        stream.flush()
+    for number, name in ((1, "out"), (2, "err")):
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
-        target = os.open(log.with_suffix(f".{name}"), flags)
-        os.dup2(target, {"out": 1, "err": 2}[name])
-    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
+        os.dup2(os.open(log.with_suffix(f".{name}"), flags), number)
+    sys.stdout, sys.stderr = (open(number, "w", 1, closefd=False) for number in (1, 2))  # noqa: SIM115
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    status = main(arguments)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
+    os._exit(main(arguments))
 
 
 def start_process(

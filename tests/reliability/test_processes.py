@@ -1,18 +1,51 @@
-"""Two processes that torchrun started: if one of them is killed all end, and the run continues."""
+"""One process of several is killed: the run ends, and the same command continues it."""
 
-import os
 import sys
 
 import psutil
 import pytest
 
-from reliability.harness import assert_ended, start_process, train_arguments, wait_until
+from reliability.harness import (
+    assert_ended,
+    assert_one_line,
+    assert_same_end,
+    at,
+    command,
+    forked,
+    moments,
+    start_process,
+    train_arguments,
+    wait_until,
+)
 from tinylab.run.folder import Run
 
-pytestmark = [
-    pytest.mark.promise("processes"),
-    pytest.mark.skipif(sys.platform != "linux", reason="reads other processes' environment"),
-]
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks, processes' environment")
+
+
+@pytest.mark.promise("workers")
+def test_a_worker_that_dies_ends_the_run_in_one_line(small_dataset, tmp_path, tally) -> None:
+    """Killed as the system does when memory runs out."""
+
+    def kill_worker() -> None:
+        psutil.Process().children()[0].kill()
+
+    options = {"epochs": 2, "width": 4, "batch_size": 7, "workers": 2}
+    run, log = Run(tmp_path / "run"), tmp_path / "log"
+    arguments = train_arguments(small_dataset.folder, run.folder, **options)
+    undisturbed = train_arguments(small_dataset.folder, tmp_path / "undisturbed", **options)
+
+    def disturbed() -> None:
+        moments(pytest.MonkeyPatch(), at(5, kill_worker, "step"))
+        command(arguments, log)
+
+    assert forked(disturbed) == 2
+    assert_one_line(log.with_suffix(".err").read_text(), "a worker process has died")
+    assert not run.finished
+    assert forked(lambda: command(arguments, log)) == 0
+    assert run.summary["stops"] == 1
+    assert forked(lambda: command(undisturbed, log)) == 0
+    assert_same_end(run, Run(tmp_path / "undisturbed"))
+    tally(workers_killed=1)
 
 
 def ranks_of(launcher: psutil.Process) -> dict[str, psutil.Process]:
@@ -22,6 +55,7 @@ def ranks_of(launcher: psutil.Process) -> dict[str, psutil.Process]:
 
 
 @pytest.mark.slow
+@pytest.mark.promise("processes")
 def test_a_process_is_killed_and_the_same_command_continues(
     sample_dataset, subprocess_environment, tmp_path, tally
 ) -> None:
@@ -46,5 +80,5 @@ def test_a_process_is_killed_and_the_same_command_continues(
     launcher = start_process(*start)
     out, err = launcher.communicate()
     assert launcher.returncode == 0, err
-    assert out.count(f"continuing {os.path.relpath(run.folder)}") + out.count("continuing /") == 1
+    assert out.count(f"continuing {run.folder} in epoch ") == 1
     assert (run.summary["stops"], len(run.history)) == (1, 8)
