@@ -147,137 +147,56 @@ OFFICIAL = COMMON | {
 }
 """The three target recipes, typed in by hand from the study that they come from."""
 
-IMPOSSIBLE = [
-    ("epochs", 0),
-    ("epochs", -1),
-    ("epochs", 2.5),
-    ("epochs", "3"),
-    ("epochs", True),
-    ("batch_size", 0),
-    ("batch_size", 1.5),
-    ("width", 0),
-    ("max_learning_rate", 0.0),
-    ("max_learning_rate", -0.1),
-    ("max_learning_rate", math.nan),
-    ("max_learning_rate", math.inf),
-    ("max_learning_rate", "0.1"),
-    ("warmup_share", 0.0),
-    ("warmup_share", 1.0),
-    ("anneal", "cubic"),
-    ("start_divisor", 0.0),
-    ("final_divisor", -1.0),
-    ("base_momentum", -0.1),
-    ("base_momentum", 0.96),
-    ("max_momentum", 1.0),
-    ("nesterov", "no"),
-    ("weight_decay", -1e-4),
-    ("weight_decay", math.nan),
-    ("flip_probability", 1.1),
-    ("flip_probability", -0.1),
-    ("flip_probability", None),
-    ("hole_probability", 2.0),
-    ("pad_to", 63),
-    ("pad_to", 192),
-    ("pad_to", 70.5),
-    ("hole_size", 65),
-    ("hole_size", -1),
-    ("mean", (0.4, math.nan, 0.4)),
-    ("mean", (0.4,)),
-    ("mean", (0.4, 0.4, 2.0)),
-    ("mean", 0.4),
-    ("std", (0.3, 0.0, 0.3)),
-    ("std", (0.3, 0.3)),
-    ("std", 0.3),
-    ("resolution", 0),
-    ("resolution", 4),
-    ("resolution", 60),
-    ("resolution", 264),
-    ("resolution", 64.0),
-    ("test_resolution", 0),
-    ("test_resolution", 65),
-    ("test_resolution", 512),
-    ("test_resolution", None),
-    ("ramp", None),
-    ("ramp", 32),
-    ("ramp", (32, 0.5)),
-    ("ramp", ((32,),)),
-    ("ramp", ((32, 0.5, 1),)),
-    ("ramp", [(32, 0.5)]),
-    ("ramp", (("32", 0.5),)),
-    ("ramp", ((32, math.nan),)),
-    ("ramp", ((33, 0.5),)),
-    ("ramp", ((32.0, 0.5),)),
-    ("ramp", ((0, 0.5),)),
-    ("ramp", ((32, 0.0),)),
-    ("ramp", ((32, -0.5),)),
-    ("ramp", ((32, 1.0),)),
-    ("ramp", ((32, 0.6), (48, 0.6))),
-    ("drop_last", 1),
-    ("drop_last", None),
-    ("augmentation", "none"),
-    ("augmentation", None),
-    ("alternating_flip", 1),
-    ("crop_probability", 1.1),
-    ("crop_probability", -0.1),
-    ("crop_probability", math.nan),
-    ("crop_min_area", 0.0),
-    ("crop_min_area", 1.1),
-    ("crop_min_area", "0.5"),
-    ("brightness", -0.1),
-    ("brightness", 1.1),
-    ("brightness", math.inf),
-    ("contrast", -0.1),
-    ("contrast", 1.1),
-    ("contrast", None),
-    ("cutmix_probability", -0.1),
-    ("cutmix_probability", 1.1),
-    ("mixup_probability", -0.1),
-    ("mixup_probability", 1.1),
-    ("resizemix_probability", -0.1),
-    ("resizemix_probability", 1.1),
-    ("resizemix_probability", True),
-    ("cutmix_alpha", 0.0),
-    ("cutmix_alpha", 101.0),
-    ("mixup_alpha", 0.0),
-    ("mixup_alpha", -1.0),
-    ("mixup_alpha", math.nan),
-    ("unmixed_share", -0.1),
-    ("unmixed_share", 1.0),
-    ("label_smoothing", -0.1),
-    ("label_smoothing", 1.0),
-    ("label_smoothing", math.nan),
-    ("optimizer", "adam"),
-    ("optimizer", None),
-    ("muon_learning_rate", 0.0),
-    ("muon_learning_rate", -0.02),
-    ("muon_learning_rate", math.nan),
-    ("muon_weight_decay", -0.1),
-    ("muon_weight_decay", math.inf),
-    ("micro_batch", 0),
-    ("micro_batch", 2.5),
-    ("micro_batch", "auto"),
-    ("decay_1d", 0),
-    ("ema_decay", 0.0),
-    ("ema_decay", 1.0),
-    ("ema_decay", -0.1),
-    ("ema_decay", math.nan),
-    ("ema_decay", False),
-    ("ema_decay", "0.9"),
-    ("ramp", ((40, 0.5), (48, 0.5))),
-    ("ema_bn_batches", 0),
-    ("ema_bn_batches", 100_001),
-    ("ema_bn_batches", 1.5),
-    ("initialisation", "xavier"),
-    ("initialisation", None),
-    ("zero_init_residual", "yes"),
-    ("bn_momentum", 0.0),
-    ("bn_momentum", 1.1),
-    ("bn_momentum", None),
-    ("name", ""),
-    ("name", "../elsewhere"),
-    ("name", "two words"),
-    ("name", 3),
-]
+IMPOSSIBLE = {
+    "epochs": [0, -1, 2.5, "3", True],
+    "batch_size": [0, 1.5],
+    "width": [0],
+    "max_learning_rate": [0.0, -0.1, math.nan, math.inf, "0.1"],
+    "warmup_share": [0.0, 1.0],
+    "anneal": ["cubic"],
+    "start_divisor": [0.0],
+    "final_divisor": [-1.0],
+    "base_momentum": [-0.1, 0.96],
+    "max_momentum": [1.0],
+    "nesterov": ["no"],
+    "weight_decay": [-0.0001, math.nan],
+    "flip_probability": [1.1, -0.1, None],
+    "hole_probability": [2.0],
+    "pad_to": [63, 192, 70.5],
+    "hole_size": [65, -1],
+    "mean": [(0.4, math.nan, 0.4), (0.4,), (0.4, 0.4, 2.0), 0.4],
+    "std": [(0.3, 0.0, 0.3), (0.3, 0.3), 0.3],
+    "resolution": [0, 4, 60, 264, 64.0],
+    "test_resolution": [0, 65, 512, None],
+    "ramp": [None, 32, (32, 0.5), ((32,),), ((32, 0.5, 1),), [(32, 0.5)], (("32", 0.5),),
+        ((32, math.nan),), ((33, 0.5),), ((32.0, 0.5),), ((0, 0.5),), ((32, 0.0),), ((32, -0.5),),
+        ((32, 1.0),), ((32, 0.6), (48, 0.6)), ((40, 0.5), (48, 0.5))],
+    "drop_last": [1, None],
+    "augmentation": ["none", None],
+    "alternating_flip": [1],
+    "crop_probability": [1.1, -0.1, math.nan],
+    "crop_min_area": [0.0, 1.1, "0.5"],
+    "brightness": [-0.1, 1.1, math.inf],
+    "contrast": [-0.1, 1.1, None],
+    "cutmix_probability": [-0.1, 1.1],
+    "mixup_probability": [-0.1, 1.1],
+    "resizemix_probability": [-0.1, 1.1, True],
+    "cutmix_alpha": [0.0, 101.0],
+    "mixup_alpha": [0.0, -1.0, math.nan],
+    "unmixed_share": [-0.1, 1.0],
+    "label_smoothing": [-0.1, 1.0, math.nan],
+    "optimizer": ["adam", None],
+    "muon_learning_rate": [0.0, -0.02, math.nan],
+    "muon_weight_decay": [-0.1, math.inf],
+    "micro_batch": [0, 2.5, "auto"],
+    "decay_1d": [0],
+    "ema_decay": [0.0, 1.0, -0.1, math.nan, False, "0.9"],
+    "ema_bn_batches": [0, 100001, 1.5],
+    "initialisation": ["xavier", None],
+    "zero_init_residual": ["yes"],
+    "bn_momentum": [0.0, 1.1, None],
+    "name": ["", "../elsewhere", "two words", 3],
+}  # fmt: skip
 
 BATCHED = replace(published(), augmentation="batched")
 
@@ -347,18 +266,16 @@ def test_importing_recipes_loads_no_torch(subprocess_environment: dict[str, str]
     )
 
 
-@pytest.mark.parametrize(("field", "value"), IMPOSSIBLE)
-def test_an_impossible_value_is_refused_by_name(field: str, value: object) -> None:
-    """In a recipe whose augmentation allows every field, so that it is the value that is
-    refused."""
-    with pytest.raises(UserError, match=rf"^{field} must be"):
-        replace(BATCHED, **{field: value})
+@pytest.mark.parametrize("field", IMPOSSIBLE)
+def test_an_impossible_value_is_refused_by_name(field: str) -> None:
+    """In a recipe whose augmentation allows every field: it is the value that is refused."""
+    for value in IMPOSSIBLE[field]:
+        with pytest.raises(UserError, match=rf"^{field} must be [^\n]+, not [^\n]*$"):
+            replace(BATCHED, **{field: value})
 
 
 def test_every_field_has_an_impossible_value() -> None:
-    assert {field for field, _ in IMPOSSIBLE} == {
-        field.name for field in dataclasses.fields(Recipe)
-    }
+    assert IMPOSSIBLE.keys() == {field.name for field in dataclasses.fields(Recipe)}
 
 
 @pytest.mark.parametrize(
@@ -397,7 +314,7 @@ def test_the_ways_of_mixing_share_one_probability() -> None:
     thirds = {f"{way}_probability": 1 / 3 for way in ("cutmix", "mixup", "resizemix")}
     assert replace(BATCHED, **thirds).mixing_probability == pytest.approx(1)
     assert official().mixing_probability == pytest.approx(0.8)
-    with pytest.raises(UserError, match=r"mixup_probability.*must add up to 1"):
+    with pytest.raises(UserError, match=r"cutmix_probability must be at most 1 together"):
         replace(BATCHED, **thirds | {"mixup_probability": 0.4})
 
 

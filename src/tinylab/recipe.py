@@ -6,10 +6,11 @@ Imports no torch, so that a bad recipe is refused before anything heavy is loade
 
 import math
 import re
-import types
 from dataclasses import dataclass
 from functools import cache
-from typing import Annotated, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Literal, get_type_hints
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from tinylab.exceptions import UserError
 
@@ -22,31 +23,11 @@ multiplication and an addition being two. (torch.utils.flop_counter has 13.32: n
 the image itself.)"""
 
 
-@dataclass(frozen=True)
-class Range:
-    """An interval; ends "(" and ")" are excluded. multiple: of what a number must be one."""
-
-    low: float
-    high: float = math.inf
-    ends: str = "[]"
-    multiple: int = 1
-
-    def __contains__(self, value: float) -> bool:
-        above = value > self.low if self.ends[0] == "(" else value >= self.low
-        below = value < self.high if self.ends[1] == ")" else value <= self.high
-        return above and below and (self.multiple == 1 or value % self.multiple == 0)
-
-    def __str__(self) -> str:
-        words = f"{'above' if self.ends[0] == '(' else 'at least'} {self.low:,}"
-        if self.high < math.inf:
-            words += f" and {'below' if self.ends[1] == ')' else 'at most'} {self.high:,}"
-        return words + (f", a multiple of {self.multiple}" if self.multiple > 1 else "")
-
-
-Positive = Annotated[float, Range(0, ends="(]")]
-Share = Annotated[float, Range(0, 1)]
-BelowOne = Annotated[float, Range(0, 1, "[)")]
-Pixels = Annotated[int, Range(16, 256, multiple=8)]
+Positive = Annotated[float, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+BelowOne = Annotated[float, Field(ge=0, lt=1)]
+Between = Annotated[float, Field(gt=0, lt=1)]
+Pixels = Annotated[int, Field(ge=16, le=256, multiple_of=8)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,14 +39,14 @@ class Recipe:
 
     name: str
     """Name of the recipe; the run folder starts with it."""
-    epochs: Annotated[int, Range(1, 100_000)]
+    epochs: Annotated[int, Field(ge=1, le=100_000)]
     """Passes over the training images; the schedule is stretched to fit them."""
-    batch_size: Annotated[int, Range(1, 1_000_000)]
+    batch_size: Annotated[int, Field(ge=1, le=1_000_000)]
     """Images per optimiser step, over all processes. The last, smaller batch of an epoch is kept
     unless `drop_last`."""
     max_learning_rate: Positive
     """Peak of the one-cycle schedule, per step of the mean cross-entropy."""
-    warmup_share: Annotated[float, Range(0, 1, "()")]
+    warmup_share: Between
     """Share of all steps in which the learning rate rises (OneCycleLR's pct_start), inside (0, 1).
     """
     anneal: Literal["linear", "cos"]
@@ -80,13 +61,13 @@ class Recipe:
     """Momentum at both ends of the cycle."""
     nesterov: bool
     """Nesterov's form of momentum."""
-    weight_decay: Annotated[float, Range(0)]
+    weight_decay: Annotated[float, Field(ge=0)]
     """L2 pull, added to the gradient, on what SGD moves."""
     flip_probability: Share
     """Probability of a horizontal flip."""
-    pad_to: Annotated[int, Range(64, 191)]
+    pad_to: Annotated[int, Field(ge=64, le=191)]
     """Pixels per side after reflect padding, before the random crop back to 64; 64: no crop."""
-    hole_size: Annotated[int, Range(0, 64)]
+    hole_size: Annotated[int, Field(ge=0, le=64)]
     """Pixels per side of the one square hole, filled with `mean`; 0: no hole."""
     hole_probability: Share
     """Probability of the hole."""
@@ -94,7 +75,7 @@ class Recipe:
     """Subtracted from red, green, blue, on the scale 0..1."""
     std: tuple[Positive, Positive, Positive]
     """Divides red, green, blue, on the scale 0..1."""
-    width: Annotated[int, Range(1, 1024)] = 64
+    width: Annotated[int, Field(ge=1, le=1024)] = 64
     """Channels of the first stage; the others have 2, 4 and 8 times as many. 64 is ResNet-18."""
     resolution: Pixels = 64
     """Pixels per side of what the network sees in training (at its end, with a `ramp`);
@@ -102,11 +83,11 @@ class Recipe:
     last stage would leave a single value."""
 
     # From here on the defaults are what the published run did: it had none of this.
-    micro_batch: Annotated[int, Range(1, 1_000_000)] | None = None
+    micro_batch: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
     """Most images in one forward pass, in each process; none: the whole batch. The step stays the
     same but for batch norm, which sees the pieces: where memory is short, or where a CPU's cache is
     faster with less."""
-    ramp: tuple[tuple[Pixels, Annotated[float, Range(0, 1, "()")]], ...] = ()
+    ramp: tuple[tuple[Pixels, Between], ...] = ()
     """(resolution, share of the epochs) of the phases before the last, which has `resolution` and
     the rest."""
     test_resolution: Pixels = 64
@@ -122,7 +103,7 @@ class Recipe:
     drawn anew each time."""
     crop_probability: Share = 0.0
     """Probability that an image gets a random resized crop in place of pad-and-crop."""
-    crop_min_area: Annotated[float, Range(0.01, 1)] = 0.35
+    crop_min_area: Annotated[float, Field(ge=0.01, le=1)] = 0.35
     """Smallest share of the image's area that such a crop keeps; the largest is all of it."""
     brightness: Share = 0.0
     """Factor on all values of an image, drawn from 1 - brightness to 1 + brightness; 0: none."""
@@ -137,9 +118,9 @@ class Recipe:
     resizemix_probability: Share = 0.0
     """Probability that a batch is mixed by ResizeMix: the whole neighbour, shrunk, is pasted over
     each image."""
-    cutmix_alpha: Annotated[float, Range(0, 100, "(]")] = 1.0
+    cutmix_alpha: Annotated[float, Field(gt=0, le=100)] = 1.0
     """CutMix keeps a share of the area drawn from Beta(alpha, alpha); 1: uniform."""
-    mixup_alpha: Annotated[float, Range(0, 100, "(]")] = 0.2
+    mixup_alpha: Annotated[float, Field(gt=0, le=100)] = 0.2
     """MixUp's weight is drawn from Beta(alpha, alpha); below 1: mostly near 0 or 1."""
     unmixed_share: BelowOne = 0.0
     """Last share of the epochs, in which nothing is mixed, so that the network ends on whole
@@ -150,16 +131,16 @@ class Recipe:
     """muon: convolution weights move by orthogonalised momentum, all other parameters by SGD."""
     muon_learning_rate: Positive = 0.02
     """Peak of the same schedule for the convolution weights, if `optimizer` is muon."""
-    muon_weight_decay: Annotated[float, Range(0, 1000)] = 0.075
+    muon_weight_decay: Annotated[float, Field(ge=0, le=1000)] = 0.075
     """Each step multiplies the convolution weights by 1 - Muon's learning rate x this: decoupled,
     so that each of the two numbers acts by itself."""
     decay_1d: bool = True
     """Weight decay also on parameters with one dimension: batch-norm scales and shifts, biases."""
-    ema_decay: Annotated[float, Range(0, 1, "()")] | None = None
+    ema_decay: Between | None = None
     """Share of the running average of the weights that each step keeps (less in its first steps, so
     that the first weights fade); the average is tested and saved. Inside (0, 1); none: no average.
     """
-    ema_bn_batches: Annotated[int, Range(1, 100_000)] = 20
+    ema_bn_batches: Annotated[int, Field(ge=1, le=100_000)] = 20
     """Training batches, without augmentation and of 500 images at most, that estimate the averaged
     network's batch-norm statistics."""
     initialisation: Literal["torch", "kaiming"] = "torch"
@@ -168,36 +149,42 @@ class Recipe:
     zero_init_residual: bool = False
     """The last batch-norm scale of each block starts at 0, so that each block starts as its
     shortcut."""
-    bn_momentum: Annotated[float, Range(0, 1, "(]")] = 0.1
+    bn_momentum: Annotated[float, Field(gt=0, le=1)] = 0.1
     """Share of the newest batch in batch norm's running statistics."""
 
     def __post_init__(self) -> None:
-        for field, hint in hints().items():
-            if not fits(value := getattr(self, field), hint):
-                raise UserError(f"{field} must be {described(hint)}, not {value}")
-        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}", self.name):
-            raise UserError(
-                f"name must be up to 64 letters, digits, '.', '_', '-', not {self.name}"
-            )
-        if self.base_momentum > self.max_momentum:
-            raise UserError(f"base_momentum must be at most max_momentum, not {self.base_momentum}")
-        if self.nesterov and self.base_momentum == 0:
-            raise UserError("nesterov must be false where momentum can be 0, not True")
-        if sum(share for _, share in self.ramp) > 1 - 1e-9:
-            raise UserError(f"ramp must be of shares that leave some for the last, not {self.ramp}")
-        if self.mixing_probability > 1 + 1e-9:
-            mixed = "cutmix_probability, mixup_probability and resizemix_probability"
-            raise UserError(f"{mixed} must add up to 1 or less")
+        # ---- each field by itself ----
+        try:
+            schema().model_validate(vars(self))
+        except ValidationError as error:
+            first = error.errors()[0]
+            _, _, wanted = first["msg"].partition("Input should be ")
+            self._refuse(first["loc"][0], wanted or "of another length")
+
+        # ---- rules between fields ----
+        rules = [
+            ("name", "up to 64 letters, digits, '.', '_', '-'", re.fullmatch(NAME, self.name)),
+            ("base_momentum", "at most max_momentum", self.base_momentum <= self.max_momentum),
+            ("nesterov", "false if base_momentum is 0", not self.nesterov or self.base_momentum),
+            ("ramp", "of shares that leave some", sum(each for _, each in self.ramp) < 1 - 1e-9),
+            (
+                "cutmix_probability",
+                "at most 1 together with mixup_probability and resizemix_probability",
+                self.mixing_probability <= 1 + 1e-9,
+            ),
+        ]
         for needed, value, only in (
-            ("augmentation", "batched", BATCHED_ONLY),
-            ("optimizer", "muon", ("muon_learning_rate", "muon_weight_decay")),
-        ):
-            for field in only if getattr(self, needed) != value else ():
-                if getattr(self, field) != getattr(Recipe, field):
-                    raise UserError(
-                        f"{field} must be left alone unless {needed} is '{value}', not "
-                        f"{getattr(self, field)}"
-                    )
+            ("augmentation", "batched", BATCHED_ONLY), ("optimizer", "muon", MUON_ONLY),
+        ):  # fmt: skip
+            unused = f"left alone unless {needed} is '{value}'"
+            serves = getattr(self, needed) == value
+            rules += [(x, unused, serves or getattr(self, x) == getattr(Recipe, x)) for x in only]
+        for field, wanted, kept in rules:
+            if not kept:
+                self._refuse(field, wanted)
+
+    def _refuse(self, field: str, wanted: str) -> None:
+        raise UserError(f"{field} must be {wanted}, not {getattr(self, field)!r}")
 
     def steps_per_epoch(self, images: int) -> int:
         """Optimiser steps in one pass over `images` training images."""
@@ -219,68 +206,23 @@ class Recipe:
         return self.cutmix_probability + self.mixup_probability + self.resizemix_probability
 
 
+NAME = r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}"
 BATCHED_ONLY = (
-    "alternating_flip",
-    "crop_probability",
-    "brightness",
-    "contrast",
-    "cutmix_probability",
-    "mixup_probability",
-    "resizemix_probability",
-    "crop_min_area",
-    "cutmix_alpha",
-    "mixup_alpha",
-    "unmixed_share",
-)
-"""Fields that do nothing unless `augmentation` is batched, and so are refused with albumentations.
-"""
+    "alternating_flip", "crop_probability", "crop_min_area", "brightness", "contrast",
+    "cutmix_probability", "mixup_probability", "resizemix_probability", "cutmix_alpha",
+    "mixup_alpha", "unmixed_share",
+)  # fmt: skip
+MUON_ONLY = ("muon_learning_rate", "muon_weight_decay")
+"""Fields that do nothing, and so are refused, unless `augmentation` is batched and `optimizer` is
+muon."""
 
 
 @cache
-def hints() -> dict:
-    """Return the fields' types with their ranges."""
-    return get_type_hints(Recipe, include_extras=True)
-
-
-def fits(value: object, hint: object) -> bool:
-    """Return whether a value is of a field's type and in its range: 30.0 or "30" are no epochs."""
-    if get_origin(hint) is Annotated:
-        kind, limits = get_args(hint)
-        return fits(value, kind) and value in limits
-    if get_origin(hint) in (Union, types.UnionType):
-        return any(fits(value, each) for each in get_args(hint))
-    if get_origin(hint) is Literal:
-        return value in get_args(hint)
-    if get_origin(hint) is tuple:
-        kinds = get_args(hint)
-        if kinds[-1] is Ellipsis:
-            kinds = kinds[:1] * len(value) if isinstance(value, tuple) else ()
-        return (
-            isinstance(value, tuple) and len(value) == len(kinds) and all(map(fits, value, kinds))
-        )
-    if hint is float:
-        try:
-            return type(value) in (int, float) and math.isfinite(value)
-        except OverflowError:  # a whole number that no float can hold
-            return False
-    return type(value) is hint
-
-
-def described(hint: object) -> str:
-    """Return a field's type and range in words."""
-    if get_origin(hint) is Annotated:
-        return f"{described(get_args(hint)[0])} {get_args(hint)[1]}"
-    if get_origin(hint) in (Union, types.UnionType):
-        return " or ".join(described(each) for each in get_args(hint))
-    if get_origin(hint) is Literal:
-        return " or ".join(repr(each) for each in get_args(hint))
-    if get_origin(hint) is tuple:
-        kinds = get_args(hint)
-        if kinds[-1] is Ellipsis:
-            return f"pairs of {' and '.join(described(each) for each in get_args(kinds[0]))}"
-        return f"{len(kinds)} numbers, each {described(kinds[0])}"
-    names = {int: "a whole number", float: "a finite number", bool: "true or false", str: "text"}
-    return names.get(hint, "none")
+def schema() -> type[BaseModel]:
+    """Return what checks the fields one by one: 30.0 and "30" are no epochs, NaN is no number."""
+    hints = get_type_hints(Recipe, include_extras=True)
+    strict = ConfigDict(strict=True, allow_inf_nan=False)
+    return create_model("Fields", __config__=strict, **{name: (hints[name], ...) for name in hints})
 
 
 def training_petaflop(recipe: Recipe, train_images: int) -> float:
