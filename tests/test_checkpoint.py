@@ -1,7 +1,6 @@
 """Checkpoints: whole or absent, two generations, a mirror, nobody's code."""
 
 import pickle
-import random
 from pathlib import Path
 
 import pytest
@@ -45,23 +44,6 @@ def test_two_generations_and_the_newest_whole_one_counts(tmp_path: Path) -> None
         (tmp_path / name).write_bytes(b"")
     with pytest.raises(UserError, match="every checkpoint is damaged"):
         checkpoint.load(tmp_path)
-
-
-def test_every_kind_of_damage_is_found(tmp_path: Path) -> None:
-    checkpoint.save(tmp_path, state(1))
-    whole, chance = (tmp_path / NEWEST).read_bytes(), random.Random(0)
-    for _ in range(300):
-        damaged = bytearray(whole)
-        where = chance.randrange(len(whole))
-        if chance.random() < 0.5:
-            damaged[where] ^= 1 << chance.randrange(8)
-        else:
-            del damaged[where:]
-        (tmp_path / NEWEST).write_bytes(damaged)
-        try:
-            assert checkpoint.read(tmp_path / NEWEST) is None
-        except UserError as error:  # the magic line's version
-            assert "another version" in str(error)
 
 
 def test_a_save_that_fails_leaves_what_was_there(
