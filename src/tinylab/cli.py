@@ -27,11 +27,6 @@ from tinylab.recipe import Recipe
 from tinylab.recipes import RECIPES, named
 
 if TYPE_CHECKING:
-    import numpy as np
-
-    from tinylab.data.dataset import Dataset
-    from tinylab.data.split import Split
-    from tinylab.model import ResNet18
     from tinylab.run.folder import Run
 
 DATA = Path("data/tiny-imagenet")
@@ -84,30 +79,41 @@ class Prepare:
         print(f"{len(dataset.wnids)} classes, content sha256 {dataset.content_sha256}")
 
 
-@dataclass(frozen=True)
-class Train:
-    """Train by a recipe and test; a run that was stopped continues by itself."""
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """Options of what trains."""
 
     recipe: RecipeFields
     data: Path = DATA
     """The data folder that `tinylab prepare` made."""
-    run_folder: Annotated[Path | None, tyro.conf.arg(name="run", aliases=("--run-folder",))] = None
-    """The run folder; by default runs/<recipe>-<protocol>-s<seed>. (torchrun takes --run for
-    itself: there use --run-folder.)"""
     seed: int = 0
     """Decides the first weights, the order of the images and their augmentation."""
-    split: Literal["merged", "official", "select"] = "merged"
-    """Which images train and which test."""
     limit_classes: int | None = None
     """Only the first so many classes, by sorted wnid."""
     device: DeviceName = "auto"
     """Where to compute."""
     precision: Precision = "auto"
     """Number format of convolutions and matrix products."""
-    compiled: Annotated[bool, tyro.conf.arg(name="compile")] = False
-    """Run the training step under torch.compile: minutes of set-up, then faster steps on a GPU."""
     workers: int | None = None
     """Processes that run albumentations; they do not change the result."""
+
+    def options(self, *more: str) -> dict:
+        """Return the keyword arguments that `train` and `find_lr` have in common, and more."""
+        names = ("split", "seed", "limit_classes", "device", "precision", "workers", *more)
+        return {name: getattr(self, name) for name in names}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train(Training):
+    """Train by a recipe and test; a run that was stopped continues by itself."""
+
+    run_folder: Annotated[Path | None, tyro.conf.arg(name="run", aliases=("--run-folder",))] = None
+    """The run folder; by default runs/<recipe>-<protocol>-s<seed>. (torchrun takes --run for
+    itself: there use --run-folder.)"""
+    split: Literal["merged", "official", "select"] = "merged"
+    """Which images train and which test."""
+    compiled: Annotated[bool, tyro.conf.arg(name="compile")] = False
+    """Run the training step under torch.compile: minutes of set-up, then faster steps on a GPU."""
     mirror: Path | None = None
     """A folder of this run's own, on another disk (Google Drive), that gets each checkpoint, too.
     """
@@ -124,17 +130,9 @@ class Train:
         finished = train(
             self.recipe,
             open_dataset(self.data),
-            split=self.split,
             folder=self.run_folder,
-            seed=self.seed,
-            limit_classes=self.limit_classes,
-            device=self.device,
-            precision=self.precision,
-            compiled=self.compiled,
-            workers=self.workers,
-            mirror=self.mirror,
-            test_every=self.test_every,
             track=None if self.track == "none" else self.track,
+            **self.options("compiled", "mirror", "test_every"),
         )
         if not first("RANK"):
             return  # one of several processes, of which the first tells the result
@@ -196,6 +194,8 @@ class Evaluate:
     """Number format; with the one of training come the numbers of training."""
 
     def run(self) -> None:
+        from tinylab.share.predict import open_finished, trained_model
+
         finished, dataset, rows = open_finished(self.run_folder, self.data)
         from tinylab.run.environment import choose
         from tinylab.training.evaluate import score, test_logits, with_flip
@@ -247,13 +247,11 @@ class Explain:
             raise UserError(f"count must be from 0 to {MOST_EXPLAINED}, not {self.count}")
         if self.sample < 0 or self.faithfulness < 0:
             raise UserError("sample and faithfulness must be 0 or more")
-        from tinylab.data.dataset import refuse_inside
+        from tinylab.share.predict import open_finished, trained_model
 
         finished, dataset, rows = open_finished(self.run_folder, self.data)
-        if self.figures:
-            refuse_inside(dataset, self.figures, "figures")
-            require_folder(self.figures, "figures")
-        require_folder(finished.figures, "figures")
+        for folder in filter(None, (self.figures, finished.figures)):
+            require_writable(folder / "curves.png")
         from tinylab.explain.analysis import analyse_run
         from tinylab.run.environment import choose
 
@@ -295,9 +293,7 @@ class Report:
         finished = Run(self.run_folder)
         _ = finished.identity, finished.recipe, finished.summary  # refuses what is no finished run
         out = self.out or finished.folder / "report.html"
-        require_folder(out.parent, "the report")
-        refuse_data_folder(out)
-        refuse_as_file(out, finished)
+        require_writable(out, finished)
         explanation = finished.explanation
         if explanation is None:
             Explain(self.run_folder, data=self.data, device=self.device).run()
@@ -334,17 +330,17 @@ class Predict:
         if not self.images:
             raise UserError("which images? `tinylab predict RUN IMAGE...`")
         if self.gradcam:
-            require_folder(self.gradcam, "figures")
-            refuse_data_folder(self.gradcam)
+            require_writable(self.gradcam / "x.png")
         from tinylab.share.picture import read_image
-        from tinylab.share.predict import load, predict
+        from tinylab.share.predict import draw_answers, load, predict
 
         model, metadata = load(self.run_folder)
         pictures = [read_image(path) for path in self.images]  # one that is bad stops all
         answers = [predict(model, metadata, picture[None], self.top)[0] for picture in pictures]
         figures: list[Path | None] = [None] * len(pictures)
         if self.gradcam:
-            figures = self._draw(model, metadata, pictures, answers)
+            names = [path.name for path in self.images]
+            figures = draw_answers(model, metadata, pictures, answers, names, self.gradcam)
         for path, answer, figure in zip(self.images, answers, figures, strict=True):
             if self.json:
                 drawn = {"figure": str(figure)} if figure else {}
@@ -356,27 +352,6 @@ class Predict:
                 print(f"{share}  {guess['wnid']}  {printable(guess['name'])}")
             if figure:
                 print(f"            {figure}")
-
-    def _draw(
-        self, model: "ResNet18", metadata: dict, pictures: "list[np.ndarray]", answers: list[list]
-    ) -> list[Path]:
-        """Draw for each picture what spoke for the answer; return the figures' paths."""
-        import numpy as np
-
-        from tinylab import figures as plots
-        from tinylab.explain.analysis import explain_answers
-
-        paths: list[Path] = []
-        maps = explain_answers(model, metadata, np.stack(pictures), answers)
-        for path, picture, answer, heat in zip(self.images, pictures, answers, maps, strict=True):
-            taken = {other.name.casefold() for other in paths}  # some disks do not tell A from a
-            names = (
-                f"{path.stem}-{i}.png" if i > 1 else f"{path.stem}.png" for i in range(1, 10**6)
-            )
-            name = next(name for name in names if name.casefold() not in taken)
-            figure = plots.prediction(picture, answer, heat, title=path.name)
-            paths.append(drawn(figure, self.gradcam / name))
-        return paths
 
 
 @dataclass(frozen=True)
@@ -397,9 +372,8 @@ class Export:
         finished = Run(self.run_folder)
         _ = finished.identity, finished.recipe, finished.summary  # refuses what is no finished run
         folder = self.to or finished.folder / "export"
-        for path in filter(None, (folder, self.onnx)):
-            require_folder(path if path is folder else path.parent, "the model")
-            refuse_data_folder(path)
+        for path in filter(None, (folder / "README.md", self.onnx)):
+            require_writable(path, finished)
         from tinylab.share.card import refuse_others_files, write_hand_over
 
         refuse_others_files(folder)
@@ -408,7 +382,6 @@ class Export:
             from tinylab.share.onnx import export_onnx
             from tinylab.share.predict import load
 
-            refuse_as_file(self.onnx, finished)
             checked = export_onnx(*load(finished.folder), self.onnx)
         for path in write_hand_over(finished, folder):
             print(path)
@@ -417,58 +390,31 @@ class Export:
             print(f"{self.onnx}: opset {checked['opset']}, logits differ by at most {difference}")
 
 
-@dataclass(frozen=True)
-class FindLr:
-    """Try rising learning rates for a hundred steps and suggest one; nothing that was trained
-    changes."""
+@dataclass(frozen=True, kw_only=True)
+class FindLr(Training):
+    """Try rising learning rates for a hundred steps and suggest one."""
 
-    recipe: RecipeFields
-    data: Path = DATA
-    """The data folder that `tinylab prepare` made."""
-    seed: int = 0
-    """Decides the first weights and the images."""
     split: Literal["merged", "official", "select"] = "select"
     """Whose training images to use; none is tested."""
-    limit_classes: int | None = None
-    """Only the first so many classes, by sorted wnid."""
     steps: int = 100
     """Optimiser steps between the lowest and the highest rate."""
     lowest: float = 1e-5
     """Where to begin."""
     highest: float = 10.0
     """Where to end, unless the loss has risen to four times its lowest before."""
-    device: DeviceName = "auto"
-    """Where to compute."""
-    precision: Precision = "auto"
-    """Number format of convolutions and matrix products."""
-    workers: int | None = None
-    """Processes that run albumentations; they do not change the result."""
     figure: Path | None = None
     """The picture to draw; by default runs/find-lr-<recipe>-<split>-s<seed>.png."""
 
     def run(self) -> None:
         name = f"find-lr-{self.recipe.name}-{self.split}-s{self.seed}.png"
         out = self.figure or Path("runs") / name
-        require_folder(out.parent, "the picture")
+        require_writable(out)
         from tinylab import figures as plots
         from tinylab.data.dataset import open_dataset
         from tinylab.training.lr_finder import find_lr
 
-        refuse_data_folder(out)
-        refuse_as_file(out)
-        found = find_lr(
-            self.recipe,
-            open_dataset(self.data),
-            split=self.split,
-            seed=self.seed,
-            limit_classes=self.limit_classes,
-            device=self.device,
-            precision=self.precision,
-            steps=self.steps,
-            start=self.lowest,
-            stop=self.highest,
-            workers=self.workers,
-        )
+        rates = {"steps": self.steps, "start": self.lowest, "stop": self.highest}
+        found = find_lr(self.recipe, open_dataset(self.data), **rates, **self.options())
         curve = (found.learning_rates, found.losses, found.smoothed, found.suggestion)
         print(drawn(plots.learning_rate_test(*curve), out))
         if found.suggestion is None:
@@ -529,63 +475,23 @@ COMMANDS = {
 WITH_RECIPE = ("train", "schedule", "find-lr")
 
 
-def open_finished(folder: Path, data: Path | None) -> "tuple[Run, Dataset, Split]":
-    """Return the finished run, its data set and its split, which belong together."""
-    from tinylab.data.dataset import open_dataset
-    from tinylab.data.split import make_split
-    from tinylab.run.folder import Run
+def require_writable(path: Path, run: "Run | None" = None) -> None:
+    """Raise `UserError` for a path that cannot be made, before anything is computed for it.
 
-    run = Run(folder)
-    identity = run.identity
-    _ = run.recipe, run.summary  # refuses an unfinished run
-    dataset = open_dataset(data or Path(identity.get("data_folder", DATA)))
-    if dataset.content_sha256 != identity["content_sha256"]:
-        where = f"than {dataset.folder} holds: name its folder with --data"
-        raise UserError(f"{folder} was trained on other data {where}")
-    rows = make_split(dataset, identity["protocol"], identity["classes"])
-    if rows.sha256 != identity["split_sha256"]:
-        raise UserError(f"{folder} was trained on another split than this version of tinylab makes")
-    return run, dataset, rows
-
-
-def trained_model(run: "Run", dataset: "Dataset") -> "ResNet18":
-    """Return the run's network on the CPU; its classes are the data set's."""
-    from tinylab.share.predict import load
-
-    model, metadata = load(run.folder)
-    if tuple(metadata["wnids"]) != dataset.wnids[: len(metadata["wnids"])]:
-        raise UserError(f"{run.weights} was trained on other classes, or in another order")
-    return model
-
-
-def require_folder(folder: Path, what: str) -> None:
-    """Raise `UserError` if `folder` cannot become one, before anything is computed for it."""
-    nearest = next(
-        each for each in (folder, *folder.parents) if each.exists() or each == each.parent
-    )
-    if not nearest.is_dir():
-        raise UserError(f"cannot write {what} to {folder}: {nearest} is no folder")
-
-
-def refuse_as_file(path: Path, run: "Run | None" = None) -> None:
-    """Raise `UserError` if `path` is a folder, or a record of the run's, which would be
-    replaced."""
-    if path.is_dir():
-        raise UserError(f"{path} is a folder: name a file")
-    if run is None:
-        return
+    run: none of its records may be replaced.
+    """
     from tinylab.run.folder import CHECKSUMS, EXPLAINED, FINAL_FILES
 
-    records = (*FINAL_FILES, *EXPLAINED, CHECKSUMS, "summary.json")
+    above = [path.parent, *path.absolute().parents]
+    nearest = next(each for each in above if each.exists())
+    if not nearest.is_dir():
+        raise UserError(f"cannot write {path}: {nearest} is no folder")
+    for folder in (path, *above):
+        if (folder / "meta.json").exists() and (folder / "images.npy").exists():
+            raise UserError(f"cannot write {path}: {folder} is a data folder")
+    records = (*FINAL_FILES, *EXPLAINED, CHECKSUMS, "summary.json") if run else ()
     if path.resolve() in {(run.folder / name).resolve() for name in records}:
         raise UserError(f"{path} is a record of the run: choose another name")
-
-
-def refuse_data_folder(path: Path) -> None:
-    """Raise `UserError` if `path` lies in a data folder."""
-    for folder in (path, *path.absolute().parents):
-        if (folder / "meta.json").exists() and (folder / "images.npy").exists():
-            raise UserError(f"cannot write to {path}: {folder} is a data folder")
 
 
 def drawn(figure: object, path: Path) -> Path:

@@ -6,8 +6,12 @@ import numpy as np
 import torch
 from torch import nn
 
+from tinylab import figures as plots
 from tinylab.data.archive import class_order_sha256
+from tinylab.data.dataset import FOLDER, Dataset, open_dataset
+from tinylab.data.split import Split, make_split
 from tinylab.exceptions import UserError
+from tinylab.explain.analysis import explain_answers
 from tinylab.explain.mistakes import softmax
 from tinylab.files import printable
 from tinylab.model import ResNet18
@@ -76,3 +80,52 @@ def predict(model: nn.Module, metadata: dict, images: np.ndarray, top: int = 5) 
             ]
         )
     return answers
+
+
+def open_finished(folder: Path, data: Path | None) -> tuple[Run, Dataset, Split]:
+    """Return the finished run, its data set and its split, which belong together."""
+    run = Run(folder)
+    identity = run.identity
+    _ = run.recipe, run.summary  # refuses an unfinished run
+    dataset = open_dataset(data or Path(identity.get("data_folder", FOLDER)))
+    if dataset.content_sha256 != identity["content_sha256"]:
+        where = f"than {dataset.folder} holds: name its folder with --data"
+        raise UserError(f"{folder} was trained on other data {where}")
+    rows = make_split(dataset, identity["protocol"], identity["classes"])
+    if rows.sha256 != identity["split_sha256"]:
+        raise UserError(f"{folder} was trained on another split than this version of tinylab makes")
+    return run, dataset, rows
+
+
+def trained_model(run: Run, dataset: Dataset) -> ResNet18:
+    """Return the run's network on the CPU; its classes are the data set's."""
+    model, metadata = load(run.folder)
+    if tuple(metadata["wnids"]) != dataset.wnids[: len(metadata["wnids"])]:
+        raise UserError(f"{run.weights} was trained on other classes, or in another order")
+    return model
+
+
+def draw_answers(
+    model: nn.Module,
+    metadata: dict,
+    pictures: list[np.ndarray],
+    answers: list[list[dict]],
+    names: list[str],
+    folder: Path,
+) -> list[Path]:
+    """Draw into `folder`, for each picture, what spoke for its first answer; return the paths."""
+    maps = explain_answers(model, metadata, np.stack(pictures), answers)
+    paths: list[Path] = []
+    for name, picture, answer, heat in zip(names, pictures, answers, maps, strict=True):
+        stem, number = Path(name).stem, 1
+        taken = {path.name.casefold() for path in paths}  # some disks do not tell A from a
+        file = f"{stem}.png"
+        while file.casefold() in taken:
+            number += 1
+            file = f"{stem}-{number}.png"
+        figure = plots.prediction(picture, answer, heat, title=name)
+        try:
+            paths.append(plots.save(figure, folder / file))
+        except OSError as error:
+            raise UserError(f"cannot write {folder / file}: {error.strerror or error}") from error
+    return paths
