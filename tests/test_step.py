@@ -18,8 +18,9 @@ from tinylab.recipes import accurate
 from tinylab.run.environment import Compute, choose
 from tinylab.training.average import reestimate_batch_norm
 from tinylab.training.distributed import Ranks
+from tinylab.training.evaluate import make_forward
 from tinylab.training.optim import make_optimizer
-from tinylab.training.step import TrainState, make_forward, new_state, require_batches, train_step
+from tinylab.training.step import TrainState, new_state, require_batches, train_step
 from tinylab.training.warm_up import memory_hint, warm_up
 
 CLASSES = 12

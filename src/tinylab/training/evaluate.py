@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from tinylab.data.augment import normalise, resize
 from tinylab.data.dataset import Dataset
 from tinylab.data.loader import Images, evaluation_batch_size, evaluation_batches, share
 from tinylab.exceptions import RecipeFailed
@@ -15,45 +16,20 @@ from tinylab.recipe import Recipe
 from tinylab.run.environment import Compute
 from tinylab.training.distributed import ALONE, Ranks
 from tinylab.training.progress import watched
-from tinylab.training.step import make_forward
 
 Forward = Callable[[torch.Tensor], torch.Tensor]
 """From images uint8 (B, 64, 64, 3) to logits fp32 (B, classes)."""
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """Counts over all test images.
+def make_forward(network: nn.Module, recipe: Recipe, compute: Compute) -> Forward:
+    """Put the network in eval mode, and return it from images to logits."""
+    network.eval()
 
-    logits: float16 (N, classes), labels: int64 (N,), as they are stored; every number comes from
-    the rounded logits, so that it can be had again from the file. loss: nats per image.
-    """
+    def forward(images: torch.Tensor) -> torch.Tensor:
+        with compute.autocast():
+            return network(normalise(resize(images, recipe.test_resolution), recipe)).float()
 
-    logits: np.ndarray
-    labels: np.ndarray
-    loss: float
-    correct: int
-    correct_top5: int
-
-    @property
-    def top1(self) -> float:
-        """Percent of images whose highest logit is the true class."""
-        return 100 * self.correct / len(self.labels)
-
-    @property
-    def top5(self) -> float:
-        """Percent of images whose true class is among the five highest logits."""
-        return 100 * self.correct_top5 / len(self.labels)
-
-    def numbers(self) -> dict:
-        """Return what metrics.jsonl holds."""
-        return {
-            "test_loss": self.loss,
-            "test_top1": self.top1,
-            "test_top5": self.top5,
-            "test_correct": self.correct,
-            "test_total": len(self.labels),
-        }
+    return forward
 
 
 def mirrored(forward: Forward) -> Forward:
@@ -86,16 +62,14 @@ def test_logits(
     """
     size = evaluation_batch_size(compute.device, recipe.micro_batch)
     forward = make_forward(network, recipe, compute)
+    forward = view(forward) if view else forward
     mine = share(-(-len(rows) // size), ranks.rank, ranks.size)
     part = rows[mine.start * size : mine.stop * size]
     batches = evaluation_batches(dataset, part, compute.device, size, images)
     batches = watch(batches, title, len(mine))
-    own = (
-        compute_logits(view(forward) if view else forward, batches, len(part)) if len(mine) else ()
-    )
-    parts = [each for each in ranks.gather(own) if each]
-    logits, labels = (torch.cat([each[i].to(compute.device) for each in parts]) for i in (0, 1))
-    return logits, labels
+    parts = ranks.gather(compute_logits(forward, batches, len(part)) if len(mine) else ())
+    logits, labels = zip(*(each for each in parts if each), strict=True)
+    return tuple(torch.cat([part.to(compute.device) for part in each]) for each in (logits, labels))
 
 
 test_logits.__test__ = False  # pytest takes the name for a test's
@@ -104,26 +78,51 @@ test_logits.__test__ = False  # pytest takes the name for a test's
 def compute_logits(
     forward: Forward, batches: Iterable[tuple[torch.Tensor, torch.Tensor]], count: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return logits fp32 (N, classes) and labels int64 (N,) of all batches, on their device.
-
-    count: N, the images of all batches. Nothing waits for the device.
-    """
+    """Return logits fp32 (count, classes) and labels int64 (count,) of all batches, in order."""
     logits = labels = None
     done = 0
     with torch.inference_mode():
-        for images, batch_labels in batches:
-            outputs = forward(images)
+        for images, own in batches:
+            outputs, end = forward(images), done + len(images)
             if logits is None:
-                # Made at once: small results kept between large temporaries would keep the
-                # latter's memory from being given back.
+                # At once: small results between large temporaries would keep memory from being
+                # given back.
                 logits = outputs.new_empty((count, outputs.shape[1]), dtype=torch.float32)
-                labels = batch_labels.new_empty(count)
-            logits[done : done + len(images)] = outputs
-            labels[done : done + len(images)] = batch_labels
-            done += len(images)
+                labels = own.new_empty(count)
+            logits[done:end], labels[done:end], done = outputs, own, end
     if done != count:
         raise ValueError(f"{done} images in the batches, not {count}")
     return logits, labels
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Counts over all test images.
+
+    logits: float16 (N, classes), labels: int64 (N,), as they are stored; every number comes from
+    the rounded logits, so that it can be had again from the file. loss: nats per image.
+    """
+
+    logits: np.ndarray
+    labels: np.ndarray
+    loss: float
+    correct: int
+    correct_top5: int
+
+    @property
+    def top1(self) -> float:
+        """Percent of images whose highest logit is the true class."""
+        return 100 * self.correct / len(self.labels)
+
+    def numbers(self) -> dict:
+        """Return what metrics.jsonl holds."""
+        return {
+            "test_loss": self.loss,
+            "test_top1": self.top1,
+            "test_top5": 100 * self.correct_top5 / len(self.labels),
+            "test_correct": self.correct,
+            "test_total": len(self.labels),
+        }
 
 
 def score(logits: torch.Tensor, labels: torch.Tensor) -> Evaluation:

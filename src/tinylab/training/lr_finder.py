@@ -30,17 +30,13 @@ SPREAD = 0.15  # of the Gaussian that smooths the curve, in decades of the learn
 
 @dataclass(frozen=True)
 class RangeTest:
-    """The curve of a range test, n steps, and what it suggests.
-
-    learning_rates, losses (nats per image, before each update) and smoothed: float64 (n,).
-    suggestion: of `max_learning_rate`, or None; reason says why in a sentence.
-    """
+    """The curve of a range test, float64 (steps,) each, and what it suggests."""
 
     learning_rates: np.ndarray
-    losses: np.ndarray
+    losses: np.ndarray  # nats per image, before each update
     smoothed: np.ndarray
-    suggestion: float | None
-    reason: str
+    suggestion: float | None  # of `max_learning_rate`
+    reason: str  # why, in a sentence
 
 
 def find_lr(
@@ -120,14 +116,8 @@ def range_test(
             means = np.convolve(losses, np.ones(RECENT) / RECENT, mode="valid")
             if len(losses) >= RECENT and means[-1] > TOO_HIGH * means.min():
                 break
-    rates = rates[: len(losses)]
-    smoothed = smooth(rates, np.array(losses)) if losses else np.array([])
-    return RangeTest(rates, np.array(losses), smoothed, *suggest(rates, np.array(losses)))
-
-
-def smooth(rates: np.ndarray, losses: np.ndarray) -> np.ndarray:
-    """Average the losses (n,) over neighbouring rates, by a Gaussian of 0.15 decades."""
-    return _weights(rates) @ losses
+    rates, curve = rates[: len(losses)], np.array(losses)
+    return RangeTest(rates, curve, weights(rates) @ curve, *suggest(rates, curve))
 
 
 def suggest(rates: np.ndarray, losses: np.ndarray) -> tuple[float | None, str]:
@@ -138,37 +128,30 @@ def suggest(rates: np.ndarray, losses: np.ndarray) -> tuple[float | None, str]:
     is 0.0007 with one seed and 0.005 with the next, where this is 0.005 and 0.009.
     """
     if len(losses) == 0:
-        return (
-            None,
-            "the loss is not finite at the lowest learning rate: look at the data and the recipe",
-        )
-    smoothed, first = smooth(rates, losses), rates <= 10 * rates[0]
+        where = "at the lowest learning rate"
+        return None, f"the loss is not finite {where}: look at the data and the recipe"
+    smoothed, first = weights(rates) @ losses, rates <= 10 * rates[0]
     least = int(smoothed.argmin())
     # Neighbouring losses differ by chance, and by next to nothing else.
     noise = np.diff(losses[: least + 1]).std() / math.sqrt(2) if least else 0.0
-    error = noise * math.sqrt((_weights(rates)[least] ** 2).sum())
+    error = noise * math.sqrt((weights(rates)[least] ** 2).sum())
     low = int((smoothed <= smoothed[least] + error).argmax())
-    found = (
-        f"the smoothed loss is down to {smoothed[low]:.2f} at a learning rate of {rates[low]:.2g}"
-    )
+    down = f"the smoothed loss is down to {smoothed[low]:.2f}"
+    found = f"{down} at a learning rate of {rates[low]:.2g}"
     if first[low]:
-        return (
-            None,
-            f"{found}, in the first decade: there is no fall; start lower, or look at the data",
-        )
+        advice = "there is no fall; start lower, or look at the data"
+        return None, f"{found}, in the first decade: {advice}"
     level = losses[first].mean()
     if level - smoothed[least] < 4 * math.hypot(error, noise / math.sqrt(first.sum())):
-        return (
-            None,
-            f"{found}, no more below the first decade than chance explains: take more steps",
-        )
+        chance = "no more below the first decade than chance explains"
+        return None, f"{found}, {chance}: take more steps"
     if rates[low] * 10**SPREAD > rates[-1]:
         return None, f"{found}, and falls to the end: go on to a higher one"
     return float(rates[low]), f"{found}, from {level:.2f} in the first decade, and falls no further"
 
 
-def _weights(rates: np.ndarray) -> np.ndarray:
-    """Return the weights (n, n) of each step in the average at each, rows of sum 1."""
+def weights(rates: np.ndarray) -> np.ndarray:
+    """Return each step's weight in the average at each step: Gaussian, (n, n), rows of sum 1."""
     decades = np.log10(rates)
     weights = np.exp(-(((decades[:, None] - decades) / SPREAD) ** 2) / 2)
     return weights / weights.sum(axis=1, keepdims=True)

@@ -4,7 +4,7 @@ The first group always learns at `max_learning_rate`: logs and `tinylab schedule
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -27,11 +27,26 @@ def make_optimizer(
     fused: one kernel per group, which on CUDA spares loss scaling a wait in every step. Without it
     PyTorch's foreach, whose results are a plain loop's to the last bit.
     """
-    groups = _parameter_groups(model, recipe)
-    kind = Muon if recipe.optimizer == "muon" else torch.optim.SGD
-    fused = fused and kind is not Muon
-    optimizer = kind(
-        groups,
+    # ---- parameters by what happens to them, in the model's order ----
+    muon = recipe.optimizer == "muon"
+    groups: dict[str, list[nn.Parameter]] = {"decayed": [], "flat": [], "orthogonal": []}
+    for each in model.parameters():
+        # By ndim, not by name: a shortcut's batch norm has no "bn" in its name.
+        flat = each.ndim <= 1 and not recipe.decay_1d
+        groups["orthogonal" if muon and each.ndim == 4 else "flat" if flat else "decayed"] += [each]
+    settings = {
+        "decayed": {},
+        "flat": {"weight_decay": 0.0},
+        "orthogonal": {"lr": recipe.muon_learning_rate, "weight_decay": recipe.muon_weight_decay},
+    }
+    if muon:
+        for kind, own in settings.items():
+            own["orthogonal"] = kind == "orthogonal"
+
+    # ---- optimiser ----
+    fused = fused and not muon
+    optimizer = (Muon if muon else torch.optim.SGD)(
+        [{"params": groups[kind], **own} for kind, own in settings.items() if groups[kind]],
         lr=recipe.max_learning_rate,  # the schedule sets the real one
         momentum=recipe.max_momentum,
         nesterov=recipe.nesterov,
@@ -39,20 +54,17 @@ def make_optimizer(
         foreach=not fused,
         fused=fused,
     )
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            # A fused step that loss scaling skips would leave the first momentum uninitialised.
-            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-    warmup_share = recipe.warmup_share
-    if (
-        warmup_share * total_steps == 1
-    ):  # the one length of a run for which OneCycleLR divides by zero
-        warmup_share *= 1 + 1e-9
+    for parameter in model.parameters():
+        # A fused step that loss scaling skips would leave the first momentum uninitialised.
+        optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+
+    # ---- schedule ----
+    one_step = recipe.warmup_share * total_steps == 1  # OneCycleLR would divide by zero
     scheduler = OneCycleLR(
         optimizer,
         max_lr=[group["lr"] for group in optimizer.param_groups],
         total_steps=total_steps,
-        pct_start=warmup_share,
+        pct_start=recipe.warmup_share * (1 + 1e-9 if one_step else 1),
         anneal_strategy=recipe.anneal,
         cycle_momentum=True,
         base_momentum=recipe.base_momentum,
@@ -63,57 +75,23 @@ def make_optimizer(
     return optimizer, scheduler
 
 
-def _parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict]:
-    """Return the parameters by what happens to them, in the model's order; no group is empty.
-
-    1-D parameters are found by ndim: a shortcut's batch norm has no "bn" in its name.
-    """
-    parameters = list(model.parameters())
-    orthogonal = (
-        [each for each in parameters if each.ndim == 4] if recipe.optimizer == "muon" else []
-    )
-    flat = [each for each in parameters if each.ndim <= 1] if not recipe.decay_1d else []
-    apart = {id(each) for each in (*orthogonal, *flat)}
-    groups = [
-        {"params": [each for each in parameters if id(each) not in apart]},
-        {"params": flat, "weight_decay": 0.0},
-        {
-            "params": orthogonal,
-            "lr": recipe.muon_learning_rate,
-            "weight_decay": recipe.muon_weight_decay,
-        },
-    ]
-    if recipe.optimizer == "muon":
-        for group in groups:
-            group["orthogonal"] = group["params"] is orthogonal
-    return [group for group in groups if group["params"]]
-
-
-def schedule(recipe: Recipe, images: int) -> Iterator[tuple[int, float, float]]:
-    """Yield (step from 0, learning rate, momentum) of every step of a run on `images` images.
+def schedule(recipe: Recipe, images: int) -> list[tuple[int, float, float]]:
+    """Return (step from 0, learning rate, momentum) of every step of a run on `images` images.
 
     With Muon, of the parameters that SGD moves. Raise `UserError` if the run has no step.
     """
     total_steps = recipe.epochs * recipe.steps_per_epoch(images)
     if total_steps < 1:
-        raise UserError(
-            f"{images:,} training images do not fill a batch of {recipe.batch_size:,}: "
-            "lower --batch-size"
-        )
-    stand_in = nn.ParameterList(
-        [nn.Parameter(torch.zeros(1, 1))]
-    )  # the schedule does not depend on the network
-    return _walk(*make_optimizer(stand_in, recipe, total_steps), total_steps)
-
-
-def _walk(
-    optimizer: torch.optim.SGD, scheduler: OneCycleLR, steps: int
-) -> Iterator[tuple[int, float, float]]:
-    for step in range(steps):
-        group = optimizer.param_groups[0]
-        yield step, group["lr"], group["momentum"]
+        few = f"{images:,} training images do not fill a batch of {recipe.batch_size:,}"
+        raise UserError(f"{few}: lower --batch-size")
+    stand_in = nn.ParameterList([nn.Parameter(torch.zeros(1, 1))])  # no part of the schedule
+    optimizer, scheduler = make_optimizer(stand_in, recipe, total_steps)
+    rows, group = [], optimizer.param_groups[0]
+    for step in range(total_steps):
+        rows.append((step, group["lr"], group["momentum"]))
         optimizer.step()
         scheduler.step()
+    return rows
 
 
 class Muon(torch.optim.SGD):
@@ -138,28 +116,27 @@ class Muon(torch.optim.SGD):
             loss = super().step(closure)
         finally:
             self.param_groups = groups
-        with torch.no_grad():
-            for group in groups:
-                if group["orthogonal"]:
-                    self._orthogonal_step(group)
+        for group in groups:
+            if group["orthogonal"]:
+                self.orthogonal_step(group)
         return loss
 
-    def _orthogonal_step(self, group: dict) -> None:
+    @torch.no_grad()
+    def orthogonal_step(self, group: dict) -> None:
         """Move parameters of one shape together: on a GPU small kernels cost their start."""
         by_shape: dict[torch.Size, list[nn.Parameter]] = {}
         for parameter in group["params"]:
             if parameter.grad is not None:
                 by_shape.setdefault(parameter.shape, []).append(parameter)
         for parameters in by_shape.values():
-            gradients = [parameter.grad for parameter in parameters]
+            moves = [parameter.grad for parameter in parameters]
             momenta = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
             torch._foreach_mul_(momenta, group["momentum"])
-            torch._foreach_add_(momenta, gradients)
-            moves = (
-                torch._foreach_add(gradients, momenta, alpha=group["momentum"])
-                if group["nesterov"]
-                else momenta
-            )
+            torch._foreach_add_(momenta, moves)
+            if group["nesterov"]:
+                moves = torch._foreach_add(moves, momenta, alpha=group["momentum"])
+            else:
+                moves = momenta
             directions = orthogonalise(torch.stack([move.flatten(1) for move in moves]))
             rows, columns = directions.shape[1:]
             # A tall matrix has fewer singular values than rows: this keeps its entries as large.
@@ -194,13 +171,11 @@ def orthogonalise(matrices: torch.Tensor) -> torch.Tensor:
     a, b, c = NEWTON_SCHULZ_COEFFICIENTS
     tall = matrices.shape[1] > matrices.shape[2]
     x = (matrices.mT if tall else matrices).float()
-    x = x / (
-        torch.linalg.matrix_norm(x)[:, None, None] + 1e-7
-    )  # the iteration needs singular values up to 1
+    # The iteration needs singular values up to 1.
+    x = x / (torch.linalg.matrix_norm(x)[:, None, None] + 1e-7)
 
-    def quintic(
-        gram: torch.Tensor,
-    ) -> torch.Tensor:  # a I + b G + c G^2, which times X is Jordan's step
+    def quintic(gram: torch.Tensor) -> torch.Tensor:
+        """Return a I + b G + c G^2, which times X is Jordan's step."""
         polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         polynomial.diagonal(dim1=1, dim2=2).add_(a)
         return polynomial

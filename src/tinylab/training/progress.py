@@ -7,18 +7,18 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
+import torch
 from tqdm import tqdm
 
 from tinylab.files import interactive
 from tinylab.recipe import SIZE, Recipe
 from tinylab.training.step import TrainState
 
-LINE_SECONDS = 60
-"""Between two lines about an epoch or a test, where no bar is shown."""
-LOOK_SECONDS = 0.5
-"""Between two looks at the loss, for which a GPU has to be waited for."""
+LINE_SECONDS = 60  # between two lines about an epoch or a test, where no bar is shown
+LOOK_SECONDS = 0.5  # between two looks at the loss, for which a GPU has to be waited for
 
 Item = TypeVar("Item")
+Say = Callable[[str], None]
 
 
 class StopRequest:
@@ -28,29 +28,29 @@ class StopRequest:
     that each process has received already.
     """
 
-    def __init__(self, say: Callable[[str], None], patient: bool = False) -> None:
+    def __init__(self, say: Say, patient: bool = False) -> None:
         self.received: int | None = None
-        self._say, self._patient = say, patient
-        self._before: dict[int, object] = {}
+        self.say, self.patient = say, patient
+        self.before: dict[int, object] = {}
 
     def __enter__(self) -> "StopRequest":
         if threading.current_thread() is threading.main_thread():  # handlers are allowed only there
             for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._note)
+                self.before[number] = signal.signal(number, self.note)
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
+        for number, handler in self.before.items():
             signal.signal(number, handler)
 
-    def _note(self, number: int, _frame: object) -> None:
+    def note(self, number: int, _frame: object) -> None:
+        """Handle a signal."""
         if self.received is None:
             self.received = number
             with contextlib.suppress(RuntimeError):  # the signal came in the middle of a print
-                self._say("stopping after this step")
-        if not self._patient:
-            for each, handler in self._before.items():
-                signal.signal(each, handler)
+                self.say("stopping after this step")
+        if not self.patient:
+            self.__exit__()
 
 
 class Progress:
@@ -58,7 +58,7 @@ class Progress:
 
     def __init__(
         self, state: TrainState, recipe: Recipe, steps: int, images: tuple[int, int],
-        tested: list[int], say: Callable[[str], None], forecast: bool,
+        tested: list[int], say: Say, forecast: bool,
     ) -> None:  # fmt: skip
         self.state, self.recipe, self.steps, self.images = state, recipe, steps, images
         self.say, self.tested, self.forecast = say, tested, forecast
@@ -71,77 +71,69 @@ class Progress:
         self.bar = make_bar(self.say, self.title, self.steps, self.state.step, "step")
         self.looked, self.since_saved = time.perf_counter(), 0.0
         self.line = (self.looked, self.state.step, self.left())
-        self._clocks = (self.looked, time.process_time())
+        self.clocks = (self.looked, time.process_time())
 
     def tick(self) -> float:
         """Add the time since the last tick to the epoch's, and return what the clock says."""
         now, cpu = time.perf_counter(), time.process_time()
-        before, before_cpu = self._clocks
+        before, cpu_before = self.clocks
         self.state.epoch_seconds += now - before
-        self.state.epoch_cpu_seconds += cpu - before_cpu
+        self.state.epoch_cpu_seconds += cpu - cpu_before
         self.since_saved += now - before
-        self._clocks = (now, cpu)
+        self.clocks = (now, cpu)
         return now
 
     def step(self) -> None:
         """Show that a step is done. Raise `RecipeFailed` if the loss is not finite."""
         self.bar.update()
-        now = self.tick()
-        if self.forecast:
-            self._forecast(now)
+        now, step = self.tick(), self.state.step
+
+        # ---- once: what the run takes, from the steps after the second ----
+        if self.forecast and self.second_step is None and step >= 2:
+            self.second_step = (now, self.left())
+        elif self.forecast and self.second_step is not None:
+            seconds, done = now - self.second_step[0], self.second_step[1] - self.left()
+            if seconds >= 1 and done > 0:
+                self.forecast = False
+                rest = self.left() / done * seconds
+                less = "; a GPU is far faster, and --limit-classes, --epochs and --width make it "
+                words = f"{duration(rest)}{f'{less}less' if rest > 600 else ''}"
+                self.say(
+                    f"this CPU trains {done / seconds:,.0f} images/s of 64 x 64 pixels: {words}"
+                )
+
+        # ---- the loss ----
         if now - self.looked <= min(LOOK_SECONDS, LINE_SECONDS):
             return
         self.looked = now
         self.state.require_finite()
-        loss, top1, _ = means(self.state)
+        loss, top1, _ = means(self.state.totals)
         self.bar.set_postfix_str(f"loss {loss:.4f}, accuracy {top1:.2f} %", refresh=False)
-        since, step, left = self.line
+        since, step_then, left_then = self.line
         if self.bar.disable and now - since > LINE_SECONDS:
-            self.line = (now, self.state.step, self.left())
-            rate = (self.state.step - step) * self.recipe.batch_size / (now - since)
-            seconds = self.left() * (now - since) / (left - self.left())
-            self.say(
-                f"  {self.title}, step {self.state.step}/{self.steps}: loss {loss:.4f}, "
-                f"{rate:.0f} images/s, {duration(seconds)} left"
-            )
+            left = self.left()
+            self.line = (now, step, left)
+            rate = (step - step_then) * self.recipe.batch_size / (now - since)
+            rest = duration(left * (now - since) / (left_then - left))
+            done = f"{self.title}, step {step}/{self.steps}"
+            self.say(f"  {done}: loss {loss:.4f}, {rate:.0f} images/s, {rest} left")
 
     def left(self) -> float:
         """Return what is left to compute, in training images of 64 x 64 pixels."""
         recipe, state = self.recipe, self.state
         train_images, test_images = self.images
         epochs = range(state.epoch, recipe.epochs + 1)
-        areas = {epoch: (recipe.resolution_at(epoch) / SIZE) ** 2 for epoch in epochs}
-        trained = sum(areas.values()) * train_images
-        trained -= areas[state.epoch] * state.step * recipe.batch_size
-        tests = sum(epoch in self.tested for epoch in epochs)
+        areas = [(recipe.resolution_at(epoch) / SIZE) ** 2 for epoch in epochs]
+        trained = sum(areas) * train_images - areas[0] * state.step * recipe.batch_size
         statistics = 0 if state.average is None else recipe.ema_bn_batches * recipe.batch_size
+        tests = sum(epoch in self.tested for epoch in epochs)
         # And the mirror images at the end. A forward pass is a third of a step.
         forward = tests * (test_images + min(statistics, train_images)) + test_images
         return trained + (recipe.test_resolution / SIZE) ** 2 * forward / 3
 
-    def _forecast(self, now: float) -> None:
-        """Say what the rest takes, from the steps after the second, once they took a second."""
-        if self.second_step is None:
-            if self.state.step >= 2:
-                self.second_step = (now, self.left())
-            return
-        began, left = self.second_step
-        if now - began >= 1 and left > self.left():
-            self.forecast = False
-            rate = (left - self.left()) / (now - began)
-            advice = "; a GPU is far faster, and --limit-classes, --epochs and --width make it less"
-            seconds = self.left() / rate
-            self.say(
-                f"this CPU trains {rate:,.0f} images/s of 64 x 64 pixels: {duration(seconds)}"
-                f"{advice if seconds > 600 else ''}"
-            )
-
 
 def watched(
-    batches: Iterable[Item],
-    title: str,
-    total: int | None = None,
-    say: Callable[[str], None] | None = None,
+    batches: Iterable[Item], title: str, total: int | None = None, say: Say | None = None
 ) -> Iterator[Item]:
     """Yield the batches of a test, with a bar or a line a minute."""
     say, line = say or print_line, time.perf_counter()
@@ -154,20 +146,16 @@ def watched(
             bar.update()
 
 
-def make_bar(
-    say: Callable[[str], None], title: str, total: int | None, done: int = 0, unit: str = "batch"
-) -> tqdm:
+def make_bar(say: Say, title: str, total: int | None, done: int = 0, unit: str = "batch") -> tqdm:
     """Return a bar, disabled where nobody watches."""
     hidden = say is silent or not interactive()
-    return tqdm(
-        desc=title, total=total, initial=done, unit=unit, leave=False, mininterval=0.5, ncols=79,
-        disable=hidden,
-    )  # fmt: skip
+    look = {"unit": unit, "leave": False, "mininterval": 0.5, "ncols": 79, "disable": hidden}
+    return tqdm(desc=title, total=total, initial=done, **look)
 
 
-def means(state: TrainState) -> tuple[float, float, float]:
-    """Return mean loss, top-1 and top-5 in percent of the epoch so far, in this process."""
-    loss, top1, top5, images = state.totals.tolist()
+def means(totals: torch.Tensor) -> tuple[float, float, float]:
+    """Return mean loss, top-1 and top-5 in percent. totals: as `TrainState.totals`."""
+    loss, top1, top5, images = totals.tolist()
     images = max(images, 1.0)  # none yet, if loss scaling has skipped every step
     return loss / images, 100 * top1 / images, 100 * top5 / images
 
@@ -198,11 +186,6 @@ def log_lines(row: dict, epochs: int) -> str:
         f"accuracy {row['test_correct']}/{row['test_total']} ({row['test_top1']:.2f} %), "
         f"top-5 {row['test_top5']:.2f} %"
     )
-
-
-def make_say(quiet: bool) -> Callable[[str], None]:
-    """Return what prints a line of the log at once, or nothing."""
-    return silent if quiet else print_line
 
 
 def print_line(line: str) -> None:

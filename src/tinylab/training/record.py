@@ -21,10 +21,11 @@ from tinylab.run.folder import (
     refuse_foreign,
     relative_to_here,
     write_checksums,
-)
+)  # fmt: skip
 from tinylab.run.weights import weights_file
 from tinylab.training.evaluate import score
 from tinylab.training.optim import muon_petaflop
+from tinylab.training.progress import means
 from tinylab.training.step import TrainState
 
 
@@ -67,24 +68,22 @@ def epoch_row(state: TrainState, totals: torch.Tensor) -> dict:
 
     totals: of all processes, as `TrainState.totals`.
     """
-    loss, top1, top5, images = totals.tolist()
-    counted = max(images, 1.0)
-    return {
+    loss, top1, top5 = means(totals)
+    row = {
         "epoch": state.epoch,
         "learning_rate": state.epoch_learning_rate,
-        "train_loss": loss / counted,
-        "train_top1": 100 * top1 / counted,
-        "train_top5": 100 * top5 / counted,
+        "train_loss": loss,
+        "train_top1": top1,
+        "train_top5": top5,
         "train_seconds": round(state.epoch_seconds, 3),
-        **(
-            {}
-            if math.isnan(state.epoch_cpu_seconds)  # an older version did not count them
-            else {"train_cpu_seconds": round(state.epoch_cpu_seconds, 3)}
-        ),
+        "train_cpu_seconds": round(state.epoch_cpu_seconds, 3),
         "eval_seconds": 0.0,
-        "images_per_second": round(images / state.epoch_seconds, 1),
+        "images_per_second": round(totals[3].item() / state.epoch_seconds, 1),
         "skipped_steps": int(state.skipped),
     }
+    if math.isnan(state.epoch_cpu_seconds):  # an older version did not count them
+        del row["train_cpu_seconds"]
+    return row
 
 
 def summarise(state: TrainState, recipe: Recipe, rows: Split, steps: int) -> dict:
@@ -94,10 +93,8 @@ def summarise(state: TrainState, recipe: Recipe, rows: Split, steps: int) -> dic
     steps: of an epoch.
     """
     last = state.history[-1]
-    train_seconds, cpu_seconds = (
-        sum(row.get(clock, math.nan) for row in state.history)
-        for clock in ("train_seconds", "train_cpu_seconds")
-    )
+    train_seconds = sum(row["train_seconds"] for row in state.history)
+    cpu_seconds = sum(row.get("train_cpu_seconds", math.nan) for row in state.history)
     images = min(len(rows.train), steps * recipe.batch_size)
     warm = train_seconds + last["eval_seconds"]
     muon = muon_petaflop(state.model, steps * recipe.epochs)

@@ -1,7 +1,4 @@
-"""One optimiser step, and all state of a run.
-
-Inside `train_step` nothing waits for the device.
-"""
+"""One optimiser step, and all state of a run. Inside `train_step` nothing waits for the device."""
 
 import contextlib
 import math
@@ -24,42 +21,37 @@ from tinylab.training.average import make_average
 from tinylab.training.distributed import ALONE, Ranks, wrap
 from tinylab.training.optim import make_optimizer
 
+COUNTS = ("epoch", "step", "epoch_learning_rate", "epoch_seconds", "set_up_seconds", "stops")
+
 
 @dataclass
 class TrainState:
     """All state of a run; a checkpoint stores exactly this.
 
     No generator's state: random draws depend on (seed, epoch, position) alone.
+    totals: float32 (4,) on the device, over the epoch so far, of this process: sum of losses in
+    nats, top-1 hits, top-5 hits, images. skipped: int64 (), the epoch's steps that loss scaling
+    skipped.
     """
 
     model: nn.Module
-    network: Callable[[torch.Tensor], torch.Tensor]
-    """What training calls: the model, compiled or wrapped if so asked."""
+    network: Callable[[torch.Tensor], torch.Tensor]  # what training calls: compiled or wrapped
     average: AveragedModel | None
     optimizer: torch.optim.Optimizer
     scheduler: OneCycleLR
     scaler: torch.amp.GradScaler
     totals: torch.Tensor
-    """float32 (4,) on the device, over the epoch so far, of this process: sum of losses in nats,
-    top-1 hits, top-5 hits, images."""
     skipped: torch.Tensor
-    """int64 () on the device: steps of this epoch that loss scaling skipped."""
     epoch: int = 1
-    step: int = 0
-    """Optimiser steps done in the epoch."""
-    epoch_learning_rate: float = 0.0
-    """Learning rate of the epoch's first step."""
+    step: int = 0  # optimiser steps done in the epoch
+    epoch_learning_rate: float = 0.0  # of the epoch's first step
     epoch_seconds: float = 0.0
-    epoch_cpu_seconds: float = 0.0
-    """Of all cores together, without worker processes."""
+    epoch_cpu_seconds: float = 0.0  # of all cores together, without worker processes
     set_up_seconds: float = 0.0
-    stops: int = 0
-    """How often the run was continued."""
+    stops: int = 0  # how often the run was continued
     history: list[dict] = field(default_factory=list)
-    run: dict = field(default_factory=dict)
-    """The recipe's fields and all else that decides the result: whose checkpoint this is."""
-    environment: dict = field(default_factory=dict)
-    """What the last bits depend on."""
+    run: dict = field(default_factory=dict)  # all that decides the result: whose checkpoint it is
+    environment: dict = field(default_factory=dict)  # what the last bits depend on
 
     @property
     def tested(self) -> nn.Module:
@@ -75,10 +67,7 @@ class TrainState:
 
     def to_checkpoint(self) -> dict:
         """Return tensors and plain values. The schedule is its step count."""
-        plain = (
-            "epoch", "step", "epoch_learning_rate", "epoch_seconds", "epoch_cpu_seconds",
-            "set_up_seconds", "stops", "history", "run", "environment", "totals", "skipped",
-        )  # fmt: skip
+        plain = (*COUNTS, "epoch_cpu_seconds", "history", "run", "environment", "totals", "skipped")
         return {
             "model": self.model.state_dict(),
             "average": None if self.average is None else self.average.state_dict(),
@@ -102,10 +91,7 @@ class TrainState:
         self.totals.copy_(saved["totals"].reshape(-1, 4).sum(dim=0))
         self.skipped.copy_(saved["skipped"] if "skipped" in saved else saved["skips"][0])
         self.epoch_cpu_seconds = saved.get("epoch_cpu_seconds", math.nan)
-        for name in (
-            "epoch", "step", "epoch_learning_rate", "epoch_seconds", "set_up_seconds", "stops",
-            "history",
-        ):  # fmt: skip
+        for name in (*COUNTS, "history"):
             setattr(self, name, saved[name])
 
     def require_finite(self, weights: bool = False) -> None:
@@ -113,13 +99,13 @@ class TrainState:
 
         Waits for the device.
         """
-        scale_vanished = self.scaler.is_enabled() and self.scaler.get_scale() < 1
-        finite = math.isfinite(self.totals[0].item()) and not scale_vanished
+        scaled = self.scaler.is_enabled()
+        finite = self.totals[0].isfinite().item() and not (scaled and self.scaler.get_scale() < 1)
         if weights and finite:
             averaged = [] if self.average is None else self.average.module.state_dict().values()
             finite = bool(all_finite([*self.model.state_dict().values(), *averaged]))
         if not finite:
-            fp32 = " or --precision fp32" if self.scaler.is_enabled() else ""
+            fp32 = " or --precision fp32" if scaled else ""
             raise RecipeFailed(
                 f"loss or weights are not finite in epoch {self.epoch}, up to "
                 f"step {self.step}: the run has diverged; what is saved is finite; start another "
@@ -132,8 +118,7 @@ def require_batches(recipe: Recipe, images: int, ranks: Ranks = ALONE) -> None:
     if recipe.batch_size > images:
         few = f"the {images} training images of this split"
         raise UserError(f"batch-size {recipe.batch_size} is more than {few}; lower it")
-    last = 0 if recipe.drop_last else images % recipe.batch_size
-    smallest = last or recipe.batch_size
+    smallest = (0 if recipe.drop_last else images % recipe.batch_size) or recipe.batch_size
     if smallest < ranks.size:
         few = f"an epoch's smallest batch has {smallest} images"
         raise UserError(f"{ranks.size} processes, but {few}: choose another batch-size")
@@ -156,34 +141,22 @@ def new_state(
     optimizer, scheduler = make_optimizer(model, recipe, recipe.epochs * steps_per_epoch, fused)
     if compiled:
         torch.compiler.reset()  # an earlier run's graphs would count against the compiler's limit
-    return TrainState(
-        model=model,
-        # One graph per shape: a graph for any shape is slower, and a run has few.
-        network=torch.compile(model, dynamic=False) if compiled else wrap(model, ranks),
-        average=average,
-        optimizer=optimizer,
-        scheduler=scheduler,
-        scaler=compute.grad_scaler(),
-        totals=torch.zeros(4, device=compute.device),
-        skipped=torch.zeros((), dtype=torch.int64, device=compute.device),
-    )
+    # One graph per shape: a graph for any shape is slower, and a run has few.
+    network = torch.compile(model, dynamic=False) if compiled else wrap(model, ranks)
+    totals = torch.zeros(4, device=compute.device)
+    skipped = torch.zeros((), dtype=torch.int64, device=compute.device)
+    scaler = compute.grad_scaler()
+    return TrainState(model, network, average, optimizer, scheduler, scaler, totals, skipped)
 
 
 def train_step(
-    state: TrainState,
-    recipe: Recipe,
-    compute: Compute,
-    batch: Batch,
-    *,
-    resolution: int | None = None,
-    ranks: Ranks = ALONE,
+    state: TrainState, recipe: Recipe, compute: Compute, batch: Batch, ranks: Ranks = ALONE
 ) -> None:
     """Do one optimiser update, one step of the schedule and of the average; add to the totals.
 
     The gradient is that of the mean loss over the whole batch, however it is cut into pieces.
-    resolution: pixels per side; None: what the recipe says for this epoch.
     """
-    resolution = resolution or recipe.resolution_at(state.epoch)
+    resolution = recipe.resolution_at(state.epoch)
     state.optimizer.zero_grad(set_to_none=True)
 
     # ---- forward and backward, piece by piece ----
@@ -211,10 +184,10 @@ def train_step(
     state.step += 1
 
 
-def pieces_of(batch: Batch, micro_batch: int | None, processes: int = 1) -> list[Batch]:
+def pieces_of(batch: Batch, micro_batch: int | None, processes: int) -> list[Batch]:
     """Cut the batch into pieces of at most `micro_batch` images, equally many in every process."""
     largest = math.ceil(batch.size / processes)
-    pieces = 1 if micro_batch is None else math.ceil(largest / micro_batch)
+    pieces = math.ceil(largest / (micro_batch or largest))
     if pieces == 1:
         return [batch]
     tensors = (batch.images, batch.labels, batch.partners)
@@ -252,16 +225,3 @@ def all_finite(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
     floating = [each for each in tensors if each.is_floating_point()]
     # Unlike a sum of squares the largest absolute value never overflows by itself.
     return torch.isfinite(torch.stack(torch._foreach_norm(floating, float("inf")))).all()
-
-
-def make_forward(
-    model: nn.Module, recipe: Recipe, compute: Compute
-) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Return the model in eval mode as uint8 (B, 64, 64, 3) -> logits fp32 (B, classes)."""
-    model.eval()
-
-    def forward(images: torch.Tensor) -> torch.Tensor:
-        with compute.autocast():
-            return model(normalise(resize(images, recipe.test_resolution), recipe)).float()
-
-    return forward

@@ -15,8 +15,7 @@ TAGS = {
     "top5/test": "test_top5",
     "training/learning_rate": "learning_rate",
     "training/images_per_second": "images_per_second",
-}
-"""TensorBoard's tags, a chart for each, and the history's fields."""
+}  # TensorBoard's tags, a chart for each, and the history's fields
 
 
 class Tracker:
@@ -27,46 +26,39 @@ class Tracker:
 
     def __init__(self, folder: Path) -> None:
         self.folder = Path(folder) / "tensorboard"
-        self._writer = None
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
-            raise UserError(
-                f"--track tensorboard needs tensorboard: pip install tensorboard ({error})"
-            ) from error
-        self._open = SummaryWriter
+            text = f"--track tensorboard needs tensorboard: pip install tensorboard ({error})"
+            raise UserError(text) from error
+        self.open = SummaryWriter
 
     def up_to(self, history: Sequence[Mapping]) -> None:
         """Begin a file that holds all of `history` and takes back what earlier files hold.
 
         So each epoch is shown once, also one that a killed process lost.
         """
-        with self._one_line():
-            self._writer = self._open(str(self.folder), purge_step=1)
-            for row in history:
-                self._add(row)
-            self._writer.flush()
+        with self.one_line():
+            self.writer = self.open(str(self.folder), purge_step=1)
+        for row in history:
+            self.epoch(row)
 
     def epoch(self, row: Mapping) -> None:
         """Add a row of the history; it is in the file when this returns."""
-        with self._one_line():
-            self._add(row)
-            self._writer.flush()
+        with self.one_line():
+            for tag, field in TAGS.items():
+                if field in row:  # an epoch without a test lacks some
+                    self.writer.add_scalar(tag, row[field], int(row["epoch"]))
+            self.writer.flush()
 
     def close(self) -> None:
         """End the file."""
-        if self._writer is not None:
-            with self._one_line():
-                self._writer.close()
-        self._writer = None
-
-    def _add(self, row: Mapping) -> None:
-        for tag, field in TAGS.items():
-            if field in row:  # an epoch without a test lacks some
-                self._writer.add_scalar(tag, row[field], int(row["epoch"]))
+        with self.one_line():
+            self.writer.close()
 
     @contextlib.contextmanager
-    def _one_line(self) -> Iterator[None]:
+    def one_line(self) -> Iterator[None]:
+        """Turn a file that cannot be written into one line."""
         try:
             yield
         except OSError as error:

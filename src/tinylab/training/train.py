@@ -23,7 +23,7 @@ from tinylab.run.folder import Run, default_folder, enter_run, hashes
 from tinylab.training.average import reestimate_batch_norm
 from tinylab.training.distributed import join
 from tinylab.training.evaluate import mirrored, score, test_logits
-from tinylab.training.progress import Progress, StopRequest, log_lines, make_say, watched
+from tinylab.training.progress import Progress, StopRequest, log_lines, print_line, silent, watched
 from tinylab.training.record import epoch_row, finish, identity_of, restore
 from tinylab.training.step import new_state, require_batches, train_step
 from tinylab.training.track import Tracker
@@ -79,7 +79,7 @@ def train(
     with contextlib.ExitStack() as stack:
         ranks = stack.enter_context(join(compute.device))
         writes, several = ranks.rank == 0, ranks.size > 1
-        say = make_say(quiet or not writes)
+        say = silent if quiet or not writes else print_line
         require_batches(recipe, counts[0], ranks)
         if several and compiled:
             raise UserError("--compile serves a single process")

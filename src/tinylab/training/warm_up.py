@@ -12,7 +12,8 @@ from tinylab.exceptions import RecipeFailed, UserError
 from tinylab.recipe import SIZE, Recipe
 from tinylab.run.environment import Compute
 from tinylab.training.average import reestimate_batch_norm
-from tinylab.training.step import TrainState, make_forward, train_step
+from tinylab.training.evaluate import make_forward
+from tinylab.training.step import TrainState, train_step
 
 
 @contextlib.contextmanager
@@ -37,6 +38,7 @@ def warm_up(state: TrainState, recipe: Recipe, compute: Compute, images: tuple[i
     train_images, test_images = images
     last = 0 if recipe.drop_last else train_images % recipe.batch_size
     largest = evaluation_batch_size(compute.device, recipe.micro_batch)
+    epoch_of = {recipe.resolution_at(epoch): epoch for epoch in range(1, recipe.epochs + 1)}
 
     def made_up(count: int) -> Batch:
         pixels = torch.arange(count * SIZE * SIZE * 3, device=compute.device) % 251
@@ -44,18 +46,18 @@ def warm_up(state: TrainState, recipe: Recipe, compute: Compute, images: tuple[i
         return Batch(pixels.to(torch.uint8).view(count, SIZE, SIZE, 3), labels)
 
     with rehearsal(state):
-        for resolution in {recipe.resolution_at(epoch) for epoch in range(1, recipe.epochs + 1)}:
-            for size in {recipe.batch_size, last} - {0}:
-                for _ in range(2):  # the second step has momentum
-                    try:
-                        train_step(state, recipe, compute, made_up(size), resolution=resolution)
-                    except Exception as error:  # a compiler's own traceback has a hundred lines
-                        if not type(error).__module__.startswith("torch._"):
-                            raise
-                        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-                        raise UserError(
-                            f"torch.compile fails here ({reason}): leave --compile out"
-                        ) from error
+        for epoch in epoch_of.values():
+            for size in 2 * [recipe.batch_size, last]:  # the second step has momentum
+                state.epoch = epoch
+                try:
+                    if size:
+                        train_step(state, recipe, compute, made_up(size))
+                except Exception as error:  # a compiler's own traceback has a hundred lines
+                    if not type(error).__module__.startswith("torch._"):
+                        raise
+                    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+                    text = f"torch.compile fails here ({reason}): leave --compile out"
+                    raise UserError(text) from error
         forward = make_forward(state.tested, recipe, compute)
         if state.average is not None:
             plain = made_up(min(recipe.batch_size, largest)).images
@@ -70,10 +72,7 @@ def warm_up(state: TrainState, recipe: Recipe, compute: Compute, images: tuple[i
 
 @contextlib.contextmanager
 def memory_hint(recipe: Recipe, compute: Compute) -> Iterator[None]:
-    """Turn running out of memory into one line that says what to do.
-
-    The system ends worker processes first.
-    """
+    """Turn running out of memory into one line that says what to do."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
