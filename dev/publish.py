@@ -23,10 +23,10 @@ import jinja2
 from markupsafe import Markup
 
 from tinylab.exceptions import UserError
-from tinylab.files import as_csv, write_atomically
+from tinylab.files import as_csv, plain_text, write_atomically
 from tinylab.recipe import training_petaflop
 from tinylab.recipes import RECIPES, named
-from tinylab.run.folder import Run, plain_text, published_history
+from tinylab.run.folder import Run, published_history
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PARTS = ("results", "targets", "paired", "throughput", "figures", "maps")

@@ -26,7 +26,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch):
         # It says yes on every GPU, also where bf16 is emulated.
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: True)
         monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
-        monkeypatch.setattr(device, "_cpu_has_bf16", lambda: cpu_bf16)
+        monkeypatch.setattr(device, "cpu_has_bf16", lambda: cpu_bf16)
 
     return call
 
@@ -177,7 +177,7 @@ def test_a_processors_bf16_is_read_from_its_flags(
     question = "_is_mkldnn_bf16_supported"
     for answer in (True, False):
         monkeypatch.setattr(torch.ops.mkldnn, question, lambda answer=answer: answer)
-        assert device._cpu_has_bf16() is (native and answer)
+        assert device.cpu_has_bf16() is (native and answer)
 
 
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="no such instructions")
@@ -197,5 +197,5 @@ def test_without_a_list_of_flags_no_bf16_is_assumed(monkeypatch: pytest.MonkeyPa
         raise FileNotFoundError
 
     monkeypatch.setattr(device.Path, "read_text", missing)
-    assert device._cpu_has_bf16() is False
+    assert device.cpu_has_bf16() is False
     assert device_name(torch.device("cpu")).startswith("CPU (")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tinylab.exceptions import UserError
-from tinylab.files import as_csv, lock, printable, write_atomically
+from tinylab.files import as_csv, lock, plain_text, printable, write_atomically
 from tinylab.recipes import RECIPES, published
 from tinylab.run.folder import (
     Run,
@@ -17,8 +17,8 @@ from tinylab.run.folder import (
     default_folder,
     enter_run,
     in_todays_terms,
-    plain_text,
     refuse_another,
+    refuse_foreign,
     restore_run,
     verify_run,
 )  # fmt: skip
@@ -82,7 +82,7 @@ def test_another_runs_folder_and_checkpoint_are_refused(tmp_path: Path) -> None:
     refuse_another(run, now)
     refuse_another(run, now, now)
     with pytest.raises(UserError, match=r"another run \(epochs 30 -> 5\): choose another --run"):
-        enter_run(run, replace(recipe, epochs=5), dict(IDENTITY), dict(ENVIRONMENT))
+        refuse_another(run, now | {"epochs": 5})
     with pytest.raises(UserError, match=rf"content_sha256 {'c' * 12} -> {'d' * 12}\)"):
         refuse_another(run, now | {"content_sha256": "d" * 64})
     with pytest.raises(UserError, match=r"the checkpoint is of another run \(seed 1 -> 0\)"):
@@ -99,12 +99,12 @@ def test_another_runs_folder_and_checkpoint_are_refused(tmp_path: Path) -> None:
 def test_a_folder_with_somebodys_files_is_refused(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").touch()
     with pytest.raises(UserError, match="is not empty and no run"):
-        enter_run(Run(tmp_path), published(), dict(IDENTITY), dict(ENVIRONMENT))
+        refuse_foreign(Run(tmp_path))
 
 
 DAMAGED = {
-    "run.json": ("{", "run.json cannot be read"),
-    "recipe.json": ("[]", "recipe.json cannot be read"),
+    "run.json": ("{", "run.json is damaged or cannot be read: .*; delete .*run and train"),
+    "recipe.json": ("[]", "recipe.json is damaged"),
     "environment.json": ('{"device": 3}', "it has no device of type str"),
     "summary.json": ('{"test_top1": NaN}', "it has no"),
     "metrics.jsonl": ('{"epoch": 1}\n', "it has no learning_rate"),
@@ -130,7 +130,7 @@ def test_damaged_and_missing_records_are_one_line(run: Run, name: str) -> None:
 def test_no_pickle_is_loaded(run: Run) -> None:
     content = {"rows": np.array([{}], dtype=object), "labels": np.zeros(1), "logits": np.zeros(1)}
     np.savez(run.folder / "predictions.npz", **content)
-    with pytest.raises(UserError, match="is damaged"):
+    with pytest.raises(UserError, match="is damaged or"):
         _ = run.predictions
 
 
@@ -178,9 +178,9 @@ def test_an_atomic_write_is_whole_or_absent(
 
 
 def test_a_lock_has_one_holder(tmp_path: Path) -> None:
-    with lock(tmp_path / "x"), pytest.raises(UserError, match="another process is writing"):
-        with lock(tmp_path / "x"):
-            pass
+    path, refused = tmp_path / "x", pytest.raises(UserError, match="another process is writing")
+    with lock(path), refused, lock(path):
+        pass
     with lock(tmp_path / "x"):
         pass
 

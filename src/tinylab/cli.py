@@ -443,9 +443,9 @@ class Verify:
 
             print(verify_run(Run(path)))
         elif inside("last.ckpt") or inside("previous.ckpt"):
-            from tinylab.run.folder import verify_checkpoints
+            from tinylab.run import checkpoint
 
-            print(f"{path}: {verify_checkpoints(path)}")
+            print(f"{path}: {checkpoint.verify(path)}")
         elif path.is_file() or inside("wnids.txt") or inside("tiny-imagenet-200/wnids.txt"):
             print(verify_archive(path))
         else:

@@ -101,6 +101,14 @@ def printable(text: object, limit: int = 200) -> str:
     return "".join(kept).strip()[:limit]
 
 
+def plain_text(value: object) -> str:
+    """Return Markdown and HTML that show the value as it is: no markup, no link, one line."""
+    text = printable(" ".join(str(value).split()))
+    escaped = "".join(c if c.isalnum() or c in " .,:;+-()%/" else f"&#{ord(c)};" for c in text)
+    # Sites turn these into links by themselves.
+    return escaped.replace("://", "&#58;//").replace("www.", "www&#46;")
+
+
 def interactive() -> bool:
     """Return whether somebody may be watching, in a terminal or a notebook: then there are bars."""
     return "ipykernel" in sys.modules or (sys.stderr is not None and sys.stderr.isatty())

@@ -117,3 +117,21 @@ def read(path: Path) -> dict | None:
         return torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, TypeError):
         return None
+
+
+def verify(folder: Path) -> str:
+    """Compare the checkpoints in a folder with their hashes; return some words about it."""
+    try:
+        paths = [path for path in (folder / NEWEST, folder / PREVIOUS) if path.exists()]
+        states = {path.name: read(path) for path in paths}
+    except OSError as error:
+        raise UserError(f"cannot read {folder}: {error.strerror or error}") from error
+    whole = [name for name, state in states.items() if state is not None]
+    if bad := [name for name in states if name not in whole]:
+        hint = f"; {whole[0]} is whole, and training continues from it" if whole else ""
+        raise UserError(f"{folder} is damaged: {', '.join(bad)}: not as written{hint}")
+    where = ""
+    if whole:
+        newest = states[whole[0]]
+        where = f", the newest of epoch {newest['epoch']}, step {newest['step']}"
+    return f"{len(whole)} whole checkpoint{'s' * (len(whole) != 1)}{where}"

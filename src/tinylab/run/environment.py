@@ -6,6 +6,7 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
+import re
 import shutil
 import subprocess
 import tempfile
@@ -22,26 +23,25 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 
 @dataclass(frozen=True)
 class Compute:
-    """device: where tensors live. precision: "fp32", or the autocast format "bf16" or "fp16".
-    reason: why."""
+    """device: where tensors live. precision: "fp32", or the autocast format "bf16" or "fp16"."""
 
     device: torch.device
     precision: str
     reason: str
+    """Why this precision."""
 
     def autocast(self) -> contextlib.AbstractContextManager:
-        """Convolutions and matrix products in `precision`; weights, batch norm and the loss stay
-        fp32."""
+        """Compute convolutions and matrix products in `precision`; all else stays fp32."""
         if self.precision == "fp32":
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=PRECISIONS[self.precision])
 
     def grad_scaler(self) -> torch.amp.GradScaler:
-        """Scales the loss where gradients would underflow: for fp16 only, else it does nothing."""
+        """Scale the loss where gradients would underflow: for fp16 only, else do nothing."""
         return torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
 
     def synchronise(self) -> None:
-        """Waits for queued work, so that a clock read next is honest."""
+        """Wait for queued work, so that a clock read next counts it."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         elif self.device.type == "mps":
@@ -52,120 +52,98 @@ class Compute:
 
 
 def choose(device: str = "auto", precision: str = "auto", *, compiled: bool = False) -> Compute:
-    """The placement for `device` ("auto", "cpu", "cuda", "mps") and `precision` ("auto", "fp32",
-    "bf16", "fp16").
+    """Return where and in which number format to compute.
 
-    `compiled`: the step runs under torch.compile. Raises `UserError` for what this machine does not
-    have, a compiler among it.
+    device: "auto", "cpu", "cuda", "mps". precision: "auto", "fp32", "bf16", "fp16".
+    compiled: the step runs under torch.compile. Raise `UserError` for what this machine lacks.
     """
+    # ---- device ----
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     if device == "auto":
-        device = (
-            "cuda"
-            if torch.cuda.is_available()
-            else "mps"
-            if torch.backends.mps.is_available()
-            else "cpu"
-        )
+        device = "cuda" if cuda else "mps" if mps else "cpu"
     if device not in ("cpu", "cuda", "mps"):
         raise UserError(f"unknown device '{device}'; there are: auto, cpu, cuda, mps")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError(
-            "no CUDA device here; use --device auto or cpu (in Colab: Runtime > Change runtime "
-            "type > T4 GPU)"
-        )
-    if device == "mps" and not torch.backends.mps.is_available():
+    if device == "cuda" and not cuda:
+        colab = "in Colab: Runtime > Change runtime type > T4 GPU"
+        raise UserError(f"no CUDA device here; use --device auto or cpu ({colab})")
+    if device == "mps" and not mps:
         raise UserError("no Apple GPU here; use --device auto or cpu")
+
+    # ---- compiler ----
+    if compiled and device == "mps":
+        raise UserError("--compile is for CPUs and CUDA GPUs; leave it out")
+    if compiled and device == "cuda" and importlib.util.find_spec("triton") is None:
+        raise UserError("--compile needs Triton, which is not installed here; leave it out")
+    if compiled:  # on CUDA for Triton's launchers
+        cpu = device == "cpu"
+        named = os.environ.get("CXX" if cpu else "CC")
+        usual = ("g++", "clang++", "cl") if cpu else ("gcc", "clang", "cc", "cl")
+        names = (named,) if named else usual
+        if not any(shutil.which(name.split()[0]) for name in names):
+            lacking = f"and there is no {' or '.join(names)} here; leave it out"
+            raise UserError(f"--compile needs a compiler, {lacking}")
+
+    # ---- precision ----
     if precision not in ("auto", *PRECISIONS):
-        raise UserError(
-            f"unknown precision '{precision}'; there are: auto, {', '.join(PRECISIONS)}"
-        )
+        known = ", ".join(PRECISIONS)
+        raise UserError(f"unknown precision '{precision}'; there are: auto, {known}")
     if precision == "fp16" and device != "cuda":
         raise UserError("fp16 needs a CUDA GPU; use --precision auto, fp32 or bf16")
-    if compiled:
-        _require_compiler(device)
-    chosen, reason = (
-        _suitable_precision(device, compiled)
-        if precision == "auto"
-        else (precision, "as asked for")
-    )
-    return Compute(torch.device(device), chosen, reason)
+    reason = "as asked for"
+    if precision == "auto" and device == "cuda":
+        # Not torch.cuda.is_bf16_supported(): it counts emulation, slower than fp32 on a T4.
+        if compiled and torch.cuda.get_device_capability() >= (8, 0):
+            precision, reason = "bf16", "native bf16, compiled"
+        else:  # on newer GPUs, too: there is no cuDNN path for bf16 batch norm
+            precision, reason = "fp16", "16-bit with loss scaling, fastest without compilation"
+    elif precision == "auto" and device == "mps":
+        precision, reason = "fp32", "16-bit formats are not trusted on Apple GPUs yet"
+    elif precision == "auto" and cpu_has_bf16():
+        precision, reason = "bf16", "this processor computes bf16 natively"
+    elif precision == "auto":
+        precision, reason = "fp32", "no native 16-bit format here"
+    return Compute(torch.device(device), precision, reason)
 
 
-def _suitable_precision(device: str, compiled: bool) -> tuple[str, str]:
-    if device == "cuda":
-        # Not torch.cuda.is_bf16_supported(): it counts emulation, which is slower than fp32 on a
-        # T4.
-        if torch.cuda.get_device_capability() >= (8, 0) and compiled:
-            return "bf16", "native bf16, compiled"
-        # Also on newer GPUs when eager: there is no cuDNN path for bf16 batch norm.
-        return "fp16", "16-bit with loss scaling, fastest without compilation"
-    if device == "cpu":
-        if _cpu_has_bf16():
-            return "bf16", "this processor computes bf16 natively"
-        return "fp32", "no native 16-bit format here"
-    return "fp32", "16-bit formats are not trusted on Apple GPUs yet"
+def cpu_has_bf16() -> bool:
+    """Return whether the processor itself multiplies bf16 and oneDNN may use it.
+
+    Only Linux tells. oneDNN's own answer heeds ONEDNN_MAX_CPU_ISA, but counts AVX-512 that emulates
+    bf16, slowly.
+    """
+    native = {"avx512_bf16", "amx_bf16", "bf16"} & set(cpu_info().split())
+    onednn = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return bool(native) and onednn
 
 
-def _require_compiler(device: str) -> None:
-    """Raises `UserError` where torch.compile has nothing to compile with: C++ on a CPU, Triton
-    (which needs C for its launchers) on CUDA."""
-    if device == "mps":
-        raise UserError("--compile is for CPUs and CUDA GPUs; leave it out")
-    if device == "cuda" and importlib.util.find_spec("triton") is None:
-        raise UserError("--compile needs Triton, which is not installed here; leave it out")
-    variable, names = (
-        ("CXX", ("g++", "clang++", "cl"))
-        if device == "cpu"
-        else ("CC", ("gcc", "clang", "cc", "cl"))
-    )
-    wanted = (os.environ[variable],) if os.environ.get(variable) else names
-    if not any(shutil.which(name.split()[0]) for name in wanted):
-        raise UserError(
-            f"--compile needs a compiler, and there is no {' or '.join(wanted)} here; leave it out"
-        )
+def cpu_info() -> str:
+    """Return what Linux tells of the processor; elsewhere nothing."""
+    try:
+        return Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return ""
 
 
 @contextlib.contextmanager
 def fastest_convolutions(compute: Compute) -> Iterator[None]:
-    """While entered, cuDNN measures which algorithm is fastest for each new shape (and torch's
-    setting is as before afterwards). Training has a few shapes only."""
-    if compute.device.type != "cuda":
-        yield
-        return
-    before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, True
+    """Let cuDNN measure, for each new shape, which algorithm is fastest; training has few."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = before or compute.device.type == "cuda"
     try:
         yield
     finally:
         torch.backends.cudnn.benchmark = before
 
 
-def _cpu_has_bf16() -> bool:
-    """Whether the processor itself multiplies bf16 (Linux tells; elsewhere no is assumed) and
-    oneDNN may use it."""
-    try:
-        words = set(Path("/proc/cpuinfo").read_text().split())
-    except OSError:
-        return False
-    # oneDNN's own answer heeds ONEDNN_MAX_CPU_ISA, but counts AVX-512 that emulates bf16, slowly.
-    return (
-        bool(words & {"avx512_bf16", "amx_bf16", "bf16"})
-        and torch.backends.mkldnn.is_available()
-        and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    )
-
-
 def device_name(device: torch.device) -> str:
-    """The GPU's or processor's name as its driver or system gives it."""
+    """Return the GPU's or processor's name as its driver or system gives it."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     if device.type == "mps":
         return "Apple GPU"
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return f"CPU ({models[0] if models else platform.processor() or platform.machine()})"
+    model = re.search(r"^model name\s*:(.*)", cpu_info(), re.MULTILINE)
+    name = model[1].strip() if model else platform.processor() or platform.machine()
+    return f"CPU ({name})"
 
 
 def describe_environment(compute: Compute) -> dict:
@@ -196,12 +174,9 @@ def describe_environment(compute: Compute) -> dict:
 
 def power_limit() -> float | None:
     """Return the first GPU's power limit in watts, as nvidia-smi says."""
-    command = ["nvidia-smi", "--query-gpu=power.limit", "--format=csv,noheader,nounits", "-i", "0"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
-        return float(done.stdout)
-    except (OSError, ValueError, subprocess.SubprocessError):
-        return None
+    query = ("--query-gpu=power.limit", "--format=csv,noheader,nounits", "-i", "0")
+    with contextlib.suppress(ValueError):
+        return float(output("nvidia-smi", *query))
 
 
 def compile_cache() -> str:
@@ -217,15 +192,15 @@ def commit() -> str | None:
 
     For code without its history: the variable TINYLAB_COMMIT.
     """
-    source = str(Path(__file__).parents[1])
+    git = ("git", "-C", str(Path(__file__).parents[1]))
+    if head := output(*git, "rev-parse", "--short=12", "HEAD"):
+        return head + "+" * bool(output(*git, "status", "--porcelain", "-uno", "--", "."))
+    return os.environ.get("TINYLAB_COMMIT") or None
 
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", source, *arguments]
+
+def output(*command: str) -> str:
+    """Return what a program prints; nothing if it fails or is not there."""
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
         done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
         return done.stdout.strip()
-
-    try:
-        changed = git("status", "--porcelain", "--untracked-files=no", "--", source)
-        return git("rev-parse", "--short=12", "HEAD") + ("+" if changed else "")
-    except (OSError, subprocess.SubprocessError):
-        return os.environ.get("TINYLAB_COMMIT") or None
+    return ""

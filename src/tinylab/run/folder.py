@@ -33,7 +33,7 @@ import numpy as np
 from tinylab.exceptions import UserError
 from tinylab.files import lock, printable, sweep, write_atomically
 from tinylab.recipe import Recipe
-from tinylab.run.checkpoint import NEWEST, PREVIOUS, read
+from tinylab.run import checkpoint
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 FINAL_FILES = (
@@ -43,6 +43,7 @@ FINAL_FILES = (
 """Files of a finished run that never change again, summary.json apart."""
 EXPLAINED = ("explain.json", "classes.csv", "confusion.csv", "localisation.csv")
 CHECKSUMS = "SHA256SUMS"
+NO_RUN = "this folder is no run"
 UNFINISHED = "the run is not finished: `tinylab train` with the same arguments continues it"
 
 # Fields that a record must have, and their types. A whole number serves as a float.
@@ -65,11 +66,6 @@ EXPLANATION = {
     "model_sha256": str, "tested": int, "wrong": int, "method": str, "images": list,
     "figures": list, "errors": dict, "label_conflicts": dict,
 }  # fmt: skip
-METHOD_NAMES = {
-    "gradcam": "Grad-CAM", "gradcam++": "Grad-CAM++", "hirescam": "HiResCAM",
-    "layercam": "LayerCAM", "eigencam": "Eigen-CAM",
-}  # fmt: skip
-"""How pages call the methods that older records may hold."""
 TIMING = ("date", "precision_reason", "power_limit_watts", "compile_cache", "earlier_runs")
 """Fields of the environment that affect timing only."""
 
@@ -109,24 +105,22 @@ class Run:
     @property
     def recipe(self) -> Recipe:
         identity = self.identity if self.begun else {}
-        fields = read_object(self.folder / "recipe.json", "this folder is no run")
+        fields = read_object(self.folder / "recipe.json", NO_RUN)
         try:
             fields = in_todays_terms({"micro_batch": identity.get("micro_batch")} | fields)
             return Recipe(**{name: as_tuple(value) for name, value in fields.items()})
         except (KeyError, TypeError, ZeroDivisionError) as error:
-            raise UserError(
-                f"{self.folder}/recipe.json is not a recipe of this version of tinylab: {error}"
-            ) from error
+            reason = f"is not a recipe of this version of tinylab: {error}"
+            raise UserError(f"{self.folder}/recipe.json {reason}") from error
 
     @property
     def identity(self) -> dict:
         """What decides the result besides the recipe."""
-        return read_object(self.folder / "run.json", "this folder is no run", IDENTITY)
+        return read_object(self.folder / "run.json", NO_RUN, IDENTITY)
 
     @property
     def environment(self) -> dict:
-        path = self.folder / "environment.json"
-        return read_object(path, "this folder is no run", ENVIRONMENT)
+        return read_object(self.folder / "environment.json", NO_RUN, ENVIRONMENT)
 
     @property
     def summary(self) -> dict:
@@ -135,12 +129,9 @@ class Run:
     @property
     def explanation(self) -> dict | None:
         """What `explain.json` holds; None if this version has not yet explained these weights."""
-        path = self.folder / "explain.json"
         with contextlib.suppress(UserError):
-            explanation = read_object(path, "not yet explained", EXPLANATION)
-            if explanation["model_sha256"] == self.summary["model_sha256"]:
-                return explanation
-        return None
+            record = read_object(self.folder / "explain.json", "not yet explained", EXPLANATION)
+            return record if record["model_sha256"] == self.summary["model_sha256"] else None
 
     @property
     def title(self) -> str:
@@ -158,30 +149,18 @@ class Run:
         path = self.folder / "metrics.jsonl"
         if not path.exists():
             return []
-        try:
+        with reading(path):
             rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
             for row in rows:
                 require_fields(row, EPOCH if TEST.keys().isdisjoint(row) else EPOCH | TEST)
-        except (OSError, ValueError, TypeError, RecursionError) as error:
-            raise UserError(
-                f"{path} cannot be read: {printable(error)}; delete {self.folder} and train again"
-            ) from error
         return rows
 
     @property
     def predictions(self) -> dict[str, np.ndarray]:
         """rows int64 (N,), labels int64 (N,), logits float16 (N, classes) of the test images."""
         path = self.folder / "predictions.npz"
-        try:
-            with np.load(path, allow_pickle=False) as arrays:
-                return {name: arrays[name] for name in ("rows", "labels", "logits")}
-        except FileNotFoundError as error:
-            raise UserError(f"{path} is missing: {UNFINISHED}") from error
-        except (
-            OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error,
-            NotImplementedError, MemoryError,
-        ) as error:  # fmt: skip
-            raise UserError(f"{path} is damaged: delete {self.folder} and train again") from error
+        with reading(path, UNFINISHED), np.load(path, allow_pickle=False) as arrays:
+            return {name: arrays[name] for name in ("rows", "labels", "logits")}
 
     def write(self, name: str, value: dict) -> None:
         write_atomically(self.folder / name, as_json(value))
@@ -209,20 +188,31 @@ class Run:
 # --- Records --------------------------------------------------------------------------------------
 
 
-def read_object(path: Path, otherwise: str, fields: dict[str, type] | None = None) -> dict:
-    """Return the JSON object in a file with fields of those types.
+@contextlib.contextmanager
+def reading(path: Path, missing: str = NO_RUN) -> Iterator[None]:
+    """Turn all that reading a record may raise into a `UserError`.
 
-    otherwise: what it means if the file is missing.
+    missing: what it means if there is no such file.
     """
     try:
+        yield
+    except FileNotFoundError as error:
+        raise UserError(f"{path} is missing: {missing}") from error
+    except (
+        OSError, ValueError, TypeError, KeyError, EOFError, RecursionError, MemoryError,
+        zipfile.BadZipFile, zlib.error, NotImplementedError,
+    ) as error:  # fmt: skip
+        reason = getattr(error, "strerror", None) or printable(error)
+        way_out = f"delete {path.parent} and train again"
+        raise UserError(f"{path} is damaged or cannot be read: {reason}; {way_out}") from error
+
+
+def read_object(path: Path, missing: str, fields: dict[str, type] | None = None) -> dict:
+    """Return the JSON object in a file with fields of those types."""
+    with reading(path, missing):
         value = json.loads(path.read_text(encoding="utf-8"))
         require_fields(value, fields or {})
         return value
-    except FileNotFoundError as error:
-        raise UserError(f"{path} is missing: {otherwise}") from error
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        reason = getattr(error, "strerror", None) or printable(error)
-        raise UserError(f"{path} cannot be read: {reason}") from error
 
 
 def require_fields(record: dict, fields: dict[str, type]) -> None:
@@ -231,8 +221,8 @@ def require_fields(record: dict, fields: dict[str, type]) -> None:
         raise TypeError("a JSON object is expected")
     for name, kind in fields.items():
         value = record.get(name)
-        number = kind is float and type(value) in (int, float) and math.isfinite(value)
-        if type(value) is not kind and not number or (kind is float and not number):
+        kinds = (int, float) if kind is float else (kind,)
+        if type(value) not in kinds or (kind is float and not math.isfinite(value)):
             raise TypeError(f"it has no {name} of type {kind.__name__}")
 
 
@@ -283,35 +273,23 @@ def published_history(results: Path = REPOSITORY / "results") -> list[dict]:
         return list(csv.DictReader(file))
 
 
-def plain_text(value: object) -> str:
-    """Return Markdown and HTML that show the value as it is: no markup, no link, one line."""
-    text = printable(" ".join(str(value).split()))
-    escaped = "".join(c if c.isalnum() or c in " .,:;+-()%/" else f"&#{ord(c)};" for c in text)
-    # Sites turn these into links by themselves.
-    return escaped.replace("://", "&#58;//").replace("www.", "www&#46;")
-
-
 # --- Whose folder it is ---------------------------------------------------------------------------
 
 
 def enter_run(
     run: Run, recipe: Recipe, identity: dict, environment: dict, elsewhere: dict | None = None
 ) -> list[str]:
-    """Make the locked folder this run's; return lines about what has changed since it began.
+    """Make a locked folder, which is nobody else's, this run's; return lines about what has changed
+    since it began.
 
     elsewhere: the environment in which the run has begun in another folder.
     """
     environment |= hashes(identity)
     if not run.begun:
-        refuse_foreign(run)
-        run.write("recipe.json", dataclasses.asdict(recipe))
         run.write("environment.json", elsewhere or environment)
+    if not run.begun or not (run.finished or (run.identity, run.recipe) == (identity, recipe)):
+        run.write("recipe.json", dataclasses.asdict(recipe))
         run.write("run.json", identity)  # last: a folder that has it is complete
-    else:
-        refuse_another(run, dataclasses.asdict(recipe) | identity)
-        if not run.finished and (run.identity != identity or run.recipe != recipe):
-            run.write("recipe.json", dataclasses.asdict(recipe))
-            run.write("run.json", identity)
     before = run.environment
     changed = [
         f"{key} {before.get(key)} -> {value}"
@@ -332,16 +310,16 @@ def refuse_foreign(run: Run) -> None:
         raise UserError(f"{run.folder} is not empty and no run; choose another --run")
 
 
-def refuse_another(run: Run, now: dict, checkpoint: dict | None = None) -> None:
+def refuse_another(run: Run, now: dict, saved: dict | None = None) -> None:
     """Raise `UserError`, naming what differs, if the folder or the checkpoint is another run's.
 
-    now, checkpoint: recipe and identity together.
+    now, saved: recipe and identity together.
     """
-    recorded = dataclasses.asdict(run.recipe) | run.identity if checkpoint is None else checkpoint
+    recorded = dataclasses.asdict(run.recipe) | run.identity if saved is None else saved
     before = json.loads(json.dumps(in_todays_terms(recorded)))
     now = json.loads(json.dumps(now))
     may_differ = {"data_folder"}  # the content hash says whether it is the same data
-    if checkpoint is None:
+    if saved is None:
         if "class_order_sha256" not in before:  # of an older version; the content hash covers it
             may_differ.add("class_order_sha256")
         if run.finished:  # it is only shown
@@ -358,16 +336,13 @@ def refuse_another(run: Run, now: dict, checkpoint: dict | None = None) -> None:
         for key in sorted(before.keys() | now.keys())
         if key not in may_differ and before.get(key) != now.get(key)
     )
-    if changes and checkpoint is not None:
-        raise UserError(
-            f"the checkpoint is of another run ({changes}): choose another --run or --mirror, or "
-            "delete it"
-        )
     if changes:
-        raise UserError(
-            f"{run.folder} holds another run ({changes}): choose another --run (in the notebook: "
-            "RUN), or delete it"
-        )
+        if saved is not None:
+            ways = f"the checkpoint is of another run ({changes}): choose another --run or --mirror"
+        else:
+            ways = f"{run.folder} holds another run ({changes}): choose another --run (in the"
+            ways += " notebook: RUN)"
+        raise UserError(f"{ways}, or delete it")
 
 
 # --- Whole or damaged -----------------------------------------------------------------------------
@@ -386,13 +361,11 @@ def verify_run(run: Run) -> str:
     if not run.finished:
         _ = run.identity, run.recipe, run.environment
         epochs = f"not finished, {len(run.history)} epochs done"
-        return f"{run.folder}: {epochs}, {verify_checkpoints(run.checkpoints)}"
+        return f"{run.folder}: {epochs}, {checkpoint.verify(run.checkpoints)}"
     path = run.folder / CHECKSUMS
-    try:
+    with reading(path, "nothing to compare the files with"):
         lines = [line.split("  ", 1) for line in path.read_text(encoding="utf-8").splitlines()]
         sums = {name: digest for digest, name in lines}
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: nothing to compare the files with") from error
     if sums.keys() != {*FINAL_FILES, "summary.json"}:
         raise UserError(f"{path} is damaged: it does not name the files of a finished run")
     bad = []
@@ -403,25 +376,7 @@ def verify_run(run: Run) -> str:
     if bad:
         raise UserError(f"{run.folder} is damaged: not as written or missing: {', '.join(bad)}")
     files = f"finished, {len(sums)} files as they were written"
-    return f"{run.folder}: {files}, {verify_checkpoints(run.checkpoints)}"
-
-
-def verify_checkpoints(folder: Path) -> str:
-    """Compare the checkpoints in a folder with their hashes; return some words about it."""
-    try:
-        states = {
-            path.name: read(path) for path in (folder / NEWEST, folder / PREVIOUS) if path.exists()
-        }
-    except OSError as error:
-        raise UserError(f"cannot read {folder}: {error.strerror or error}") from error
-    bad = [name for name, state in states.items() if state is None]
-    if bad:
-        good = [name for name in states if name not in bad]
-        hint = f"; {good[0]} is whole, and training continues from it" if good else ""
-        raise UserError(f"{folder} is damaged: {', '.join(bad)}: not as written{hint}")
-    newest = next(iter(states.values()), None)
-    where = f", the newest of epoch {newest['epoch']}, step {newest['step']}" if newest else ""
-    return f"{len(states)} whole checkpoint{'s' * (len(states) != 1)}{where}"
+    return f"{run.folder}: {files}, {checkpoint.verify(run.checkpoints)}"
 
 
 def copy_run(run: Run, target: Path) -> Run:
@@ -457,10 +412,9 @@ def restore_run(run: Run, kept: Path) -> str | None:
 
 def note_figures(run: Run, figures: Path) -> None:
     """Leave in the folder `figures` which run they show."""
-    summary, environment = run.summary, run.environment
-    names = ("test_top1", "test_top5", "test_images", "train_images", "classes")
-    numbers = {name: summary[name] for name in names}
-    names = ("device", "precision", "torch", "commit", "date")
-    where = {name: environment[name] for name in names}
-    record = {"run": run.folder.name, "title": run.title} | numbers | where
-    write_atomically(figures / "figures.json", (json.dumps(record, indent=2) + "\n").encode())
+    numbers = ("test_top1", "test_top5", "test_images", "train_images", "classes")
+    where = ("device", "precision", "torch", "commit", "date")
+    record = {"run": run.folder.name, "title": run.title}
+    record |= {name: run.summary[name] for name in numbers}
+    record |= {name: run.environment.get(name) for name in where}
+    write_atomically(figures / "figures.json", as_json(record))

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import safetensors
 import safetensors.torch
-import torch
 from torch import Tensor, nn
 
 from tinylab.data.augment import network_input
@@ -32,9 +31,8 @@ def weights_file(
     Its metadata holds as JSON the classes in the order of the logits (wnids and names), the
     normalisation, the recipe, the final metrics and the data set's hash.
     """
-    tensors = {
-        name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()
-    }
+    state = model.state_dict()
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     values = {
         "wnids": wnids,
         "names": names,
@@ -66,13 +64,10 @@ def load_weights(path: Path, sha256: str | None = None) -> tuple[ResNet18, dict]
         classes, width = len(metadata["wnids"]), metadata["recipe"]["width"]
         if len(metadata["names"]) != classes:
             raise ValueError(f"it has {classes} classes and {len(metadata['names'])} names")
+        if not all(tensor.isfinite().all() for tensor in tensors.values()):
+            raise ValueError("it has numbers that are not finite")
         model = ResNet18(classes, width)
-        for name, tensor in tensors.items():
-            if tensor.is_floating_point():
-                tensors[name] = tensor.float()
-                if not torch.isfinite(tensor).all():
-                    raise ValueError(f"{name} has numbers that are not finite")
-        model.load_state_dict(tensors)
+        model.load_state_dict(tensors)  # widens float16
     except FileNotFoundError as error:
         raise UserError(f"{path} is missing: the run is not finished") from error
     except (

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from tinylab.data.archive import CONTENT_SHA256
 from tinylab.exceptions import UserError
-from tinylab.files import as_csv, printable, write_atomically
-from tinylab.run.folder import Run, plain_text
+from tinylab.files import as_csv, plain_text, printable, write_atomically
+from tinylab.run.folder import Run
 from tinylab.run.weights import load_weights
 
 MARK = "<!-- model card written by tinylab -->"

@@ -17,10 +17,16 @@ from tinylab.exceptions import UserError
 from tinylab.files import printable
 from tinylab.recipe import Recipe
 from tinylab.recipes import RECIPES, named
-from tinylab.run.folder import METHOD_NAMES, Run, published_history
+from tinylab.run.folder import Run, published_history
 
 LONGEST = 160
 """Characters of a class name that are shown; the longest of Tiny ImageNet has 121."""
+
+METHOD_NAMES = {
+    "gradcam": "Grad-CAM", "gradcam++": "Grad-CAM++", "hirescam": "HiResCAM",
+    "layercam": "LayerCAM", "eigencam": "Eigen-CAM",
+}  # fmt: skip
+"""What the page calls the methods that older records may hold."""
 
 TEMPLATE, STYLE = "report.html.j2", "report.css"
 
