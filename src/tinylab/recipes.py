@@ -126,10 +126,8 @@ def speedrun() -> Recipe:
         accurate(),
         name="speedrun",
         epochs=12,
-        ramp=(
-            (40, 0.25),
-            (48, 0.35),
-        ),  # small first: 3 epochs at 39 % and 4 at 56 % of the full cost, then 5 in full
+        # small first: 3 epochs at 39 % and 4 at 56 % of the full cost, then 5 in full
+        ramp=((40, 0.25), (48, 0.35)),
         max_learning_rate=1.2,
         weight_decay=8e-4,  # shorter run, shorter time constant
         warmup_share=0.125,  # an epoch and a half
@@ -220,18 +218,12 @@ def official() -> Recipe:
 
 
 RECIPES = {
-    "published": published,
-    "accurate": accurate,
-    "speedrun": speedrun,
-    "cpu": cpu,
-    "official": official,
-    "smoke": smoke,
-}
-"""Every recipe by its name; each value is a function without arguments."""
+    each.__name__: each for each in (published, accurate, speedrun, cpu, official, smoke)
+}  # by name: functions without arguments
 
 
 def named(name: str) -> Recipe:
-    """The recipe of that name. Raises `UserError`, listing the names there are."""
+    """Return the recipe of that name. Raise `UserError`, listing the names, if there is none."""
     if name not in RECIPES:
         raise UserError(f"unknown recipe '{name}'; there are: {', '.join(RECIPES)}")
     return RECIPES[name]()

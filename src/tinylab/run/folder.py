@@ -198,13 +198,14 @@ def reading(path: Path, missing: str = NO_RUN) -> Iterator[None]:
         yield
     except FileNotFoundError as error:
         raise UserError(f"{path} is missing: {missing}") from error
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
     except (
-        OSError, ValueError, TypeError, KeyError, EOFError, RecursionError, MemoryError,
-        zipfile.BadZipFile, zlib.error, NotImplementedError,
+        ValueError, TypeError, KeyError, EOFError, RecursionError, MemoryError, zipfile.BadZipFile,
+        zlib.error, NotImplementedError,
     ) as error:  # fmt: skip
-        reason = getattr(error, "strerror", None) or printable(error)
-        way_out = f"delete {path.parent} and train again"
-        raise UserError(f"{path} is damaged or cannot be read: {reason}; {way_out}") from error
+        way_out = f"bring back a copy, or delete {path.parent} and train again"
+        raise UserError(f"{path} is damaged ({printable(error)}): {way_out}") from error
 
 
 def read_object(path: Path, missing: str, fields: dict[str, type] | None = None) -> dict:
