@@ -32,7 +32,9 @@ def batches(loader, epoch: int = 1, start: int = 0) -> list:
 
 def same(first: list, second: list) -> bool:
     pairs = zip(first, second, strict=True)
-    return all(torch.equal(a, b) for one, other in pairs for a, b in zip(one[:2], other[:2]))
+    return all(
+        torch.equal(a, b) for one, other in pairs for a, b in zip(one[:2], other[:2], strict=True)
+    )
 
 
 def test_an_epoch_visits_every_image_once_in_an_order_of_its_own(narrow: Recipe) -> None:
@@ -79,7 +81,7 @@ def test_device_batches_are_augmented_from_their_step_alone(
     flips = generator(3, Stream.FLIP, 0).random(18) < plain.flip_probability
     for step, batch in enumerate(loader.epoch(2)):
         rows = loader.rows_at(2, step)
-        draws = Draws(generator(3, Stream.AUGMENT, 2, step), len(rows), np.arange(len(rows)), CPU)
+        draws = Draws(generator(3, Stream.AUGMENT, 2, step), len(rows))
         images = torch.from_numpy(tiny_dataset.images[rows].copy())
         expected = augment_batch(images, plain, draws, torch.from_numpy(flips[rows]), 2)
         assert torch.equal(batch.images, expected)

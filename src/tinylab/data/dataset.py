@@ -11,11 +11,13 @@ in canonical order (see `archive.Archive`). It is built under another name and r
 that exists is complete.
 """
 
+import contextlib
 import errno
 import glob
 import hashlib
 import io
 import json
+import math
 import os
 import shutil
 import sys
@@ -31,7 +33,6 @@ from tqdm import tqdm
 
 from tinylab.data.archive import (
     CONTENT_SHA256,
-    IMAGE_SIDE,
     WNIDS_SHA256,
     Archive,
     class_order_sha256,
@@ -40,10 +41,10 @@ from tinylab.data.archive import (
 from tinylab.data.download import URLS, find
 from tinylab.exceptions import UserError
 from tinylab.files import interactive, lock, printable
+from tinylab.recipe import SIZE
 
 FORMAT_VERSION = 1
 FOLDER = Path("data/tiny-imagenet")
-IMAGE_BYTES = IMAGE_SIDE * IMAGE_SIDE * 3
 CHUNK = 500  # images that are decoded and written at once: 6 MB
 
 
@@ -52,18 +53,12 @@ class Dataset:
     """An opened data set folder: N images in canonical order, all arrays read-only."""
 
     folder: Path
-    images: np.ndarray
-    """uint8 (N, 64, 64, 3), RGB, memory-mapped."""
-    labels: np.ndarray
-    """int16 (N,), indices into `wnids`."""
-    boxes: np.ndarray
-    """uint8 (N, 4): x0, y0, x1, y1 in pixels, corners included."""
-    wnids: tuple[str, ...]
-    """WordNet ids of the classes, sorted."""
-    names: tuple[str, ...]
-    """Names of the classes for people."""
-    train_count: int
-    """Rows [0, train_count) were the official training images, the others the validation images."""
+    images: np.ndarray  # uint8 (N, 64, 64, 3), RGB, memory-mapped
+    labels: np.ndarray  # int16 (N,), indices into `wnids`
+    boxes: np.ndarray  # uint8 (N, 4): x0, y0, x1, y1 in pixels, corners included
+    wnids: tuple[str, ...]  # sorted
+    names: tuple[str, ...]  # of the classes, for people
+    train_count: int  # rows below it were the official training images, the others validation
     content_sha256: str
 
     @property
@@ -91,27 +86,27 @@ def open_dataset(folder: Path = FOLDER) -> Dataset:
     folder = Path(folder)
     meta = read_meta(folder)
     try:
-        wnids, names, content = tuple(meta["wnids"]), meta["names"], meta["content_sha256"]
-        train_count, count = meta["train_count"], meta["train_count"] + meta["val_count"]
-        shapes = {
-            "images.npy": ((count, IMAGE_SIDE, IMAGE_SIDE, 3), np.uint8),
-            "labels.npy": ((count,), np.int16),
-            "boxes.npy": ((count, 4), np.uint8),
-        }
+        wnids, train_count = tuple(meta["wnids"]), meta["train_count"]
+        names = [printable(n) or wnid for n, wnid in zip(meta["names"], wnids, strict=True)]
+        count = train_count + meta["val_count"]
         arrays = []
-        for name, (shape, dtype) in shapes.items():
+        for name, shape, dtype in (
+            ("images.npy", (count, SIZE, SIZE, 3), np.uint8),
+            ("labels.npy", (count,), np.int16),
+            ("boxes.npy", (count, 4), np.uint8),
+        ):
             array = np.load(folder / name, mmap_mode="r", allow_pickle=False)
             if array.shape != shape or array.dtype != dtype:
-                raise damaged(folder, f"{name} is {array.dtype}{array.shape}")
+                raise ValueError(f"{name} is {array.dtype}{array.shape}")
             arrays.append(array)
-        images, labels, boxes = arrays
-        sound = 0 <= labels.min() and labels.max() < len(wnids) == len(names) and count > 0
-        if not sound or list(wnids) != sorted(set(wnids)) or boxes.max() >= IMAGE_SIDE:
-            raise damaged(folder, "labels, classes and boxes do not fit")
-        names = tuple(printable(name) or wnid for name, wnid in zip(names, wnids, strict=True))
+        _, labels, boxes = arrays
+        in_range = labels.min() >= 0 and labels.max() < len(wnids) and boxes.max() < SIZE
+        if not in_range or list(wnids) != sorted(set(wnids)):
+            raise ValueError("labels, classes and boxes do not fit")
+        content = meta["content_sha256"]
     except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
         raise damaged(folder, printable(error)) from error
-    return Dataset(folder, images, labels, boxes, wnids, names, train_count, content)
+    return Dataset(folder, *arrays, wnids, tuple(names), train_count, content)
 
 
 def refuse_inside(dataset: Dataset, folder: Path, what: str) -> None:
@@ -220,18 +215,21 @@ def is_prepared(folder: Path) -> bool:
 
 def build(archive: Archive, folder: Path, workers: int, progress: bool, strict: bool) -> None:
     """Decode the archive into `folder`. strict: refuse Tiny ImageNet's classes with other files."""
-    count = len(archive.files)
     building = folder.with_name(f"{folder.name}.building-{os.getpid()}")
     try:
         building.mkdir()
+
+        # ---- arrays ----
         labels = np.array([file.label for file in archive.files], dtype=np.int16)
-        boxes = np.array([file.box for file in archive.files], dtype=np.uint8).reshape(count, 4)
+        boxes = np.array([file.box for file in archive.files], dtype=np.uint8)
         hashes = {}
         for name, array in (("labels.npy", labels), ("boxes.npy", boxes)):
             np.save(building / name, array)
             hashes[name] = hashlib.sha256((building / name).read_bytes()).hexdigest()
         path = building / "images.npy"
         digests, hashes["images.npy"] = write_images(archive, path, workers, progress)
+
+        # ---- identity ----
         content = content_sha256(archive.files, archive.wnids, digests)
         if content != CONTENT_SHA256 and class_order_sha256(archive.wnids) == WNIDS_SHA256:
             problem = f"{archive.path} has Tiny ImageNet's classes, but other files ({content})"
@@ -245,7 +243,7 @@ def build(archive: Archive, folder: Path, workers: int, progress: bool, strict: 
             "is_tiny_imagenet": content == CONTENT_SHA256,
             "content_sha256": content,
             "train_count": archive.train_count,
-            "val_count": count - archive.train_count,
+            "val_count": len(labels) - archive.train_count,
             "sha256": hashes,
             "wnids": archive.wnids,
             "names": archive.names,
@@ -260,23 +258,20 @@ def build(archive: Archive, folder: Path, workers: int, progress: bool, strict: 
 def write_images(
     archive: Archive, path: Path, workers: int, progress: bool
 ) -> tuple[list[str], str]:
-    """Decode all images into the .npy file at `path`.
-
-    Return the sha256 of every JPEG file, and that of `path`.
-    """
-    count = len(archive.files)
+    """Decode all images into the .npy file; return the sha256 of every JPEG file, and of `path`."""
+    shape = (len(archive.files), SIZE, SIZE, 3)
     digests, whole = [], hashlib.sha256()
     shown = progress and interactive()
-    bar = tqdm(total=count, desc="decoding", unit=" images", mininterval=0.3, disable=not shown)
-    with bar, open(path, "w+b") as file, ThreadPoolExecutor(workers) as pool:
-        shape = (count, IMAGE_SIDE, IMAGE_SIDE, 3)
+    bar = tqdm(total=shape[0], desc="decoding", unit=" images", mininterval=0.3, disable=not shown)
+    quiet = warnings.catch_warnings(action="ignore")  # Pillow's, of files that decode all the same
+    with bar, quiet, open(path, "w+b") as file, ThreadPoolExecutor(workers) as pool:
         header = {"descr": "|u1", "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(file, header)
         start = file.tell()
-        reserve(file, start + count * IMAGE_BYTES)
+        reserve(file, start + math.prod(shape))
         file.seek(0)
         whole.update(file.read(start))
-        for first in range(0, count, CHUNK):
+        for first in range(0, shape[0], CHUNK):
             names = [each.path for each in archive.files[first : first + CHUNK]]
             jpegs = [archive.read(name) for name in names]
             digests += [hashlib.sha256(jpeg).hexdigest() for jpeg in jpegs]
@@ -290,17 +285,12 @@ def write_images(
 
 def reserve(file: BinaryIO, size: int) -> None:
     """Take the disk space for `size` bytes now: a full disk fails before any work is done."""
-    file.flush()
-    if hasattr(os, "posix_fallocate"):
-        try:
-            os.posix_fallocate(file.fileno(), 0, size)
-            return
-        except OSError as error:
-            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS):
-                raise
-    free = shutil.disk_usage(os.path.dirname(file.name) or ".").free
-    if free < size:
+    if shutil.disk_usage(Path(file.name).parent).free < size:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    if hasattr(os, "posix_fallocate"):
+        file.flush()
+        with contextlib.suppress(OSError):  # not every file system can
+            os.posix_fallocate(file.fileno(), 0, size)
 
 
 def decode(jpeg: bytes, name: str) -> np.ndarray:
@@ -309,22 +299,14 @@ def decode(jpeg: bytes, name: str) -> np.ndarray:
     Small damage inside the picture data goes through, as libjpeg mends it silently: zips tell it by
     their CRC-32, and Tiny ImageNet by its content hash.
     """
-    copy = "use an unmodified copy of the archive"
     try:
-        with (
-            warnings.catch_warnings(action="ignore"),
-            Image.open(io.BytesIO(jpeg), formats=["JPEG"]) as image,
-        ):
-            if image.size != (IMAGE_SIDE, IMAGE_SIDE):
-                size = (
-                    f"{image.width} x {image.height} pixels instead of {IMAGE_SIDE} x {IMAGE_SIDE}"
-                )
-                raise UserError(f"{printable(name)} has {size}; {copy}")
-            return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
-    except UserError:
-        raise
-    except Exception as error:  # Pillow raises many kinds for broken files, SyntaxError among them
-        raise UserError(f"{printable(name)} is not a sound JPEG file; {copy}") from error
+        with Image.open(io.BytesIO(jpeg), formats=["JPEG"]) as image:
+            if image.size == (SIZE, SIZE):
+                return np.asarray(image.convert("RGB"))
+            problem = f"has {image.width} x {image.height} pixels instead of {SIZE} x {SIZE}"
+    except Exception:  # Pillow raises many kinds for broken files, SyntaxError among them
+        problem = "is not a sound JPEG file"
+    raise UserError(f"{printable(name)} {problem}; use an unmodified copy of the archive")
 
 
 def available_cores() -> int:

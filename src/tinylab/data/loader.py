@@ -7,10 +7,9 @@ very same batch.
 import os
 import signal
 import warnings
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import NamedTuple
 
 import numpy as np
@@ -27,6 +26,7 @@ from tinylab.data.augment import (
     generator,
     mix_batch,
     mixing_of,
+    send,
 )  # fmt: skip
 from tinylab.data.dataset import Dataset, available_cores
 from tinylab.exceptions import UserError
@@ -40,20 +40,15 @@ CPU_EVALUATION_BATCH = 32
 class Batch(NamedTuple):
     """What one optimiser step trains on, or, with several processes, this one's share of it."""
 
-    images: torch.Tensor
-    """uint8 (B, 64, 64, 3), augmented and mixed."""
-    labels: torch.Tensor
-    """int64 (B,)"""
-    partners: torch.Tensor | None = None
-    """int64 (B,), the labels of the images that were mixed in."""
-    share: float = 1.0
-    """What `labels` weigh in the loss; `partners` weigh the rest."""
-    total: int = 0
-    """Images of the whole batch over all processes; 0: these are all of it."""
+    images: torch.Tensor  # uint8 (B, 64, 64, 3), augmented and mixed
+    labels: torch.Tensor  # int64 (B,)
+    partners: torch.Tensor | None = None  # int64 (B,), labels of the images that were mixed in
+    share: float = 1.0  # what `labels` weigh in the loss; `partners` weigh the rest
+    total: int = 0  # see `size`; 0: these are all
 
     @property
     def size(self) -> int:
-        """Images of the whole batch over all processes."""
+        """Images of the whole batch, over all processes."""
         return self.total or len(self.labels)
 
 
@@ -78,8 +73,8 @@ def make_loader(
 ) -> "WorkerLoader | DeviceLoader":
     """Return the loader that the recipe's `augmentation` asks for, of the training images `rows`.
 
-    images: the data set on the device, if it is there already. Raise `UserError` for a seed or a
-    number of workers that cannot be.
+    images: the data set on the device, if it is there already.
+    Raise `UserError` for a seed or a number of workers that cannot be.
     """
     if not 0 <= seed < 2**63:
         raise UserError(f"seed must be a whole number from 0 to 2**63 - 1, not {seed}")
@@ -91,23 +86,27 @@ def make_loader(
     return DeviceLoader(order, images or Images(dataset.images, dataset.labels, device))
 
 
+@dataclass
 class EpochRows:
     """Which rows of the data set each step of each epoch trains on."""
 
-    def __init__(
-        self, rows: np.ndarray, recipe: Recipe, seed: int, rank: int = 0, ranks: int = 1
-    ) -> None:
-        self.rows, self.recipe, self.seed, self.rank, self.ranks = rows, recipe, seed, rank, ranks
-        self.steps = recipe.steps_per_epoch(len(rows))
-        self._order = (0, np.empty(0, dtype=np.int64))
+    rows: np.ndarray
+    recipe: Recipe
+    seed: int
+    rank: int = 0
+    ranks: int = 1
+
+    def __post_init__(self) -> None:
+        self.steps = self.recipe.steps_per_epoch(len(self.rows))
+        self._epoch, self._order = 0, self.rows
 
     def rows_at(self, epoch: int, step: int) -> np.ndarray:
         """Return the whole batch's rows, int64 (B,); epochs count from 1, steps from 0."""
-        if self._order[0] != epoch:
+        if self._epoch != epoch:
             order = generator(self.seed, Stream.ORDER, epoch).permutation(len(self.rows))
-            self._order = (epoch, self.rows[order])
+            self._epoch, self._order = epoch, self.rows[order]
         first = step * self.recipe.batch_size
-        return self._order[1][first : first + self.recipe.batch_size]
+        return self._order[first : first + self.recipe.batch_size]
 
 
 # --- albumentations, image by image in worker processes -------------------------------------------
@@ -121,12 +120,14 @@ class AugmentedBatches(TorchDataset):
 
     def __init__(self, dataset: Dataset, order: EpochRows) -> None:
         self.dataset, self.order = dataset, order
-        self._transform = None
+
+    @cached_property
+    def transform(self) -> Callable:
+        """The recipe's, built by the process that needs it."""
+        return build_transform(self.order.recipe)
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
         """Return uint8 (B, 64, 64, 3) and int64 (B,), this process's share."""
-        if self._transform is None:
-            self._transform = build_transform(self.order.recipe)
         epoch, step = key
         rows = self.order.rows_at(epoch, step)
         mine = share(len(rows), self.order.rank, self.order.ranks)
@@ -135,19 +136,16 @@ class AugmentedBatches(TorchDataset):
         for i, position in enumerate(mine):
             where = step * self.order.recipe.batch_size + position
             rng = generator(self.order.seed, Stream.AUGMENT, epoch, where)
-            images[i] = augment(self._transform, source[rows[position]], rng)
+            images[i] = augment(self.transform, source[rows[position]], rng)
         labels = self.dataset.labels[rows[mine.start : mine.stop]].astype(np.int64)
         return torch.from_numpy(images), torch.from_numpy(labels)
 
-    def __getstate__(self) -> dict:
-        return self.__dict__ | {"_transform": None}
-
 
 class WorkerLoader:
-    """Yields batches on `device`. `workers` processes augment; 0 augments in this one.
+    """Yields batches on `device` that `workers` processes augment; 0: this one.
 
-    The batches do not depend on `workers`. None chooses: none for a CPU run, whose cores are busy
-    training, else one per core up to eight.
+    The batches do not depend on `workers`. None chooses: 0 on a CPU, whose cores are busy training,
+    else one per core up to eight.
     """
 
     def __init__(
@@ -208,8 +206,7 @@ class Images:
     """The data set's images and labels as `device` reads them: uint8 batches by row number.
 
     They live on a GPU if they take less than a quarter of its free memory (Tiny ImageNet is 1.35
-    GB), else a thread gathers the next batches from the memory map into pinned memory. On a CPU the
-    memory map itself is read. `resident` decides otherwise.
+    GB), else each batch is copied from the memory map, which a CPU reads itself.
     """
 
     def __init__(
@@ -219,15 +216,13 @@ class Images:
         device: torch.device,
         resident: bool | None = None,
     ) -> None:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*not writable.*")  # nothing here writes
-            on_host = torch.from_numpy(images)
-        if resident is None:
-            cuda = device.type == "cuda"
-            free = torch.cuda.mem_get_info(device)[0] if cuda else float("inf")
-            resident = images.nbytes < free / 4
-        self.device, self.resident = device, resident
-        self._images = on_host.to(device) if resident else on_host
+        with warnings.catch_warnings(action="ignore"):  # "not writable": nothing here writes
+            self._images = torch.from_numpy(images)
+        if resident is None and device.type == "cuda":
+            resident = images.nbytes < torch.cuda.mem_get_info(device)[0] / 4
+        self.device = device
+        if resident:
+            self._images = self._images.to(device)
         self._labels = torch.from_numpy(labels.astype(np.int64)).to(device)
 
     def __len__(self) -> int:
@@ -235,43 +230,13 @@ class Images:
 
     def labels(self, rows: np.ndarray) -> torch.Tensor:
         """Return int64 (B,) on the device, of int64 rows (B,)."""
-        return self._labels.index_select(0, self.index(rows))
+        return self._labels.index_select(0, send(rows, self.device))
 
     def batches(self, row_batches: Iterable[np.ndarray]) -> Iterator[torch.Tensor]:
         """Yield uint8 (B, 64, 64, 3) on the device for each of the int64 rows (B,)."""
-        if self.resident:
-            for rows in row_batches:
-                yield self._images.index_select(0, self.index(rows))
-            return
-        for images in ahead(self._gather, row_batches):
-            yield images.to(self.device, non_blocking=True)
-
-    def _gather(self, rows: np.ndarray) -> torch.Tensor:
-        shape, pinned = (len(rows), *self._images.shape[1:]), self.device.type == "cuda"
-        out = torch.empty(shape, dtype=torch.uint8, pin_memory=pinned)
-        return torch.index_select(self._images, 0, torch.from_numpy(rows), out=out)
-
-    def index(self, rows: np.ndarray) -> torch.Tensor:
-        """Return `rows`, int64 (B,), on the device, without waiting for it."""
-        index = torch.from_numpy(rows)
-        if self.device.type == "cuda":
-            index = index.pin_memory()  # else the copy waits for the device
-        return index.to(self.device, non_blocking=True)
-
-
-def ahead(work: Callable, items: Iterable, depth: int = 3) -> Iterator:
-    """Yield work(item) in order, computed by a thread up to `depth` items ahead."""
-    pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="gather")
-    pending: deque = deque()
-    try:
-        for item in items:
-            pending.append(pool.submit(work, item))
-            if len(pending) > depth:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+        for rows in row_batches:
+            images = self._images.index_select(0, send(rows, self._images.device))
+            yield images.to(self.device)
 
 
 class DeviceLoader:
@@ -302,30 +267,25 @@ class DeviceLoader:
         plans = []
         for step in steps:
             rows = order.rows_at(epoch, step)
+            mixing = generator(order.seed, Stream.MIX, epoch, step)
+            way = mixing_of(recipe, mixing, epoch)
             mine = share(len(rows), order.rank, order.ranks)
-            mixed = mixing_of(recipe, self._mixing_draws(epoch, step, len(rows)), epoch) is not None
-            positions = np.arange(mine.start - mixed, mine.stop) % len(rows)
-            plans.append((step, len(rows), positions, rows[positions], mixed))
+            positions = np.arange(mine.start - (way is not None), mine.stop) % len(rows)
+            plans.append((step, len(rows), positions, rows[positions], way, mixing))
 
         # ---- pixels ----
-        gathered = self._images.batches(rows for _, _, _, rows, _ in plans)
-        for (step, total, positions, rows, mixed), images in zip(plans, gathered, strict=True):
+        gathered = self._images.batches(plan[3] for plan in plans)
+        for plan, images in zip(plans, gathered, strict=True):
+            step, total, positions, rows, way, mixing = plan
             rng = generator(order.seed, Stream.AUGMENT, epoch, step)
-            draws = Draws(rng, total, positions, device)
-            mirrored = self._mirrored.index_select(0, self._images.index(rows))
+            draws = Draws(rng, total, positions)
+            mirrored = self._mirrored.index_select(0, send(rows, device))
             images = augment_batch(images, recipe, draws, mirrored, epoch)
-            labels = self._images.labels(rows)
-            if not mixed:
-                yield Batch(images, labels, total=total)
-                continue
-            draws = self._mixing_draws(epoch, step, total)
-            both = (images[1:], images[:-1], labels[1:], labels[:-1])
-            images, partners, weight = mix_batch(*both, recipe, draws, epoch)
-            yield Batch(images, labels[1:], partners, weight, total=total)
-
-    def _mixing_draws(self, epoch: int, step: int, total: int) -> Draws:
-        rng = generator(self._order.seed, Stream.MIX, epoch, step)
-        return Draws(rng, total, device=self._images.device)
+            labels, partners, weight = self._images.labels(rows), None, 1.0
+            if way is not None:
+                images, weight = mix_batch(images[1:], images[:-1], way, recipe, mixing)
+                labels, partners = labels[1:], labels[:-1]
+            yield Batch(images, labels, partners, weight, total)
 
 
 # --- Without gradients ----------------------------------------------------------------------------
@@ -362,7 +322,7 @@ def evaluation_batches(
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yield the images `rows` as they are, uint8 (B, 64, 64, 3), and their labels, on `device`."""
     if images is None:
-        images = Images(dataset.images, dataset.labels, device, resident=device.type == "cpu")
+        images = Images(dataset.images, dataset.labels, device, resident=False)
     size = batch_size or evaluation_batch_size(device)
     parts = [rows[first : first + size] for first in range(0, len(rows), size)]
     for part, batch in zip(parts, images.batches(parts), strict=True):

@@ -1,10 +1,10 @@
 """Which images train and which test: three protocols, the same on every machine and for ever.
 
-`merged`   training and validation images pooled, 70 % / 30 % of every class: the published
-protocol, made repeatable. `official` the data set's own training and validation images. `select`
-the training images of `merged` split again, one in eleven held out: every hyper-parameter is chosen
-on
-           these, so that the test images of the other two are only ever used for final numbers.
+merged    training and validation images pooled, 70 % / 30 % of every class: the published protocol,
+          made repeatable
+official  the data set's own training and validation images
+select    the training images of `merged` split again, one in eleven held out: hyper-parameters are
+          chosen on these, so that the other two's test images only serve for final numbers
 """
 
 import hashlib
@@ -20,10 +20,9 @@ PROTOCOLS = ("merged", "official", "select")
 
 @dataclass(frozen=True)
 class Split:
-    """Row numbers into the data set, in canonical order, of the first `classes` classes.
+    """Row numbers of the data set, in canonical order, of the first `classes` classes.
 
-    train, test: int64, ascending, disjoint. sha256: hex digest over protocol, classes and both
-    lists of rows.
+    train, test: int64, ascending, disjoint. sha256: over protocol, classes and both lists of rows.
     """
 
     protocol: str
@@ -34,70 +33,47 @@ class Split:
 
 
 def make_split(dataset: Dataset, protocol: str, limit_classes: int | None = None) -> Split:
-    """The split of `dataset` by `protocol`, of its first `limit_classes` classes (by sorted wnid)
-    or of all.
+    """Split the first `limit_classes` classes, by sorted wnid, or all.
 
-    Each class is split by itself, from its wnid alone, so fewer classes give a part of the full
-    split, never another one. Membership follows SHA-256 ranks rather than a random generator's
-    stream, which libraries may change. Raises `UserError` for an unknown protocol, an impossible
-    number of classes, or a class too small to split.
+    Each class is split by itself, from its wnid alone: fewer classes give a part of the full split.
+    Membership follows SHA-256 ranks, not a random generator's stream, which libraries may change.
+    Raise `UserError` for an impossible protocol or number of classes, or a class that is too small.
     """
     if protocol not in PROTOCOLS:
         raise UserError(f"unknown split '{protocol}'; there are: {', '.join(PROTOCOLS)}")
-    classes = len(dataset.wnids) if limit_classes is None else limit_classes
-    if not 2 <= classes <= len(dataset.wnids):
+    most = len(dataset.wnids)
+    classes = most if limit_classes is None else limit_classes
+    if not 2 <= classes <= most:
         raise UserError(
-            f"limit-classes must be from 2 to {len(dataset.wnids)}, the classes of this data set, "
-            f"not {classes}"
+            f"limit-classes must be from 2 to {most}, the classes of this data set, not {classes}"
         )
-    train, test = [], []
-    for label in range(classes):
+
+    parts = []
+    for label, wnid in enumerate(dataset.wnids[:classes]):
         rows = np.flatnonzero(dataset.labels == label)
-        class_train, class_test = _split_class(rows, dataset, protocol, dataset.wnids[label])
-        if len(class_train) == 0 or len(class_test) == 0:
+        if protocol == "official":
+            train, test = rows[rows < dataset.train_count], rows[rows >= dataset.train_count]
+        else:
+            train, test = np.split(rows[ranks(len(rows), "merged", wnid)], [round(len(rows) * 0.7)])
+        if protocol == "select":
+            train = np.sort(train)
+            ranked = train[ranks(len(train), "select", wnid)]
+            test, train = np.split(ranked, [round(len(train) / 11)])
+        if len(train) == 0 or len(test) == 0:
             raise UserError(
-                f"class {dataset.wnids[label]} has {len(rows)} images, too few for the split "
-                f"'{protocol}'"
+                f"class {wnid} has {len(rows)} images, too few for the split '{protocol}'"
             )
-        train.append(class_train)
-        test.append(class_test)
-    train_rows, test_rows = (
-        np.sort(np.concatenate(parts)).astype(np.int64) for parts in (train, test)
+        parts.append((train, test))
+
+    train, test = (
+        np.sort(np.concatenate(rows)).astype(np.int64) for rows in zip(*parts, strict=True)
     )
-    return Split(
-        protocol, classes, train_rows, test_rows, _digest(protocol, classes, train_rows, test_rows)
-    )
+    header = f"tinylab split v1 {protocol} {classes} {len(train)} {len(test)}\n".encode()
+    digest = hashlib.sha256(header + train.astype("<i8").tobytes() + test.astype("<i8").tobytes())
+    return Split(protocol, classes, train, test, digest.hexdigest())
 
 
-def _split_class(
-    rows: np.ndarray, dataset: Dataset, protocol: str, wnid: str
-) -> tuple[np.ndarray, np.ndarray]:
-    if protocol == "official":
-        return rows[rows < dataset.train_count], rows[rows >= dataset.train_count]
-    ranked = rows[_ranks(len(rows), "merged", wnid)]
-    n_train = round(len(rows) * 0.7)  # 385 of 550
-    train, test = ranked[:n_train], ranked[n_train:]
-    if protocol == "merged":
-        return train, test
-    train = np.sort(train)
-    ranked = train[_ranks(len(train), "select", wnid)]
-    held_out = round(len(train) / 11)  # 35 of 385
-    return ranked[held_out:], ranked[:held_out]
-
-
-def _ranks(count: int, purpose: str, wnid: str) -> list[int]:
-    """The numbers 0..count-1 in an order that looks random and is fixed by purpose and class."""
-
-    def digest(position: int) -> bytes:
-        return hashlib.sha256(f"tinylab {purpose} v1 {wnid} {position}".encode()).digest()
-
-    return sorted(range(count), key=digest)
-
-
-def _digest(protocol: str, classes: int, train: np.ndarray, test: np.ndarray) -> str:
-    digest = hashlib.sha256(
-        f"tinylab split v1 {protocol} {classes} {len(train)} {len(test)}\n".encode()
-    )
-    for rows in (train, test):
-        digest.update(rows.astype("<i8").tobytes())
-    return digest.hexdigest()
+def ranks(count: int, purpose: str, wnid: str) -> list[int]:
+    """Return 0..count - 1 in an order that looks random and is fixed by purpose and class."""
+    name = f"tinylab {purpose} v1 {wnid}"
+    return sorted(range(count), key=lambda i: hashlib.sha256(f"{name} {i}".encode()).digest())
