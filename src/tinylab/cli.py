@@ -30,10 +30,9 @@ if TYPE_CHECKING:
     from tinylab.run.folder import Run
 
 DATA = Path("data/tiny-imagenet")
+# What the operating system refuses and the user can change.
 OF_THE_USER = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
-"""What the operating system refuses and the user can change."""
-MOST_EXPLAINED = 400
-"""Rows of the figure of heat maps: a PNG of more than 65,535 pixels cannot be drawn."""
+MOST_EXPLAINED = 400  # rows of the figure of heat maps: a PNG has at most 65,535 pixels
 DeviceName = Literal["auto", "cpu", "cuda", "mps"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Stage = Literal["layer1", "layer2", "layer3", "layer4"]
@@ -72,10 +71,8 @@ class Prepare:
 
         dataset = prepare(self.source, self.data, workers=self.workers)
         validation = len(dataset) - dataset.train_count
-        print(
-            f"{self.data}: {len(dataset):,} images ({dataset.train_count:,} training, "
-            f"{validation:,} validation)"
-        )
+        kinds = f"{dataset.train_count:,} training, {validation:,} validation"
+        print(f"{self.data}: {len(dataset):,} images ({kinds})")
         print(f"{len(dataset.wnids)} classes, content sha256 {dataset.content_sha256}")
 
 
@@ -138,9 +135,8 @@ class Train(Training):
             return  # one of several processes, of which the first tells the result
         final = finished.summary
         accuracy = f"{final['test_top1']:.2f} % top-1, {final['test_top5']:.2f} % top-5"
-        print(
-            f"{finished.folder}: {accuracy}, {final['train_seconds'] / 60:.1f} minutes of training"
-        )
+        minutes = final["train_seconds"] / 60
+        print(f"{finished.folder}: {accuracy}, {minutes:.1f} minutes of training")
 
 
 @dataclass(frozen=True)
@@ -203,20 +199,10 @@ class Evaluate:
         compute = choose(self.device, self.precision)
         network = trained_model(finished, dataset).to(compute.device)
         view = with_flip if self.tta == "flip" else None
-        result = score(
-            *test_logits(network, dataset, rows.test, finished.recipe, compute, view=view)
-        )
+        tested = test_logits(network, dataset, rows.test, finished.recipe, compute, view=view)
         print(f"{len(rows.test):,} test images of {finished.folder}, {compute}")
-        print(
-            json.dumps(
-                {
-                    "protocol": rows.protocol,
-                    "classes": rows.classes,
-                    "tta": self.tta,
-                    **result.numbers(),
-                }
-            )
-        )
+        how = {"protocol": rows.protocol, "classes": rows.classes, "tta": self.tta}
+        print(json.dumps(how | score(*tested).numbers()))
 
 
 @dataclass(frozen=True)
@@ -257,17 +243,11 @@ class Explain:
 
         compute = choose(self.device, "fp32")
         maps = self.count or self.sample or self.all or self.faithfulness
-        analysis = analyse_run(
-            finished,
-            dataset,
-            rows,
-            trained_model(finished, dataset).to(compute.device) if maps else None,
-            count=self.count,
-            stage=self.stage,
-            sample=None if self.all else self.sample,
-            faithful=self.faithfulness,
-            progress=True,
-        )
+        network = trained_model(finished, dataset).to(compute.device) if maps else None
+        sample = None if self.all else self.sample
+        how = {"count": self.count, "stage": self.stage, "faithful": self.faithfulness}
+        how |= {"sample": sample, "progress": True}
+        analysis = analyse_run(finished, dataset, rows, network, **how)
         for path in analysis.save(finished, self.figures):
             print(path)
         print(analysis.in_words())
@@ -304,7 +284,6 @@ class Report:
         names = [name for name in explanation["figures"] if re.fullmatch("[a-z_]+", str(name))]
         pictures = {name: finished.figures / f"{name}.png" for name in names}
         shown = {name: path.read_bytes() for name, path in pictures.items() if path.is_file()}
-        out.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(out, page(finished, explanation, shown).encode("utf-8", "replace"))
         print(f"{out}: {out.stat().st_size / 1e6:.1f} MB, everything inside")
 
@@ -459,19 +438,10 @@ class Verify:
 
 
 COMMANDS = {
-    "sample": Sample,
-    "prepare": Prepare,
-    "train": Train,
-    "evaluate": Evaluate,
-    "explain": Explain,
-    "report": Report,
-    "predict": Predict,
-    "export": Export,
-    "schedule": Schedule,
-    "find-lr": FindLr,
-    "summary": Summary,
-    "verify": Verify,
-}
+    "sample": Sample, "prepare": Prepare, "train": Train, "evaluate": Evaluate,
+    "explain": Explain, "report": Report, "predict": Predict, "export": Export,
+    "schedule": Schedule, "find-lr": FindLr, "summary": Summary, "verify": Verify,
+}  # fmt: skip
 WITH_RECIPE = ("train", "schedule", "find-lr")
 
 
@@ -546,7 +516,7 @@ def terminable() -> Iterator[None]:
 
 
 def usage() -> str:
-    """What `tinylab --help` prints."""
+    """Return what `tinylab --help` prints."""
     lines = ["usage: tinylab COMMAND [options]      tinylab COMMAND --help tells them", ""]
     for name, command in COMMANDS.items():
         lines.append(f"  {name + (' RECIPE' if name in WITH_RECIPE else ''):<18}{command.__doc__}")
@@ -554,8 +524,7 @@ def usage() -> str:
 
 
 def first(rank: str) -> bool:
-    """Return whether this process is torchrun's first by that variable, or not torchrun's at
-    all."""
+    """Return whether this process is torchrun's first by that variable, or not torchrun's."""
     return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get(rank, "0") == "0"
 
 
@@ -566,8 +535,7 @@ def complain(error: object) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command and return the exit status: 0, 2 for user errors, 130 or 143 after a
-    signal."""
+    """Run one command; return 0, 2 for user errors, or 130 or 143 after a signal."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage())

@@ -21,10 +21,11 @@ def write_atomically(path: Path, *parts: bytes | memoryview, keep_as: Path | Non
     """Replace `path` by the parts in one step; what it held before stays as `keep_as`, if given.
 
     Written under another name, flushed to the disk, renamed: the file is whole or as before, also
-    after a kill or on a full disk. Raise `UserError` if that fails.
+    after a kill or on a full disk. Folders above it are made. Raise `UserError` if that fails.
     """
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             for part in parts:
                 file.write(part)

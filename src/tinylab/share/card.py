@@ -16,8 +16,7 @@ from tinylab.files import as_csv, plain_text, printable, write_atomically
 from tinylab.run.folder import Run
 from tinylab.run.weights import load_weights
 
-MARK = "<!-- model card written by tinylab -->"
-"""Stands in every card, so that no other README is ever replaced."""
+MARK = "<!-- model card written by tinylab -->"  # so that no other README is ever replaced
 FILES = ("model.safetensors", "classes.csv", "README.md")
 PROTOCOLS = {
     "merged": "training and validation images pooled, 70 % / 30 % of every class",
@@ -25,14 +24,10 @@ PROTOCOLS = {
     "select": "held-out training images, on which settings may be chosen: not a final number",
 }
 CIRCUMSTANCES = {
-    "device": "device",
-    "precision": "number format",
-    "torch": "torch",
-    "torchvision": "torchvision",
-    "platform": "platform",
-    "commit": "commit of tinylab",
+    "device": "device", "precision": "number format", "torch": "torch",
+    "torchvision": "torchvision", "platform": "platform", "commit": "commit of tinylab",
     "date": "date",
-}
+}  # fmt: skip
 
 
 def write_hand_over(run: Run, folder: Path) -> list[Path]:
@@ -50,10 +45,6 @@ def write_hand_over(run: Run, folder: Path) -> list[Path]:
         "model.safetensors": run.weights.read_bytes(),
         "classes.csv": as_csv([("index", "wnid", "name"), *((i, *both) for i, both in classes)]),
     }
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write {folder}: {error.strerror or error}") from error
     for name, content in contents.items():
         write_atomically(folder / name, content)
     return [folder / name for name in FILES]
@@ -83,12 +74,9 @@ def model_card(run: Run, explanation: dict | None = None, names: Iterable[str] =
     errors = explanation.get("errors")
 
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), undefined=jinja2.StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
+    )  # fmt: skip
     environment.filters |= {"plain": plain_text, "yaml": lambda text: json.dumps(printable(text))}
     try:
         return environment.get_template("card.md.j2").render(

@@ -19,8 +19,7 @@ from tinylab.recipe import SIZE
 from tinylab.run.weights import normalised, recipe_of
 
 NEEDED = ("onnx", "onnxscript", "onnxruntime")
-TOLERANCE = 1e-4
-"""By how much a logit may differ from torch's, as a share of the largest: both compute in fp32."""
+TOLERANCE = 1e-4  # difference of a logit from torch's, as a share of the largest: both are fp32
 CHECKED_BATCHES = (1, 2, 7)
 
 
@@ -95,10 +94,6 @@ def export_onnx(model: nn.Module, metadata: dict, path: Path, opset: int = 18) -
             f"{max(differences):.2g}"
         )
 
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write {printable(path)}: {error.strerror or error}") from error
     write_atomically(path, content)
     return {
         "file": str(path),

@@ -10,15 +10,11 @@ from tinylab.exceptions import UserError
 from tinylab.files import printable
 from tinylab.recipe import SIZE
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
-"""What is read, by Pillow's names: what browsers show. Its other readers have more faults."""
-SMALLEST = 8
-"""Pixels on the shorter side below which there is nothing to see."""
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # Pillow's other readers have more faults
+SMALLEST = 8  # pixels on the shorter side below which there is nothing to see
 MOST_BYTES = 256 * 1024 * 1024
-MOST_PIXELS = 128_000_000
-"""Of any picture: phones make JPEGs of 108 million."""
-MOST_HELD = 64_000_000
-"""Pixels that are decoded into memory. (A plain JPEG is shrunk in decoding.)"""
+MOST_PIXELS = 128_000_000  # of any picture: phones make JPEGs of 108 million
+MOST_HELD = 64_000_000  # pixels decoded into memory; a plain JPEG is shrunk in decoding
 
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -62,9 +58,8 @@ def read_image(path: Path) -> np.ndarray:
     if not 0 < path.stat().st_size <= MOST_BYTES:
         large = f"has more than {MOST_BYTES:,} bytes: make it smaller"
         raise UserError(f"{name} {large if path.stat().st_size else 'is empty: get a whole copy'}")
-    too_large = (
-        f"{name} is too large: more than {MOST_HELD // 10**6} million pixels; make it smaller"
-    )
+    most = f"more than {MOST_HELD // 10**6} million pixels"
+    too_large = f"{name} is too large: {most}; make it smaller"
     try:
         with warnings.catch_warnings(action="ignore"), Image.open(path, formats=FORMATS) as image:
             if min(image.size) < SMALLEST:

@@ -31,17 +31,15 @@ def load(path: Path) -> tuple[ResNet18, dict]:
         file = path / "model.safetensors" if path.is_dir() else path
         if not file.exists():
             problem = "holds no run and no weights" if path.is_dir() else "does not exist"
-            raise UserError(
-                f"{printable(path)} {problem}: name a finished run's folder, or a model.safetensors"
-            )
+            advice = "name a finished run's folder, or a model.safetensors"
+            raise UserError(f"{printable(path)} {problem}: {advice}")
         return load_weights(file)
     run = Run(path)
     network, metadata = load_weights(run.weights, run.summary["model_sha256"])
     order = class_order_sha256(metadata["wnids"])
     # Runs that began before there was such a field are held to their number of classes.
-    if (len(metadata["wnids"]), order) != (
-        run.identity["classes"], run.identity.get("class_order_sha256", order),
-    ):  # fmt: skip
+    trained = (run.identity["classes"], run.identity.get("class_order_sha256", order))
+    if (len(metadata["wnids"]), order) != trained:
         raise UserError(f"{run.weights} has other classes than {run.folder}/run.json")
     return network, metadata
 
@@ -66,20 +64,14 @@ def predict(model: nn.Module, metadata: dict, images: np.ndarray, top: int = 5) 
     finally:
         model.train(training)
     scores = np.concatenate(logits)
-    answers = []
-    for each in scores:
-        shares = softmax(each[None])[0]
-        answers.append(
-            [
-                {
-                    "wnid": metadata["wnids"][index],
-                    "name": metadata["names"][index],
-                    "probability": float(shares[index]),
-                }
-                for index in np.argsort(-each, kind="stable")[:top].tolist()
-            ]
-        )
-    return answers
+
+    def answer(index: int, shares: np.ndarray) -> dict:
+        wnid, name = metadata["wnids"][index], metadata["names"][index]
+        return {"wnid": wnid, "name": name, "probability": float(shares[index])}
+
+    ranked = np.argsort(-scores, axis=1, kind="stable")[:, :top].tolist()
+    shares = [softmax(each[None])[0] for each in scores]
+    return [[answer(i, of) for i in row] for row, of in zip(ranked, shares, strict=True)]
 
 
 def open_finished(folder: Path, data: Path | None) -> tuple[Run, Dataset, Split]:
