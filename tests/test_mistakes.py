@@ -143,7 +143,6 @@ def test_pairs_are_the_most_confused_ones(found: Errors) -> None:
             == ((labels == pair["one"]["index"]) & (answers == pair["other"]["index"])).sum()
         )
         assert pair["one_as_other"] + pair["other_as_one"] == pair["count"]
-    assert len(analyse(logits, labels, WNIDS, NAMES, pairs=3).pairs) == 3
 
 
 def test_the_most_confident_mistakes_and_the_least_confident_hits(found: Errors) -> None:
@@ -282,7 +281,7 @@ def test_each_half_is_judged_with_the_other_s_temperature() -> None:
     hand."""
     logits, labels = sharpened(images=100, seed=1)
     found = calibration(logits, labels)
-    half = errors._halves(labels, seed=0)
+    half = errors.halves(labels, seed=0)
     grid = np.geomspace(0.5, 10, 4001)
     best = []
     for number in (0, 1):
@@ -305,12 +304,12 @@ def test_each_half_is_judged_with_the_other_s_temperature() -> None:
 
 def test_the_halves_are_alike_in_every_class() -> None:
     labels = np.random.default_rng(0).integers(0, 9, 301)
-    half, other = errors._halves(labels, seed=0), errors._halves(labels, seed=1)
+    half, other = errors.halves(labels, seed=0), errors.halves(labels, seed=1)
     counts = np.array([np.bincount(labels[half == number], minlength=9) for number in (0, 1)])
     assert np.abs(counts[0] - counts[1]).max() == 1
     assert np.abs(counts.sum(axis=1)).tolist() == [151, 150]
     assert (half != other).any()
-    np.testing.assert_array_equal(half, errors._halves(labels, seed=0))
+    np.testing.assert_array_equal(half, errors.halves(labels, seed=0))
     assert (half != np.arange(301) % 2).any()
 
 
@@ -354,7 +353,7 @@ def test_where_no_temperature_is_best_it_is_1_and_that_is_said(
 
 def test_one_half_alone_may_have_a_temperature() -> None:
     labels = np.zeros(8, dtype=np.int64)
-    half = errors._halves(labels, seed=0)
+    half = errors.halves(labels, seed=0)
     logits = np.tile(np.array([[3.0, 0.0]], dtype=np.float16), (8, 1))
     logits[np.flatnonzero(half == 1)[0]] = [0, 1]
     found = calibration(logits, labels)
@@ -383,7 +382,6 @@ def test_identical_images_are_found_by_every_byte(tmp_path: Path) -> None:
     assert identical_images(images) == [[1, 5, 9], [2, 7]]
     np.save(tmp_path / "images.npy", images)
     assert identical_images(np.load(tmp_path / "images.npy", mmap_mode="r")) == [[1, 5, 9], [2, 7]]
-    assert identical_images(images, rows=np.array([9, 7, 1, 0])) == [[1, 9]]
     assert identical_images(images[:1]) == []
     same_middle = np.zeros((5, 64, 64, 3), dtype=np.uint8)
     same_middle[[1, 3], 0, 0] = 9
@@ -560,27 +558,5 @@ def test_any_name_can_be_written(found: Errors, tmp_path: Path) -> None:
 
 def test_a_folder_that_cannot_be_is_one_line(found: Errors, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot write into"):
+    with pytest.raises(UserError, match=r"cannot write .*classes\.csv"):
         found.write_tables(tmp_path / "file")
-
-
-@pytest.mark.parametrize(
-    ("logits", "labels", "said"),
-    [
-        (np.zeros((0, 3), dtype=np.float16), np.zeros(0, dtype=int), "logits are"),
-        (np.zeros(3, dtype=np.float16), np.zeros(3, dtype=int), "logits are"),
-        (np.zeros((2, 3), dtype=int), np.zeros(2, dtype=int), "logits are"),
-        (np.zeros((2, 3)), np.zeros(3, dtype=int), "labels are"),
-        (np.zeros((2, 3)), np.zeros(2), "labels are"),
-        (np.zeros((2, 3)), np.array([0, 3]), "0 to 3 with 3"),
-        (np.zeros((2, 3)), np.array([-1, 0]), "-1 to 0"),
-        (np.array([[0, np.nan]]), np.array([0]), "not finite"),
-        (np.array([[0, np.inf]]), np.array([0]), "not finite"),
-    ],
-)
-def test_what_no_network_answers_is_refused(
-    logits: np.ndarray, labels: np.ndarray, said: str
-) -> None:
-    for work in (confusion_matrix, calibration, lambda *both: analyse(*both, WNIDS[:3], NAMES[:3])):
-        with pytest.raises(UserError, match=said):
-            work(logits, labels)

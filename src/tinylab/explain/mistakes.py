@@ -1,55 +1,50 @@
-"""What a network gets wrong, from its logits alone: classes, confused pairs, calibration, identical
-images.
+"""What a network gets wrong, from stored predictions: no network is needed.
 
-Everything here is computed from predictions as they are stored, so that it needs no network, no GPU
-and no second pass. Equal logits rank by class number, as in `evaluate.score`.
+logits are float (N, C), labels integer (N,), of the N test images. Equal logits rank by class
+number, as in `evaluate.score`.
 """
 
 import hashlib
-import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import combinations, islice
 from pathlib import Path
 
 import numpy as np
+import scipy.special
+from scipy.cluster.hierarchy import leaves_list, linkage
+from scipy.optimize import brentq
+from scipy.spatial.distance import squareform
 
-from tinylab.exceptions import UserError
 from tinylab.files import as_csv, write_atomically
-from tinylab.training.evaluate import per_class
 
-COLDEST, HOTTEST = 0.05, 20.0
-"""Temperatures between which the best one is looked for."""
+COLDEST, HOTTEST = 0.05, 20.0  # the best temperature is looked for between these
 
 MOST_PAIRS = 1000
-"""So many pairs of identical images are listed at most (there are 27 in Tiny ImageNet): pictures of
-one colour, many times over, would make as many as the square of their number."""
+"""Pairs of identical images listed: Tiny ImageNet has 27, plain pictures may make millions."""
 
 
 @dataclass(frozen=True)
 class Errors:
-    """Where a network's answers to N test images of C classes are wrong."""
+    """Where a network's answers to N test images of C classes are wrong.
+
+    classes: of each, index, wnid, name, images, top1 and top5 (percent; None without images), and
+    mistaken_for, the most frequent wrong answer (wnid, name, count) or None. pairs: at most 20,
+    most confused first, of one and other (index, wnid, name, images), one_as_other and other_as_one
+    (images), count (their sum). confident_mistakes and hesitant_hits: at most ten positions, int64,
+    among the images, from the most and from the least probable answer on.
+    """
 
     classes: list[dict]
-    """One per class, in canonical order: index, wnid, name, images (tested), top1 and top5
-    (percent; None without images), mistaken_for (wnid, name and count of the most frequent wrong
-    answer; None if there is none)."""
-    matrix: np.ndarray
-    """int64 (C, C), see `confusion_matrix`."""
-    order: np.ndarray
-    """int64 (C,), see `block_order`."""
+    matrix: np.ndarray  # of `confusion_matrix`
+    order: np.ndarray  # of `block_order`
     pairs: list[dict]
-    """Unordered pairs of classes, most confused first: one and other (index, wnid, name and images
-    each), one_as_other and other_as_one (images), count (their sum, at least 1)."""
     confident_mistakes: np.ndarray
-    """int64: positions among the N images of wrong answers, the most probable one first."""
     hesitant_hits: np.ndarray
-    """int64: positions among the N images of right answers, the least probable one first."""
     calibration: dict
-    """See `calibration`."""
 
     def to_json(self) -> dict:
-        """Plain values: the best and the worst classes (ten each, or half of those tested), best
-        and worst first; the pairs, the calibration, all classes."""
+        """Return plain values, and the best and the worst ten classes, or half of those tested."""
         tested = [each for each in self.classes if each["images"]]
         ranked = sorted(tested, key=lambda each: (-each["top1"], -each["top5"]))
         half = len(ranked) // 2  # so that no class is among both
@@ -62,271 +57,161 @@ class Errors:
         }
 
     def write_tables(self, folder: Path) -> list[Path]:
-        """Writes classes.csv, a line per class, and confusion.csv, a line of counts per actual
-        class and a column per predicted one, each under its wnid, in canonical order. Returns their
-        paths; raises `UserError` if that fails.
-        """
-        wnids = [each["wnid"] for each in self.classes]
+        """Write classes.csv and confusion.csv (a line per actual class), and return their paths."""
         columns = ("index", "wnid", "name", "images", "top1", "top5")
-        lines = []
+        answer = ("wnid", "name", "count")
+        classes = [[*columns, *(f"mistaken_for_{name}" for name in answer)]]
         for each in self.classes:
             mistaken = each["mistaken_for"] or {}
-            answer = [mistaken.get(name) for name in ("wnid", "name", "count")]
-            lines.append([*(each[name] for name in columns), *answer])
-        header = [*columns, "mistaken_for_wnid", "mistaken_for_name", "mistaken_for_count"]
-        confusion = ([wnid, *row] for wnid, row in zip(wnids, self.matrix.tolist(), strict=True))
-        tables = {
-            "classes.csv": [header, *lines],
-            "confusion.csv": [["actual", *wnids], *confusion],
-        }
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"cannot write into {folder}: {error.strerror or error}") from error
-        for name, rows in tables.items():
-            write_atomically(folder / name, as_csv(rows))
-        return [folder / name for name in tables]
+            numbers = [each[name] for name in columns]
+            classes.append([*numbers, *(mistaken.get(name) for name in answer)])
+        wnids = [each["wnid"] for each in self.classes]
+        counts = zip(wnids, self.matrix.tolist(), strict=True)
+        confusion = [["actual", *wnids], *([wnid, *row] for wnid, row in counts)]
+
+        paths = [folder / "classes.csv", folder / "confusion.csv"]
+        for path, rows in zip(paths, (classes, confusion), strict=True):
+            write_atomically(path, as_csv(rows))
+        return paths
 
 
 def analyse(
-    logits: np.ndarray,
-    labels: np.ndarray,
-    wnids: Sequence[str],
-    names: Sequence[str],
-    pairs: int = 20,
-    extremes: int = 10,
-    seed: int = 0,
+    logits: np.ndarray, labels: np.ndarray, wnids: Sequence[str], names: Sequence[str]
 ) -> Errors:
-    """Everything that the logits (N, C) of images with `labels`, integer (N,), say about the
-    errors.
-
-    pairs, extremes: most pairs of classes, mistakes and hits to list. seed: of the halves in
-    `calibration`. Raises `UserError` if logits and labels do not fit together, or are not those of
-    a network (see `calibration`).
-    """
-    _check(logits, labels)
-    assert logits.shape[1] == len(wnids) == len(names), (
-        f"{logits.shape[1]} logits for {len(wnids)} classes"
-    )
+    """Return all that the logits say about the errors."""
+    # ---- each class ----
     matrix = confusion_matrix(logits, labels)
+    five = np.argsort(-logits, axis=1, kind="stable")[:, :5]
+    among_five = np.bincount(labels[(five == labels[:, None]).any(axis=1)], minlength=len(matrix))
+    hits = np.stack([matrix.diagonal(), among_five], axis=1).tolist()
+    mistakes = matrix - np.diag(matrix.diagonal())
+    classes = []
+    for index, answer in enumerate(mistakes.argmax(axis=1).tolist()):
+        total, count = int(matrix[index].sum()), int(mistakes[index, answer])
+        top1, top5 = (100 * each / total if total else None for each in hits[index])
+        mistaken = {"wnid": wnids[answer], "name": names[answer], "count": count}
+        entry = {"index": index, "wnid": wnids[index], "name": names[index], "images": total}
+        entry |= {"top1": top1, "top5": top5, "mistaken_for": mistaken if count else None}
+        classes.append(entry)
+
+    # ---- pairs of classes; equal counts in the order of the classes ----
+    both = np.triu(matrix + matrix.T, k=1)
+    first, second = np.nonzero(both)
+    ranked = np.argsort(-both[first, second], kind="stable")[:20]
+    confused = []
+    for i, j in zip(first[ranked].tolist(), second[ranked].tolist(), strict=True):
+        fields = ("index", "wnid", "name", "images")
+        one, other = ({name: classes[k][name] for name in fields} for k in (i, j))
+        counts = {"one_as_other": int(matrix[i, j]), "other_as_one": int(matrix[j, i])}
+        confused.append({"one": one, "other": other, **counts, "count": int(both[i, j])})
+
+    # ---- single images ----
     confidence = softmax(logits).max(axis=1)
     hit = logits.argmax(axis=1) == labels
-    mistakes, hits = np.flatnonzero(~hit), np.flatnonzero(hit)
-    classes = _classes(logits, labels, matrix, wnids, names)
-    return Errors(
-        classes=classes,
-        matrix=matrix,
-        order=block_order(matrix),
-        pairs=_pairs(matrix, classes, pairs),
-        confident_mistakes=mistakes[np.argsort(-confidence[mistakes], kind="stable")][:extremes],
-        hesitant_hits=hits[np.argsort(confidence[hits], kind="stable")][:extremes],
-        calibration=calibration(logits, labels, seed=seed),
-    )
+    surest, least_sure = (np.argsort(each, kind="stable") for each in (-confidence, confidence))
+    wrong, right = surest[~hit[surest]][:10], least_sure[hit[least_sure]][:10]
+    order, calibrated = block_order(matrix), calibration(logits, labels)
+    return Errors(classes, matrix, order, confused, wrong, right, calibrated)
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
-    """Probabilities, float64 (N, C), of logits (N, C) of any float type."""
-    # In double precision: the exponentials of stored float16 logits would round to three digits.
-    exponentials = np.exp(_below_largest(logits))
-    return exponentials / exponentials.sum(axis=1, keepdims=True)
-
-
-# --- Classes --------------------------------------------------------------------------------------
+    """Return probabilities, float64 (N, C): float16 exponentials would round to three digits."""
+    return scipy.special.softmax(logits.astype(np.float64), axis=1)
 
 
 def confusion_matrix(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """How often images of each class were answered by each class: int64 (C, C) [actual, predicted],
-    of logits (N, C) and integer labels (N,)."""
-    _check(logits, labels)
+    """Count the answers to the images of each class: int64 (C, C) [actual, predicted]."""
     classes = logits.shape[1]
     cells = labels.astype(np.int64) * classes + logits.argmax(axis=1)
     return np.bincount(cells, minlength=classes**2).reshape(classes, classes)
 
 
 def block_order(matrix: np.ndarray) -> np.ndarray:
-    """An order of the classes, int64 (C,), in which those that are confused with each other stand
-    together, of counts (C, C) [actual, predicted].
+    """Return the classes, int64 (C,), so that those confused with each other stand together.
 
-    Two classes are as similar as the mean of the shares of each that are taken for the other.
-    Average linkage over the similarities, whose tree is then turned so that neighbours are as
-    similar as it allows (Bar-Joseph et al., "Fast optimal leaf ordering for hierarchical
-    clustering", 2001). Classes that are never confused follow at the end.
+    matrix: counts (C, C) [actual, predicted]. Two classes are as similar as the mean of the shares
+    of each that are taken for the other; average linkage, and the best order of its leaves
+    (Bar-Joseph et al. 2001). Classes that are never confused follow at the end.
     """
-    from scipy.cluster.hierarchy import leaves_list, linkage
-    from scipy.spatial.distance import squareform
-
     shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
     similarity = (shares + shares.T) / 2
     np.fill_diagonal(similarity, 0)
     confused = np.flatnonzero(similarity.any(axis=1))
     if len(confused) == 0:
         return np.arange(len(matrix))
-    similarity = similarity[np.ix_(confused, confused)]
-    distance = 1 - similarity / similarity.max()
-    np.fill_diagonal(distance, 0)
-    leaves = confused[leaves_list(linkage(squareform(distance), "average", optimal_ordering=True))]
+
+    pairs = squareform(similarity[np.ix_(confused, confused)])
+    tree = linkage(1 - pairs / pairs.max(), "average", optimal_ordering=True)
+    leaves = confused[leaves_list(tree)]
     if leaves[0] > leaves[-1]:  # an order and its reverse are equally good
         leaves = leaves[::-1]
     return np.concatenate([leaves, np.setdiff1d(np.arange(len(matrix)), confused)])
 
 
-def _classes(
-    logits: np.ndarray,
-    labels: np.ndarray,
-    matrix: np.ndarray,
-    wnids: Sequence[str],
-    names: Sequence[str],
-) -> list[dict]:
-    right, images = per_class(logits, labels)
-    among_five = np.bincount(labels[_rank(logits, labels) < 5], minlength=len(matrix))
-    mistakes = matrix.copy()
-    np.fill_diagonal(mistakes, 0)
-    entries = []
-    for index, answer in enumerate(mistakes.argmax(axis=1).tolist()):
-        total, count = int(images[index]), int(mistakes[index, answer])
-        entries.append(
-            {
-                "index": index,
-                "wnid": wnids[index],
-                "name": names[index],
-                "images": total,
-                "top1": 100 * int(right[index]) / total if total else None,
-                "top5": 100 * int(among_five[index]) / total if total else None,
-                "mistaken_for": {"wnid": wnids[answer], "name": names[answer], "count": count}
-                if count
-                else None,
-            }
-        )
-    return entries
+def calibration(logits: np.ndarray, labels: np.ndarray, bins: int = 15) -> dict:
+    """Return how well probabilities tell the accuracy, before and after temperature scaling.
 
-
-def _rank(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """How many classes come before the label's: int64 (N,)."""
-    logits = logits.astype(np.float64)
-    own = logits[np.arange(len(labels)), labels][:, None]
-    earlier = np.arange(logits.shape[1]) < labels[:, None]
-    return ((logits > own) | ((logits == own) & earlier)).sum(axis=1)
-
-
-def _pairs(matrix: np.ndarray, classes: list[dict], most: int) -> list[dict]:
-    both = np.triu(matrix + matrix.T, k=1)
-    first, second = np.nonzero(both)
-    ranked = np.argsort(-both[first, second], kind="stable")[
-        :most
-    ]  # equal counts in the order of the classes
-    entries = []
-    for i, j in zip(first[ranked].tolist(), second[ranked].tolist(), strict=True):
-        one, other = (
-            {name: classes[k][name] for name in ("index", "wnid", "name", "images")} for k in (i, j)
-        )
-        there, back = int(matrix[i, j]), int(matrix[j, i])
-        entries.append(
-            {
-                "one": one,
-                "other": other,
-                "one_as_other": there,
-                "other_as_one": back,
-                "count": there + back,
-            }
-        )
-    return entries
-
-
-# --- Calibration ----------------------------------------------------------------------------------
-
-
-def calibration(logits: np.ndarray, labels: np.ndarray, bins: int = 15, seed: int = 0) -> dict:
-    """How far the probability of the answer is from being right so often, before and after
-    temperature scaling (Guo et al., "On calibration of modern neural networks", 2017), of logits
-    (N, C) and integer labels (N,).
-
-    The temperature is what divides the logits so that their mean cross-entropy is least. It is
-    fitted on one half of the images, drawn by `seed` class by class, and applied to the other, both
-    ways: no image is judged with a temperature that it helped to fit. `temperatures` are those
-    fitted on the first and on the second half, `temperature` is their mean; `note` says so if 1 had
-    to be taken, as none between 0.05 and 20 is best (all answers right, for instance), and is None
-    otherwise.
-
-    `before` and `after` hold `ece`, the expected calibration error: the mean over images of the
-    distance between mean confidence and accuracy in their bin, of `bins` equally wide ones that
-    include their upper ends; `nll`, in nats; `mean_confidence`; `accuracy_overall`; and by bin
-    `confidence` and `accuracy` (None where it is empty) and `count`. All are shares, from 0 to 1.
-    Raises `UserError` if logits and labels do not fit together.
+    Guo et al., "On calibration of modern neural networks", 2017. The logits are divided by the
+    temperature of the least mean cross-entropy; each half of the images takes the other's, so that
+    no image is judged by what it helped to fit. `note`: None, or that 1 had to be taken. `ece` is
+    the mean distance between confidence and accuracy in equally wide bins, which include their
+    upper ends; `nll` is in nats; in an empty bin `confidence` and `accuracy` are None.
     """
-    _check(logits, labels)
-    assert bins >= 1, f"{bins} bins"
-    shifted = _below_largest(logits)
-    hit = logits.argmax(axis=1) == labels
-    half = _halves(labels, seed)
-    fitted = [
-        _fit_temperature(shifted[half == number], labels[half == number]) for number in (0, 1)
-    ]
+    shifted = logits.astype(np.float64)
+    shifted -= shifted.max(axis=1, keepdims=True)
+    half = halves(labels)
+    fitted = [fit_temperature(shifted[half == n], labels[half == n]) for n in (0, 1)]
     temperatures = [1.0 if each is None else each for each in fitted]
     note = None
     if None in fitted:
-        which = "either half" if fitted == [None, None] else "one half"
-        note = (
-            f"no temperature from {COLDEST} to {HOTTEST} is best for {which} of the images: 1 was "
-            "taken there"
-        )
-    applied = np.array(temperatures)[1 - half]
+        which = f"{'either' if fitted == [None, None] else 'one'} half of the images"
+        note = f"no temperature from {COLDEST} to {HOTTEST} is best for {which}: 1 was taken there"
+    scaled = shifted / np.array(temperatures)[1 - half][:, None]
     return {
         "bins": bins,
         "folds": 2,
         "temperature": sum(temperatures) / 2,
         "temperatures": temperatures,
         "note": note,
-        "before": _reliability(shifted, labels, hit, bins),
-        "after": _reliability(shifted / applied[:, None], labels, hit, bins),
+        "before": reliability(shifted, labels, bins),
+        "after": reliability(scaled, labels, bins),
     }
 
 
-def _halves(labels: np.ndarray, seed: int) -> np.ndarray:
-    """0 or 1 for each image, int64 (N,): as many of either in all and in each class, or one
-    more."""
-    half = np.empty(len(labels), dtype=np.int64)
+def halves(labels: np.ndarray, seed: int = 0) -> np.ndarray:
+    """Return 0 or 1 for each image, int64 (N,), each for about half of every class."""
     shuffled = np.random.default_rng(seed).random(len(labels))
-    half[np.lexsort((shuffled, labels))] = np.arange(len(labels)) % 2
-    return half
+    return np.argsort(np.lexsort((shuffled, labels))) % 2
 
 
-def _fit_temperature(shifted: np.ndarray, labels: np.ndarray) -> float | None:
-    """The temperature that minimises the mean cross-entropy, or None if there is none in the
-    range."""
-    from scipy.optimize import brentq
-
-    if len(labels) == 0:
-        return None
+def fit_temperature(shifted: np.ndarray, labels: np.ndarray) -> float | None:
+    """Return the temperature of the least mean cross-entropy, or None if none in range is."""
     own = shifted[np.arange(len(labels)), labels]
 
     def slope(log_inverse: float) -> float:
-        """Derivative of the mean cross-entropy by the inverse temperature, in which it is
-        convex."""
-        weights = shifted * np.exp(log_inverse)
-        np.exp(weights, out=weights)
+        """Return the derivative by the inverse temperature, in which cross-entropy is convex."""
+        weights = np.exp(shifted * np.exp(log_inverse))
         return float((np.einsum("nc,nc->n", weights, shifted) / weights.sum(axis=1) - own).mean())
 
     low, high = np.log(1 / HOTTEST), np.log(1 / COLDEST)
-    if not slope(low) < 0 < slope(high):
+    if len(labels) == 0 or not slope(low) < 0 < slope(high):
         return None
     return float(np.exp(-brentq(slope, low, high, xtol=1e-9)))
 
 
-def _reliability(shifted: np.ndarray, labels: np.ndarray, hit: np.ndarray, bins: int) -> dict:
+def reliability(shifted: np.ndarray, labels: np.ndarray, bins: int) -> dict:
+    """Return `before` or `after` of `calibration`, of logits whose largest are 0."""
+    hit = shifted.argmax(axis=1) == labels
     total = np.exp(shifted).sum(axis=1)
-    confidence = 1 / total  # the answer's logit is 0
+    confidence = 1 / total
     losses = np.log(total) - shifted[np.arange(len(labels)), labels]
     which = np.clip(np.ceil(confidence * bins).astype(np.int64) - 1, 0, bins - 1)
     count = np.bincount(which, minlength=bins)
-    confidences, hits = (
-        np.bincount(which, weights=values, minlength=bins) for values in (confidence, hit)
-    )
+    confidences, hits = (np.bincount(which, each, minlength=bins) for each in (confidence, hit))
 
     def means(sums: np.ndarray) -> list[float | None]:
-        return [
-            float(value / number) if number else None
-            for value, number in zip(sums, count, strict=True)
-        ]
+        pairs = zip(sums.tolist(), count.tolist(), strict=True)
+        return [value / number if number else None for value, number in pairs]
 
     return {
         "ece": float(np.abs(hits - confidences).sum() / len(labels)),
@@ -339,28 +224,19 @@ def _reliability(shifted: np.ndarray, labels: np.ndarray, hit: np.ndarray, bins:
     }
 
 
-# --- Identical images -----------------------------------------------------------------------------
+def identical_images(images: np.ndarray) -> list[list[int]]:
+    """Return the rows, ascending, of each group of images that are equal in every byte."""
 
+    def alike(part: np.ndarray, rows: Iterable[int]) -> list[list[int]]:
+        groups: dict[bytes, list[int]] = {}
+        for row in rows:
+            digest = hashlib.sha256(np.ascontiguousarray(part[row])).digest()
+            groups.setdefault(digest, []).append(row)
+        return [group for group in groups.values() if len(group) > 1]
 
-def identical_images(images: np.ndarray, rows: Iterable[int] | None = None) -> list[list[int]]:
-    """Groups of rows whose images, uint8 (M, 64, 64, 3), are equal in every byte: each ascending
-    and of two or more, by their first rows. `rows`: only among these; None: among all.
-    Memory-mapped images are read one by one."""
-    # A few lines from the middle tell almost all images apart, and only the others are read as a
-    # whole.
-    middle = images.shape[1] // 2
-    alike = _alike(images[:, middle : middle + 8], range(len(images)) if rows is None else rows)
-    return sorted(sorted(group) for some in alike for group in _alike(images, some))
-
-
-def _alike(images: np.ndarray, rows: Iterable[int]) -> list[list[int]]:
-    """Groups of two or more of `rows` that have the same bytes, by SHA-256."""
-    groups: dict[bytes, list[int]] = {}
-    for row in rows:
-        groups.setdefault(hashlib.sha256(np.ascontiguousarray(images[row])).digest(), []).append(
-            int(row)
-        )
-    return [group for group in groups.values() if len(group) > 1]
+    # A few lines from the middle tell almost all apart; only the others are read as a whole.
+    candidates = alike(images[:, 32:40], range(len(images)))
+    return sorted(group for rows in candidates for group in alike(images, rows))
 
 
 def label_conflicts(
@@ -370,75 +246,35 @@ def label_conflicts(
     logits: np.ndarray,
     names: Sequence[str],
 ) -> dict:
-    """Identical images with different labels, and what share of the errors they can explain.
+    """Return identical images with different labels, and what share of the errors they explain.
 
-    `images` uint8 (M, 64, 64, 3), `labels` integer (M,) and the classes' `names` are the whole data
-    set's; `rows` (N,) says which of them were tested, `logits` (N, C) what the network answered. A
-    network of the first C classes may have a twin's label to learn or not: the label of an image
-    that has one is in doubt all the same.
+    images uint8 (M, 64, 64, 3), labels (M,), names: the whole data set's, as a label is in doubt
+    even if the network does not have the twin's class. rows (N,): those tested. logits: (N, C).
 
-    `pairs`: rows, ascending, names (the labels') and tested (whether each is a test image) of each
-    two, 1000 at most; `found`: how many pairs there are. `tested`: test images that have such a
-    twin; `wrong`: those of them that were answered wrong; `answered_as_twin`: those of them
-    answered by a twin's label; `wrong_in_all`: wrong answers to any test image; `share_of_error`:
-    the share of these that `wrong` makes, None if there are none.
+    `pairs`: at most 1000, of rows, names and tested of the two images; `found`: how many there are.
+    `tested`: test images with such a twin; `wrong`: those answered wrong; `answered_as_twin`: by a
+    twin's label; `wrong_in_all`: of all test images; `share_of_error`: `wrong` of these, or None.
     """
-    _check(logits, labels[rows])
-    answers = dict(zip(rows.tolist(), logits.argmax(axis=1).tolist(), strict=True))
+    answers = np.full(len(labels), -1)
+    answers[rows] = logits.argmax(axis=1)
     pairs: list[dict] = []
-    found = tested = wrong = as_twin = 0
+    counts = dict.fromkeys(("found", "tested", "wrong", "answered_as_twin"), 0)
     for group in identical_images(images):
-        own = {row: int(labels[row]) for row in group}
-        counts = np.unique(list(own.values()), return_counts=True)[1]
-        found += (len(group) ** 2 - int((counts**2).sum())) // 2
-        differing = (
-            ((a, b) for a, b in itertools.combinations(group, 2) if own[a] != own[b])
-            if len(counts) > 1
-            else ()
-        )
-        for two in itertools.islice(differing, MOST_PAIRS - len(pairs)):
-            said = {
-                "names": [names[own[row]] for row in two],
-                "tested": [row in answers for row in two],
-            }
-            pairs.append({"rows": list(two), **said})
-        for row in group if len(counts) > 1 else ():
-            if row in answers:
-                tested += 1
-                wrong += answers[row] != own[row]
-                as_twin += answers[row] != own[row] and answers[row] in own.values()
-    wrong_in_all = int((logits.argmax(axis=1) != labels[rows]).sum())
-    return {
-        "pairs": pairs,
-        "found": found,
-        "tested": tested,
-        "wrong": wrong,
-        "answered_as_twin": as_twin,
-        "wrong_in_all": wrong_in_all,
-        "share_of_error": wrong / wrong_in_all if wrong_in_all else None,
-    }
+        own = labels[group]
+        alike = np.unique(own, return_counts=True)[1]
+        if len(alike) == 1:
+            continue
+        counts["found"] += (len(group) ** 2 - int((alike**2).sum())) // 2
+        different = ([a, b] for a, b in combinations(group, 2) if labels[a] != labels[b])
+        for two in islice(different, MOST_PAIRS - len(pairs)):
+            said, known = [names[label] for label in labels[two]], answers[two] >= 0
+            pairs.append({"rows": two, "names": said, "tested": known.tolist()})
 
-
-# --- Small parts ----------------------------------------------------------------------------------
-
-
-def _check(logits: np.ndarray, labels: np.ndarray) -> None:
-    """Raises `UserError` for predictions that no network made; they come from a file that anybody
-    may have written."""
-    problem = None
-    if logits.ndim != 2 or 0 in logits.shape or not np.issubdtype(logits.dtype, np.floating):
-        problem = f"logits are {logits.dtype} {logits.shape}"
-    elif labels.shape != logits.shape[:1] or not np.issubdtype(labels.dtype, np.integer):
-        problem = f"labels are {labels.dtype} {labels.shape} for {len(logits)} images"
-    elif labels.min() < 0 or labels.max() >= logits.shape[1]:
-        problem = f"labels are from {labels.min()} to {labels.max()} with {logits.shape[1]} classes"
-    elif not np.isfinite(logits).all():
-        problem = "logits are not finite"
-    if problem:
-        raise UserError(f"these are no predictions of a network: {problem}; train the run again")
-
-
-def _below_largest(logits: np.ndarray) -> np.ndarray:
-    """The logits less each image's largest: float64 (N, C)."""
-    logits = logits.astype(np.float64)
-    return logits - logits.max(axis=1, keepdims=True)
+        mine = answers[group]
+        missed = mine[(mine >= 0) & (mine != own)]
+        counts["tested"] += int((mine >= 0).sum())
+        counts["wrong"] += len(missed)
+        counts["answered_as_twin"] += int(np.isin(missed, own).sum())
+    wrong = int((answers[rows] != labels[rows]).sum())
+    share = counts["wrong"] / wrong if wrong else None
+    return {"pairs": pairs, **counts, "wrong_in_all": wrong, "share_of_error": share}
