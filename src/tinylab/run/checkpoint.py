@@ -5,7 +5,6 @@ A file is MAGIC, the SHA-256 of the payload, then the payload as torch.save writ
 plain values only, so that it loads without running anybody's code.
 """
 
-import contextlib
 import hashlib
 import io
 import os
@@ -55,30 +54,26 @@ def load(folder: Path, mirror: Path | None = None) -> tuple[dict | None, str | N
 
     Raise `UserError` if there are checkpoints and none of them is whole.
     """
-    best, where, damaged = None, None, []
+    states, unreadable = {}, None
     for home in (folder, mirror) if mirror else (folder,):
-        for path in (home / NEWEST, home / PREVIOUS):
-            try:
-                state = read(path)
-            except FileNotFoundError:
-                continue
-            except OSError as error:
-                if home is folder:
-                    raise UserError(f"cannot read {path}: {error.strerror or error}") from error
-                return best, f"the mirror cannot be read: {error.strerror or error}"
-            if state is None:
-                damaged.append(str(path))
-            elif best is None or progress(state) > progress(best):
-                best, where = state, path
-    if best is None and damaged:
-        every = ", ".join(damaged)
-        raise UserError(
-            f"every checkpoint is damaged ({every}); delete them and the run folder to start anew"
-        )
+        try:
+            states |= read_all(home)
+        except UserError as error:
+            if home is folder:
+                raise
+            unreadable = f"the mirror is of no use: {error}"
+    damaged = ", ".join(str(path) for path, state in states.items() if state is None)
+    whole = {path: state for path, state in states.items() if state is not None}
+    if damaged and not whole:
+        ways = "delete them and the run folder to start anew"
+        raise UserError(f"every checkpoint is damaged ({damaged}); {ways}")
+    if not whole:
+        return None, unreadable
+    newest = max(whole, key=lambda path: progress(whole[path]))
     if damaged:
-        return best, f"{', '.join(damaged)} is damaged; continuing from {where}"
-    elsewhere = where is not None and where.parent != folder
-    return best, f"continuing from the mirror's {where}" if elsewhere else None
+        return whole[newest], f"{damaged} is damaged; continuing from {newest}"
+    elsewhere = f"continuing from the mirror's {newest}" if newest.parent != folder else None
+    return whole[newest], unreadable or elsewhere
 
 
 def progress(state: dict) -> tuple[int, int]:
@@ -92,11 +87,19 @@ def clean(folder: Path) -> None:
     The next save would move that one over the only whole one.
     """
     sweep(folder)
-    with contextlib.suppress(OSError):
-        if read(folder / NEWEST) is None:
-            if read(folder / PREVIOUS) is None:
-                return
-            os.replace(folder / PREVIOUS, folder / NEWEST)
+    states = read_all(folder)
+    newest, previous = folder / NEWEST, folder / PREVIOUS
+    if newest in states and states[newest] is None and states.get(previous) is not None:
+        os.replace(previous, newest)
+
+
+def read_all(folder: Path) -> dict[Path, dict | None]:
+    """Return the states in a folder, the newest first; None for a file that is not whole."""
+    paths = (folder / NEWEST, folder / PREVIOUS)
+    try:
+        return {path: read(path) for path in paths if path.exists()}
+    except OSError as error:
+        raise UserError(f"cannot read {folder}: {error.strerror or error}") from error
 
 
 def read(path: Path) -> dict | None:
@@ -121,11 +124,7 @@ def read(path: Path) -> dict | None:
 
 def verify(folder: Path) -> str:
     """Compare the checkpoints in a folder with their hashes; return some words about it."""
-    try:
-        paths = [path for path in (folder / NEWEST, folder / PREVIOUS) if path.exists()]
-        states = {path.name: read(path) for path in paths}
-    except OSError as error:
-        raise UserError(f"cannot read {folder}: {error.strerror or error}") from error
+    states = {path.name: state for path, state in read_all(folder).items()}
     whole = [name for name, state in states.items() if state is not None]
     if bad := [name for name in states if name not in whole]:
         hint = f"; {whole[0]} is whole, and training continues from it" if whole else ""
