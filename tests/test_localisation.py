@@ -39,7 +39,11 @@ class ColourNetwork(nn.Module):
 LARGE, SMALL = (0, 8, 55, 63), (40, 0, 55, 47)
 
 
-def painted() -> dict:
+def dataset_of(images: np.ndarray, labels: np.ndarray, boxes: np.ndarray) -> Dataset:
+    return Dataset(Path(), images, labels, boxes, (), (), len(labels), "0" * 64)
+
+
+def painted(repeat: int = 1) -> dict:
     """Eight images: in the box red, the class; elsewhere blue. Of the last four the network says
     blue: it is wrong."""
     boxes = np.array([LARGE, SMALL, SMALL, (7, 7, 7, 9), LARGE, SMALL, LARGE, SMALL], np.uint8)
@@ -49,11 +53,12 @@ def painted() -> dict:
         image[y0 : y1 + 1, x0 : x1 + 1] = (250, 0, 0)
     logits = np.zeros((8, 3), np.float16)
     logits[:4, 0], logits[4:, 2] = 3, 3
+    images, labels, boxes, logits = (
+        np.repeat(each, repeat, axis=0) for each in (images, np.zeros(8, np.int16), boxes, logits)
+    )
     return {
-        "images": images,
-        "labels": np.zeros(8, np.int16),
-        "boxes": boxes,
-        "rows": np.arange(8),
+        "dataset": dataset_of(images, labels, boxes),
+        "rows": np.arange(8 * repeat),
         "logits": logits,
         "normalise": lambda images: images.permute(0, 3, 1, 2).float() / 255,
     }
@@ -112,13 +117,9 @@ def test_the_summary_can_be_computed_again_from_the_table(tmp_path: Path) -> Non
     """By another program: the CSV, plain Python, and a bootstrap of its own, whose ends agree
     within their noise."""
     rng = np.random.default_rng(5)
-    data = painted()
-    for name in ("images", "labels", "boxes", "logits"):
-        data[name] = np.repeat(data[name], 40, axis=0)
-    data["images"] = np.clip(
-        data["images"] + rng.integers(-60, 60, data["images"].shape), 0, 255
-    ).astype(np.uint8)
-    data["rows"] = np.arange(320)
+    data = painted(repeat=40)
+    images = data["dataset"].images
+    images[:] = np.clip(images + rng.integers(-60, 60, images.shape), 0, 255)
     found = localise(ColourNetwork(), **data, count=None)
     lines = list(csv.DictReader(open(found.write_table(tmp_path / "t.csv"), newline="")))  # noqa: SIM115
     assert tuple(lines[0]) == COLUMNS
@@ -156,13 +157,17 @@ def test_the_table_s_lines_are_the_images_own() -> None:
     data = painted()
     for line in found.table:
         row = line["row"]
-        inputs = data["normalise"](torch.from_numpy(data["images"][[row]]))
+        inputs = data["normalise"](torch.from_numpy(data["dataset"].images[[row]]))
         for which in ("predicted", "actual"):
             maps = gradcam(ColourNetwork(), inputs, torch.tensor([line[which]]), ("layer4",))[
                 "layer4"
             ]
-            assert line[f"hit_{which}"] == pytest.approx(hits(maps, data["boxes"][[row]])[0])
-            assert line[f"energy_{which}"] == pytest.approx(energy(maps, data["boxes"][[row]])[0])
+            assert line[f"hit_{which}"] == pytest.approx(
+                hits(maps, data["dataset"].boxes[[row]])[0]
+            )
+            assert line[f"energy_{which}"] == pytest.approx(
+                energy(maps, data["dataset"].boxes[[row]])[0]
+            )
     assert [line["row"] for line in found.table] != sorted(line["row"] for line in found.table)
     assert {line["row"] for line in found.table} == {0, 1, 2, 4, 5, 6, 7}
 
@@ -182,12 +187,12 @@ def test_the_sample_is_fixed_and_a_larger_one_begins_with_a_smaller() -> None:
 
 def test_what_is_left_of_nothing() -> None:
     data = painted()
-    data["boxes"] = np.zeros_like(data["boxes"])
+    data["dataset"].boxes[:] = 0
     found = localise(ColourNetwork(), **data)
     assert (found.summary["scored"], found.summary["degenerate"], found.table) == (0, 8, [])
     assert all(group["images"] == 0 and group["hit"] is None for group in found.summary["groups"])
     assert "no box" in found.in_words()
-    assert json.loads(json.dumps(found.to_json(), allow_nan=False)) == found.to_json()
+    assert json.loads(json.dumps(found.summary, allow_nan=False)) == found.summary
 
 
 @pytest.fixture(scope="module")
@@ -225,9 +230,9 @@ def scored(dataset: Dataset, **options) -> Localisation:
     from `with_maps`."""
     rows = np.random.default_rng(2).permutation(len(dataset))
     logits = np.eye(10, dtype=np.float16)[(dataset.labels[rows] + rows % 2) % 10]
-    what = {"labels": dataset.labels, "boxes": dataset.boxes, "rows": rows, "logits": logits}
-    every = {"images": np.arange(len(dataset)), "normalise": lambda images: images, "count": None}
-    return localise(nn.Identity(), **what, **every | options)
+    numbered = dataset_of(np.arange(len(dataset)), dataset.labels, dataset.boxes)
+    every = {"normalise": lambda images: images, "count": None} | options
+    return localise(nn.Identity(), numbered, rows=rows, logits=logits, **every)
 
 
 def test_on_the_sample_data_the_true_masks_score_one(
@@ -343,12 +348,8 @@ def test_batches_change_nothing(monkeypatch: pytest.MonkeyPatch, sample_dataset:
     model = Exact(10, width=4).eval()
     rows = np.arange(0, 600, 17)
     logits = np.random.default_rng(0).normal(size=(len(rows), 10)).astype(np.float16)
-    what = {
-        "images": sample_dataset.images,
-        "labels": sample_dataset.labels,
-        "boxes": sample_dataset.boxes,
-    }
-    what |= {"rows": rows, "logits": logits, "normalise": lambda images: normalise(images, smoke())}
+    what = {"dataset": sample_dataset, "rows": rows, "logits": logits}
+    what["normalise"] = lambda images: normalise(images, smoke())
     whole = localise(model, **what, stage="layer3")
     monkeypatch.setattr("tinylab.explain.localisation.BATCH", 7)
     pieces = localise(model, **what, stage="layer3")

@@ -393,6 +393,14 @@ def test_identical_images_are_found_by_every_byte(tmp_path: Path) -> None:
     assert identical_images(images) == [[1, 2], [3, 4]]
 
 
+def conflicts(
+    images: np.ndarray, labels: np.ndarray, rows: np.ndarray, logits: np.ndarray, names: tuple
+) -> dict:
+    boxes = np.empty((len(images), 4), np.uint8)
+    dataset = Dataset(Path(), images, labels, boxes, WNIDS[: len(names)], names, 0, "0" * 64)
+    return label_conflicts(dataset, rows, logits)
+
+
 def test_conflicting_labels_and_what_they_explain() -> None:
     """Rows 0/4, 1/5 and 2/6 are twins with other labels, 3/7 with the same one; 4..9 are tested."""
     images = pictures(10)
@@ -400,7 +408,7 @@ def test_conflicting_labels_and_what_they_explain() -> None:
     labels = np.array([0, 1, 2, 0, 1, 2, 0, 0, 1, 2], dtype=np.int16)
     rows = np.array([9, 8, 7, 6, 5, 4])
     answers = np.array([0, 1, 1, 1, 1, 1])  # wrong: 9, 7, 6 (by another label), 5 (by the twin's)
-    found = label_conflicts(images, labels, rows, np.eye(3, dtype=np.float16)[answers], NAMES[:3])
+    found = conflicts(images, labels, rows, np.eye(3, dtype=np.float16)[answers], NAMES[:3])
     assert found == {
         "pairs": [
             {"rows": [0, 4], "names": [NAMES[0], NAMES[1]], "tested": [False, True]},
@@ -425,7 +433,7 @@ def test_twins_of_classes_that_the_network_does_not_have_count() -> None:
         np.array([0, 1]),
         np.eye(2, dtype=np.float16)[[1, 1]],
     )
-    found = label_conflicts(images, labels, rows, logits, NAMES[:4])
+    found = conflicts(images, labels, rows, logits, NAMES[:4])
     assert [pair["rows"] for pair in found["pairs"]] == [[0, 2], [4, 5]]
     assert [pair["tested"] for pair in found["pairs"]] == [[True, False], [False, False]]
     told = [
@@ -440,7 +448,7 @@ def test_twins_of_classes_that_the_network_does_not_have_count() -> None:
         )
     ]
     assert told == [2, 1, 1, 0, 1, 1.0]
-    right = label_conflicts(images, labels, rows, np.eye(2, dtype=np.float16), NAMES[:4])
+    right = conflicts(images, labels, rows, np.eye(2, dtype=np.float16), NAMES[:4])
     assert (right["wrong"], right["share_of_error"]) == (0, None)
 
 
@@ -451,7 +459,7 @@ def test_larger_groups_count_every_pair_and_list_some(monkeypatch: pytest.Monkey
     labels = np.array([0, 0, 0, 1, 1, 2, 2, 3, 0, 3])
     answers = np.array([0, 1, 3, 1, 0, 2, 3, 3, 3, 3])
     where = (images, labels, np.arange(10), np.eye(4, dtype=np.float16)[answers], NAMES[:4])
-    found = label_conflicts(*where)
+    found = conflicts(*where)
     every = [
         (a, b)
         for a in range(10)
@@ -467,7 +475,7 @@ def test_larger_groups_count_every_pair_and_list_some(monkeypatch: pytest.Monkey
         5,
     ]
     monkeypatch.setattr(errors, "MOST_PAIRS", 4)
-    assert label_conflicts(*where) == found | {"pairs": found["pairs"][:4]}
+    assert conflicts(*where) == found | {"pairs": found["pairs"][:4]}
 
 
 @pytest.mark.archive
@@ -475,9 +483,7 @@ def test_the_twins_of_tiny_imagenet(real_dataset: Dataset) -> None:
     rows = make_split(real_dataset, "official").test
     labels = real_dataset.labels[rows]
     logits = np.eye(200, dtype=np.float16)[labels]
-    found = label_conflicts(
-        real_dataset.images, real_dataset.labels, rows, logits, real_dataset.names
-    )
+    found = label_conflicts(real_dataset, rows, logits)
     official = [[row < real_dataset.train_count for row in pair["rows"]] for pair in found["pairs"]]
     assert (found["found"], official.count([True, True]), official.count([True, False])) == (
         27,

@@ -2,6 +2,7 @@
 
 import json
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,9 +12,10 @@ from pytorch_grad_cam.utils.model_targets import ClassifierOutputSoftmaxTarget
 from torch import nn
 from torch.nn import functional
 
+from tinylab.data.dataset import Dataset
 from tinylab.exceptions import UserError
 from tinylab.explain.gradcam import gradcam, sample
-from tinylab.explain.road import ORDERS, _ranks, faithfulness
+from tinylab.explain.road import ORDERS, faithfulness, ranks
 
 
 class CornerNetwork(nn.Module):
@@ -40,14 +42,16 @@ def quarter(images: torch.Tensor) -> torch.Tensor:
     return functional.avg_pool2d(images.permute(0, 3, 1, 2).float() / 255, 4)
 
 
-def data(count: int = 6) -> dict:
+def data(count: int = 6, images: np.ndarray | None = None) -> dict:
     """Dark images, each with a bright patch in the corner that the network sees, and another
     elsewhere."""
-    images = np.full((count, 64, 64, 3), 20, np.uint8)
-    images[:, 8:24, 8:24] = 240
-    images[:, 40:56, 40:56] = 240
+    if images is None:
+        images = np.full((count, 64, 64, 3), 20, np.uint8)
+        images[:, 8:24, 8:24] = 240
+        images[:, 40:56, 40:56] = 240
+    labels, boxes = np.zeros(count, np.int16), np.zeros((count, 4), np.uint8)
     return {
-        "images": images,
+        "dataset": Dataset(Path(), images, labels, boxes, (), (), count, "0" * 64),
         "rows": np.arange(count),
         "logits": np.tile(np.array([2, -2], np.float16), (count, 1)),
         "normalise": quarter,
@@ -118,13 +122,13 @@ def test_ranks_leave_no_ties() -> None:
     )
     maps[0, 2, 3] = 1
     maps[1] = torch.arange(64).view(8, 8) / 64
-    ranks = _ranks(maps, ties)
-    assert np.array_equal(ranks.flatten(1).sort(dim=1).values, np.tile(np.arange(64) / 64, (3, 1)))
-    assert ranks[0, 2, 3] == ranks[0].max()
-    assert torch.equal(ranks[1], maps[1])
-    assert torch.equal(ranks[2].flatten().argsort(), ties[2].flatten().argsort())
+    found = torch.from_numpy(ranks(maps.numpy(), ties.numpy()))
+    assert np.array_equal(found.flatten(1).sort(dim=1).values, np.tile(np.arange(64) / 64, (3, 1)))
+    assert found[0, 2, 3] == found[0].max()
+    assert torch.equal(found[1], maps[1])
+    assert torch.equal(found[2].flatten().argsort(), ties[2].flatten().argsort())
     rest = torch.arange(64) != 2 * 8 + 3
-    assert torch.equal(ranks[0].flatten()[rest].argsort(), ties[0].flatten()[rest].argsort())
+    assert torch.equal(found[0].flatten()[rest].argsort(), ties[0].flatten()[rest].argsort())
 
 
 def test_a_map_that_says_nothing_is_as_good_as_a_random_one() -> None:
@@ -149,7 +153,7 @@ def test_combined_is_the_library_s(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tinylab.explain.road.sample", lambda *_: np.arange(3))
     images = rng.integers(0, 255, (3, 64, 64, 3), dtype=np.uint8)
     logits = np.array([[1, 0], [0, 1], [1, 0]], np.float16)
-    what = data(3) | {"images": images, "logits": logits, "stage": "layer1"}
+    what = data(3, images) | {"logits": logits, "stage": "layer1"}
     found = faithfulness(CornerNetwork(), **what, count=3)
     targets = [ClassifierOutputSoftmaxTarget(int(row.argmax())) for row in logits]
     theirs = ROADCombined()(quarter(torch.from_numpy(images)), maps, targets, CornerNetwork())
@@ -173,13 +177,16 @@ def test_the_predicted_class_is_watched_in_images_of_its_own(
     monkeypatch.setattr("tinylab.explain.road.BATCH", 2)
     monkeypatch.setattr("tinylab.explain.road.PERCENTILES", (50, 90))
     what = data(10)
-    what["images"] += np.arange(10, dtype=np.uint8)[:, None, None, None]
+    images = what["dataset"].images
+    images += np.arange(10, dtype=np.uint8)[:, None, None, None]
     what |= {"rows": np.arange(4, 10), "logits": np.eye(2, dtype=np.float16)[[0, 0, 1, 0, 1, 1]]}
     found = faithfulness(CornerNetwork(), **what, count=5)
     assert found["images"] == len(seen) == 5
     assert found["percentiles"] == [50, 90]
     for position, (pixels, index) in zip(sample(6, 5).tolist(), seen, strict=True):
-        assert torch.equal(pixels, quarter(torch.from_numpy(what["images"][[4 + position]]))[0])
+        assert torch.equal(
+            pixels, quarter(torch.from_numpy(what["dataset"].images[[4 + position]]))[0]
+        )
         assert index == [0, 0, 1, 0, 1, 1][position]
 
 

@@ -41,6 +41,16 @@ def explained(run: Run, tiny_dataset) -> Run:
     return run
 
 
+def test_predictions_of_another_run_are_refused(run: Run, tiny_dataset) -> None:
+    rows, good = make_split(tiny_dataset, "merged"), run.predictions
+    logits = good["logits"]
+    bad = ({"rows": good["rows"][::-1]}, {"logits": logits[:, :2]}, {"logits": logits * np.nan})
+    for each in bad:
+        np.savez(run.folder / "predictions.npz", **good | each)
+        with pytest.raises(UserError, match="does not fit the run"):
+            analyse_run(run, tiny_dataset, rows, None, count=0, sample=0)
+
+
 # --- The network ----------------------------------------------------------------------------------
 
 

@@ -1,8 +1,4 @@
-"""All that `tinylab explain` finds out about a finished run: what it gets wrong, and where it
-looks, as numbers, tables and figures.
-
-Errors and calibration come from the stored predictions alone; only the maps need the network.
-"""
+"""All that `tinylab explain` finds out about a finished run; only the maps need the network."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,9 +14,9 @@ from tinylab.data.dataset import Dataset
 from tinylab.data.loader import make_loader
 from tinylab.data.split import Split
 from tinylab.exceptions import UserError
-from tinylab.explain.gradcam import Explanation, explain, gradcam
+from tinylab.explain.gradcam import Explanation, answers, explain, gradcam
 from tinylab.explain.localisation import Localisation, localise
-from tinylab.explain.mistakes import Errors, analyse, label_conflicts, softmax
+from tinylab.explain.mistakes import Errors, analyse, label_conflicts
 from tinylab.explain.road import faithfulness
 from tinylab.files import interactive
 from tinylab.run.folder import Run, note_figures, published_history
@@ -28,33 +24,17 @@ from tinylab.run.weights import normalised
 from tinylab.training.evaluate import per_class
 from tinylab.training.optim import schedule
 
-SHOWN_OF_A_PAIR = 3
-
 
 @dataclass(frozen=True)
 class Analysis:
-    """What was found out about one run."""
+    """What was found out about one run. figures: by file name, without ".png"."""
 
     explanation: Explanation
     errors: Errors
     conflicts: dict
     localisation: Localisation | None
-    """None: no image was asked for."""
     faithfulness: dict | None
     figures: dict[str, plots.Figure]
-    """By file name, without ".png"."""
-
-    def to_json(self, run: Run) -> dict:
-        """The contents of `explain.json`; the weights' hash says of which training it speaks."""
-        return {
-            "model_sha256": run.summary["model_sha256"],
-            **self.explanation.to_json(),
-            "errors": self.errors.to_json(),
-            "label_conflicts": self.conflicts,
-            "localisation": None if self.localisation is None else self.localisation.to_json(),
-            "faithfulness": self.faithfulness,
-            "figures": sorted(self.figures),
-        }
 
     def save(self, run: Run, figures: Path | None = None) -> Iterator[Path]:
         """Write figures, tables and, last, explain.json into the run folder; yield their paths.
@@ -63,21 +43,21 @@ class Analysis:
         """
         for target in filter(None, (run.figures, figures)):
             for name, figure in self.figures.items():
-                try:
-                    yield plots.save(figure, target / f"{name}.png")
-                except OSError as error:
-                    reason = error.strerror or error
-                    raise UserError(f"cannot write figures to {target}: {reason}") from error
+                yield plots.save(figure, target / f"{name}.png")
         # What an earlier analysis made and this one did not would be taken for this one's.
         for name in ("misclassified", "class_maps", "gradcam", "localisation", "faithfulness"):
             if name not in self.figures:
                 (run.figures / f"{name}.png").unlink(missing_ok=True)
-        if self.localisation is None:
-            (run.folder / "localisation.csv").unlink(missing_ok=True)
-        else:
+        (run.folder / "localisation.csv").unlink(missing_ok=True)
+        if self.localisation:
             yield self.localisation.write_table(run.folder / "localisation.csv")
         yield from self.errors.write_tables(run.folder)
-        run.write("explain.json", self.to_json(run))
+
+        found = {"model_sha256": run.summary["model_sha256"], **self.explanation.to_json()}
+        found |= {"errors": self.errors.to_json(), "label_conflicts": self.conflicts}
+        found["localisation"] = self.localisation.summary if self.localisation else None
+        found |= {"faithfulness": self.faithfulness, "figures": sorted(self.figures)}
+        run.write("explain.json", found)
         yield run.folder / "explain.json"
         if figures:
             note_figures(run, figures)
@@ -105,30 +85,70 @@ def analyse_run(
     model: its network; None: no map is asked for. count: misclassified images to explain one by
     one. sample: test images for the box metric, None: all, 0: none. faithful: test images for ROAD.
     """
-    predictions, recipe = run.predictions, run.recipe
-    logits = predictions["logits"]
-    if not np.array_equal(predictions["rows"], rows.test):
+    predictions, recipe, test = run.predictions, run.recipe, rows.test
+    logits, labels = predictions["logits"], dataset.labels[test]
+    shaped = logits.shape == (len(test), rows.classes)
+    if not (shaped and np.array_equal(predictions["rows"], test) and np.isfinite(logits).all()):
         raise UserError(f"{run.folder}/predictions.npz does not fit the run: train it again")
     names, wnids = dataset.names[: rows.classes], dataset.wnids[: rows.classes]
-    what = {
-        "images": dataset.images,
-        "rows": rows.test,
-        "logits": logits,
-        "normalise": network_input(recipe),
+
+    # ---- numbers ----
+    what = {"rows": test, "logits": logits, "normalise": network_input(recipe)}
+    choice = what | {"stage": stage, "progress": progress and interactive()}
+    located = localise(model, dataset, **choice, count=sample) if sample != 0 else None
+    faith = faithfulness(model, dataset, **choice, count=faithful) if faithful else None
+    explanation = explain(model, dataset, **what, count=count)
+    errors = analyse(logits, labels, wnids, names)
+    conflicts = label_conflicts(dataset, test, logits)
+
+    # ---- training: sample images, augmentation, schedule, curves, accuracy per class ----
+    loader = make_loader(dataset, rows.train, recipe, run.identity["seed"], torch.device("cpu"))
+    first = loader.rows_at(1, 0)[:16]
+    images, titles = dataset.images[first], [names[label] for label in dataset.labels[first]]
+    augmented = loader.batch(1, 0).images[:16].numpy()
+    _, *rates = zip(*schedule(recipe, len(rows.train)), strict=True)
+    steps = recipe.steps_per_epoch(len(rows.train))
+    correct, total = per_class(logits, labels)
+    figures = {
+        "samples": plots.image_grid(images, titles, dataset.boxes[first]),
+        "augmentation": plots.before_after(images, augmented, titles),
+        "learning_rate": plots.learning_rate_curve(*rates, steps),
+        "curves": plots.accuracy_and_loss(run.history, published_history(), title=run.title),
+        "classes": plots.class_accuracy(names, 100 * correct / total.clip(1), total),
     }
-    seen = {"labels": dataset.labels, "boxes": dataset.boxes}
-    explanation = explain(model, **what, **seen, wnids=wnids, names=names, count=count)
-    errors = analyse(logits, dataset.labels[rows.test], wnids, names)
-    conflicts = label_conflicts(dataset.images, dataset.labels, rows.test, logits, dataset.names)
-    choice = {"stage": stage, "progress": progress and interactive()}
-    located = localise(model, **what, **seen, count=sample, **choice) if sample != 0 else None
-    faith = faithfulness(model, **what, count=faithful, **choice) if faithful else None
-    figures = figures_of_training(run, dataset, rows)
-    figures |= figures_of_errors(errors, conflicts, dataset, rows, logits)
-    figures |= figures_of_maps(explanation)
-    if located is not None:
+
+    # ---- errors: confusions, pairs with images, single images, calibration, twins ----
+    def confused(actual: int, predicted: int) -> np.ndarray:
+        found = test[(labels == actual) & (logits.argmax(axis=1) == predicted)]
+        return dataset.images[found[:3]]
+
+    def single(positions: np.ndarray, title: str) -> plots.Figure:
+        told = answers(test[positions], logits[positions], dataset)
+        return plots.confident(dataset.images[test[positions]], told, title=title)
+
+    both = [(pair["one"]["index"], pair["other"]["index"]) for pair in errors.pairs]
+    thumbnails = [(confused(one, other), confused(other, one)) for one, other in both]
+    twins = dataset.images[[pair["rows"][0] for pair in conflicts["pairs"]]]
+    figures |= {
+        "confusion": plots.confusion(errors.matrix, names, errors.order),
+        "confused_pairs": plots.confused_pairs(errors.pairs, thumbnails),
+        "confident_mistakes": single(errors.confident_mistakes, "The surest mistakes"),
+        "hesitant_hits": single(errors.hesitant_hits, "The least sure right answers"),
+        "reliability": plots.reliability(errors.calibration),
+        "label_conflicts": plots.label_conflicts(twins, conflicts["pairs"]),
+    }
+
+    # ---- maps: the mistakes, four stages for the predicted class, the last one for both ----
+    entries, own = explanation.entries, explanation.actual_maps
+    if entries or not explanation.wrong:  # else none was asked for, not that there is none
+        seen = explanation.images
+        last = explanation.maps.get("layer4", own)
+        figures["misclassified"] = plots.misclassified(seen, entries)
+        figures["class_maps"] = plots.class_maps(seen, last, own, entries)
+        figures["gradcam"] = plots.gradcam_stages(seen, explanation.maps, entries)
+    if located:
         figures["localisation"] = plots.localisation(located.summary | {"method": "Grad-CAM"})
-    if faith is not None:
+    if faith:
         figures["faithfulness"] = plots.faithfulness(faith | {"method": "Grad-CAM"})
     return Analysis(explanation, errors, conflicts, located, faith, figures)
 
@@ -143,112 +163,3 @@ def explain_answers(
     classes = torch.tensor([metadata["wnids"].index(answer[0]["wnid"]) for answer in answers])
     inputs = normalised(metadata)(torch.from_numpy(pictures))
     return gradcam(model, inputs, classes, ("layer4",))["layer4"]
-
-
-def figures_of_training(run: Run, dataset: Dataset, rows: Split) -> dict[str, plots.Figure]:
-    """Figures by file name: sample images, augmentation, schedule, curves, accuracy per class."""
-    recipe, names = run.recipe, dataset.names[: rows.classes]
-    on_cpu = torch.device("cpu")
-    loader = make_loader(dataset, rows.train, recipe, run.identity["seed"], on_cpu)
-    first = loader.rows_at(1, 0)[:16]
-    images, titles = dataset.images[first], [names[label] for label in dataset.labels[first]]
-    _, learning_rates, momenta = zip(*schedule(recipe, len(rows.train)), strict=True)
-    correct, total = per_class(run.predictions["logits"], run.predictions["labels"])
-    return {
-        "samples": plots.image_grid(images, titles, dataset.boxes[first]),
-        "augmentation": plots.before_after(images, loader.batch(1, 0).images[:16].numpy(), titles),
-        "learning_rate": plots.learning_rate_curve(
-            learning_rates, momenta, recipe.steps_per_epoch(len(rows.train))
-        ),
-        "curves": plots.accuracy_and_loss(run.history, published_history(), title=run.title),
-        "classes": plots.class_accuracy(names, 100 * correct / total.clip(1), total),
-    }
-
-
-def figures_of_errors(
-    errors: Errors, conflicts: dict, dataset: Dataset, rows: Split, logits: np.ndarray
-) -> dict[str, plots.Figure]:
-    """Figures by file name: confusions, the pairs most often confused, the surest mistakes and the
-    least sure hits, calibration, and identical images with different labels."""
-    names = dataset.names[: rows.classes]
-    doubtful = conflicts["pairs"]
-    return {
-        "confusion": plots.confusion(errors.matrix, names, errors.order),
-        "confused_pairs": plots.confused_pairs(
-            errors.pairs, thumbnails(errors.pairs, dataset, rows, logits)
-        ),
-        "confident_mistakes": _confident(
-            errors.confident_mistakes, dataset, rows, logits, "The surest mistakes"
-        ),
-        "hesitant_hits": _confident(
-            errors.hesitant_hits, dataset, rows, logits, "The least sure right answers"
-        ),
-        "reliability": plots.reliability(errors.calibration),
-        "label_conflicts": plots.label_conflicts(
-            dataset.images[[pair["rows"][0] for pair in doubtful]], doubtful
-        ),
-    }
-
-
-def figures_of_maps(explanation: Explanation) -> dict[str, plots.Figure]:
-    """Figures by file name: the mistakes, their four stages for the predicted class, the last one
-    for both classes."""
-    images, entries = explanation.images, explanation.entries
-    if explanation.wrong and not entries:
-        return {}  # none was asked for; a figure would say that there is none
-    method = "Grad-CAM"
-    last = explanation.maps.get("layer4", explanation.actual_maps)
-    return {
-        "misclassified": plots.misclassified(images, entries),
-        "class_maps": plots.class_maps(
-            images, last, explanation.actual_maps, entries, method=method
-        ),
-        "gradcam": plots.gradcam_stages(images, explanation.maps, entries, method=method),
-    }
-
-
-def thumbnails(
-    pairs: Sequence[dict], dataset: Dataset, rows: Split, logits: np.ndarray
-) -> list[tuple[np.ndarray, np.ndarray]]:
-    """For each pair the first test images of `one` answered as `other`, and the reverse: uint8 (k,
-    64, 64, 3) each."""
-    labels, answers = dataset.labels[rows.test], logits.argmax(axis=1)
-
-    def confused(actual: int, predicted: int) -> np.ndarray:
-        found = rows.test[(labels == actual) & (answers == predicted)]
-        return dataset.images[found[:SHOWN_OF_A_PAIR]]
-
-    both = [(pair["one"]["index"], pair["other"]["index"]) for pair in pairs]
-    return [(confused(one, other), confused(other, one)) for one, other in both]
-
-
-def entries_of(
-    positions: np.ndarray, dataset: Dataset, rows: Split, logits: np.ndarray
-) -> list[dict]:
-    """What the figures say of tested images: predicted and actual class, each with wnid, name and
-    probability."""
-    entries = []
-    for row, scores in zip(rows.test[positions].tolist(), softmax(logits[positions]), strict=True):
-        answers = {"predicted": int(scores.argmax()), "actual": int(dataset.labels[row])}
-        entries.append(
-            {"row": row}
-            | {
-                kind: {
-                    "wnid": dataset.wnids[index],
-                    "name": dataset.names[index],
-                    "probability": float(scores[index]),
-                }
-                for kind, index in answers.items()
-            }
-        )
-    return entries
-
-
-def _confident(
-    positions: np.ndarray, dataset: Dataset, rows: Split, logits: np.ndarray, title: str
-) -> plots.Figure:
-    return plots.confident(
-        dataset.images[rows.test[positions]],
-        entries_of(positions, dataset, rows, logits),
-        title=title,
-    )

@@ -1,8 +1,7 @@
 """Why the network was wrong: misclassified test images, and Grad-CAM for both classes.
 
 Grad-CAM (Selvaraju et al. 2017, arXiv:1610.02391) weighs the channels of a stage by the mean
-gradient of a class's logit and adds them up; what is above zero is where the stage speaks for that
-class. The maps come from the pytorch-grad-cam library (Gildenblat et al.).
+gradient of a class's logit: what of their sum is above zero is where the stage speaks for it.
 """
 
 import copy
@@ -15,75 +14,60 @@ from pytorch_grad_cam import GradCAM
 from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 from torch import Tensor, nn
 
+from tinylab.data.dataset import Dataset
 from tinylab.exceptions import UserError
 from tinylab.explain.boxes import box_area, energy, usable
 from tinylab.explain.mistakes import softmax
 
-STAGES = ("layer1", "layer2", "layer3", "layer4")
-"""The four stages of the network, in the order in which an image passes through them."""
-
-
-RESAMPLES = 2000
-"""Bootstrap samples; the ends of an interval then wobble by a few percent of its width."""
+STAGES = ("layer1", "layer2", "layer3", "layer4")  # in the order of execution
+RESAMPLES = 2000  # the ends of an interval then wobble by a few percent of its width
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """The chosen images, their maps, and what `explain.json` says about them; all empty if no
-    answer was wrong."""
+    """The chosen images, their maps and entries (see `explain`); all empty if none was wrong."""
 
-    images: np.ndarray
-    """uint8 (n, 64, 64, 3)."""
-    maps: dict[str, np.ndarray]
-    """float32 (n, h, w) in 0..1 for each stage, for the predicted class (see `gradcam`)."""
-    actual_maps: np.ndarray
-    """float32 (n, h, w) in 0..1: the last stage's, for the actual class."""
+    images: np.ndarray  # uint8 (n, 64, 64, 3)
+    maps: dict[str, np.ndarray]  # of each stage, for the predicted class (see `gradcam`)
+    actual_maps: np.ndarray  # of the last stage, for the actual class
     entries: list[dict]
-    """One JSON-ready dict per image (see `explain`)."""
     tested: int
-    """Test images that the choice was made from."""
     wrong: int
-    """How many of them the network got wrong."""
     seed: int
-    """Seed of the choice."""
 
     def to_json(self) -> dict:
-        """The contents of `explain.json`: how the images were chosen and explained, and one object
-        for each."""
-        return {
-            "tested": self.tested,
-            "wrong": self.wrong,
-            "seed": self.seed,
-            "method": "gradcam",
-            "explained_class": "predicted",
-            "images": self.entries,
-        }
-
-
-def misclassified(logits: np.ndarray, labels: np.ndarray, count: int, seed: int = 0) -> np.ndarray:
-    """Return indices, int64 (at most `count`,), of wrongly answered images: a fair draw by `seed`.
-
-    logits (N, C), labels integer (N,). A larger `count` begins with the images of a smaller one.
-    """
-    if count < 0:
-        raise UserError(
-            f"count must be 0 or more, not {count}: it is the number of images to explain"
-        )
-    assert len(logits) == len(labels), f"{len(logits)} rows of logits for {len(labels)} labels"
-    shuffled = sample(len(labels), None, seed)
-    wrong = logits.argmax(axis=1) != labels
-    return shuffled[wrong[shuffled]][:count]
+        """Return how the images were chosen and explained, and an object for each."""
+        counts = {"tested": self.tested, "wrong": self.wrong, "seed": self.seed}
+        method = {"method": "gradcam", "explained_class": "predicted"}
+        return counts | method | {"images": self.entries}
 
 
 def sample(tested: int, count: int | None, seed: int = 0) -> np.ndarray:
     """Return the first `count` of a permutation by `seed`, int64; None: all."""
     if count is not None and count < 0:
-        raise UserError(
-            f"count must be 0 or more, not {count}: it is the number of images to look at"
-        )
+        raise UserError(f"count must be 0 or more, not {count}")
     return np.random.default_rng(seed).permutation(tested)[:count]
 
 
+def misclassified(logits: np.ndarray, labels: np.ndarray, count: int, seed: int = 0) -> np.ndarray:
+    """Draw at most `count` wrongly answered images, int64 indices; more begin with the same."""
+    shuffled = sample(len(labels), None, seed)
+    wrong = logits.argmax(axis=1) != labels
+    return shuffled[wrong[shuffled]][:count]
+
+
+class NativeGradCAM(GradCAM):
+    """The library's Grad-CAM as one (B, h, w) array per layer: not enlarged, not averaged."""
+
+    def get_target_width_height(self, input_tensor: Tensor) -> None:
+        return None
+
+    def aggregate_multi_layers(self, cam_per_target_layer: list[np.ndarray]) -> list[np.ndarray]:
+        return [maps[:, 0] for maps in cam_per_target_layer]
+
+
+@torch.inference_mode(False)
+@torch.enable_grad()
 def gradcam(
     model: nn.Module,
     inputs: Tensor,
@@ -98,122 +82,103 @@ def gradcam(
     found nothing. In fp32 on a copy in eval mode: the model keeps its mode, gradients and hooks,
     and may be compiled or wrapped. Gradients are computed down to the first of `stages` only.
     """
-    require_known(stages)
-    # The library gives an image without a target a map of zeros, and prints and swallows an index
-    # out of range.
-    if targets.shape != inputs.shape[:1]:
-        raise ValueError(
-            f"one target for each image, please: {tuple(targets.shape)} for {len(inputs)} images"
-        )
-    classes = unwrapped(model).fc.out_features
-    if targets.min() < 0 or targets.max() >= classes:
-        raise ValueError(f"targets must lie in 0..{classes - 1}")
-
-    # The library matches layers to activations by the order of execution, so it has to get them in
-    # that order.
-    ordered = [stage for stage in STAGES if stage in stages]
-    device = next(model.parameters()).device
-    batches: list[list[np.ndarray]] = []
-    with (
-        torch.inference_mode(False),
-        torch.enable_grad(),
-        torch.autocast(device.type, enabled=False),
-    ):
-        network = frozen_copy(model)
-        layers = [getattr(network, stage) for stage in ordered]
-        # The copy's weights ask for no gradient: the first stage's output does, before the
-        # library's hooks see it.
-        layers[0].register_forward_hook(lambda _module, _inputs, output: output.requires_grad_())
-        with NativeGradCAM(network, layers) as cam:
-            for images, wanted in zip(
-                inputs.split(batch_size), targets.split(batch_size), strict=True
-            ):
-                pixels = images.to(device, torch.float32, copy=True)
-                batches.append(
-                    cam(pixels, [ClassifierOutputTarget(index) for index in wanted.tolist()])
-                )
-                cam.outputs = (
-                    None  # or the graph would be kept during the next batch's forward pass
-                )
-    return {stage: to_full_scale([maps[i] for maps in batches]) for i, stage in enumerate(ordered)}
-
-
-def require_known(stages: Sequence[str]) -> None:
-    """Raise `UserError` unless the stages are of `STAGES`, one or more."""
-    for stage in stages or [""]:
+    for stage in stages:
         if stage not in STAGES:
             raise UserError(f"unknown layer '{stage}'; there are: {', '.join(STAGES)}")
+    network = frozen_copy(model)
+    last = network.fc.out_features - 1
+    # The library gives an image without a target zeros, and swallows an index out of range.
+    if targets.shape != inputs.shape[:1] or targets.min() < 0 or targets.max() > last:
+        raise ValueError(f"one target for each image in 0..{last}, please, not {targets.tolist()}")
+
+    # The library matches layers to activations by the order of execution.
+    ordered = [stage for stage in STAGES if stage in stages]
+    layers = [getattr(network, stage) for stage in ordered]
+    # The copy's weights ask for no gradient; the first stage's output does.
+    layers[0].register_forward_hook(lambda _module, _inputs, output: output.requires_grad_())
+    device = next(model.parameters()).device
+    batches = []
+    with torch.autocast(device.type, enabled=False), NativeGradCAM(network, layers) as cam:
+        for images, wanted in zip(inputs.split(batch_size), targets.split(batch_size), strict=True):
+            pixels = images.to(device, torch.float32, copy=True)
+            batches.append(cam(pixels, [ClassifierOutputTarget(each) for each in wanted.tolist()]))
+            cam.outputs = None  # else the graph is kept during the next batch's forward pass
+
+    found = {}
+    for stage, parts in zip(ordered, zip(*batches, strict=True), strict=True):
+        maps = np.concatenate(parts)
+        peak = maps.max(axis=(1, 2), keepdims=True)
+        # The library adds 1e-7 to its divisor, which dims weak maps.
+        found[stage] = maps / np.where(peak > 0, peak, 1)
+    return found
+
+
+def frozen_copy(model: nn.Module) -> nn.Module:
+    """Return a copy without wrappers: float32, in eval mode, its weights ask for no gradients."""
+    # torch.compile, DistributedDataParallel and AveragedModel
+    while inner := getattr(model, "_orig_mod", None) or getattr(model, "module", None):
+        model = inner
+    return copy.deepcopy(model).float().eval().requires_grad_(False)
 
 
 def explain(
-    model: nn.Module,
+    model: nn.Module | None,
+    dataset: Dataset,
     *,
-    images: np.ndarray,
-    labels: np.ndarray,
-    boxes: np.ndarray,
     rows: np.ndarray,
     logits: np.ndarray,
-    wnids: Sequence[str],
-    names: Sequence[str],
     normalise: Callable[[Tensor], Tensor],
     count: int = 10,
     seed: int = 0,
 ) -> Explanation:
     """Draw `count` misclassified test images, with what spoke for each of their two classes.
 
-    images uint8 (M, 64, 64, 3), labels (M,) and boxes (M, 4) are the whole data set's; rows (N,)
-    are those that were tested, logits (N, C) the answers. normalise: uint8 (n, 64, 64, 3) to the
-    network's input.
-    An entry holds `row`; `predicted` and `actual`, each with wnid, name and probability; `box`, x0
-    y0 x1 y1; `box_area`, its share of the image; and for each of `stages`, and for `actual_map`,
-    the map's `size`, `mean` and `energy_in_box`. A map that knows nothing would score `box_area`.
+    rows (N,): the test images. logits (N, C): the answers. normalise: from uint8 (n, 64, 64, 3) to
+    the network's input. An entry holds what `answers` says; `box`; `box_area`, a share, which a map
+    that knows nothing would score; and for each map `size`, `mean` and `energy_in_box`.
     """
-    assert logits.shape == (len(rows), len(wnids)), (
-        f"logits {logits.shape}: {len(rows)} rows, {len(wnids)} classes"
-    )
-    drawn = misclassified(logits, labels[rows], count, seed)
-    wrong = int((logits.argmax(axis=1) != labels[rows]).sum())
+    drawn = misclassified(logits, dataset.labels[rows], count, seed)
+    chosen = rows[drawn]
+    images, boxes = dataset.images[chosen], dataset.boxes[chosen]
     maps: dict[str, np.ndarray] = {}
-    actual = np.empty((0, 8, 8), np.float32)
+    actual_maps = np.empty((0, 8, 8), np.float32)
     if len(drawn):
-        inputs = normalise(torch.from_numpy(images[rows[drawn]]))
+        inputs = normalise(torch.from_numpy(images))
         maps = gradcam(model, inputs, torch.from_numpy(logits[drawn].argmax(axis=1)))
-        labelled = torch.from_numpy(labels[rows[drawn]].astype(np.int64))
-        actual = gradcam(model, inputs, labelled, STAGES[-1:])[STAGES[-1]]
+        actual = torch.from_numpy(dataset.labels[chosen].astype(np.int64))
+        actual_maps = gradcam(model, inputs, actual, ("layer4",))["layer4"]
 
-    probabilities = softmax(logits[drawn])
-    entries = []
-    for i, row in enumerate(rows[drawn].tolist()):
-        answers = {"predicted": int(logits[drawn[i]].argmax()), "actual": int(labels[row])}
+    def against_box(i: int, maps: np.ndarray) -> dict:
+        one, box = maps[i : i + 1], boxes[i : i + 1]
+        share = round(float(energy(one, box)[0]), 4) if usable(box)[0] and one.any() else None
+        size, mean = list(one.shape[1:]), round(float(one.mean()), 4)
+        return {"size": size, "mean": mean, "energy_in_box": share}
+
+    entries = answers(chosen, logits[drawn], dataset)
+    for i, entry in enumerate(entries):
+        for answer in (entry["predicted"], entry["actual"]):
+            answer["probability"] = round(answer["probability"], 6)
+        area = float(box_area(boxes[i : i + 1])[0])
+        entry |= {"box": boxes[i].tolist(), "box_area": round(area, 4)}
+        entry["stages"] = {stage: against_box(i, each) for stage, each in maps.items()}
+        entry["actual_map"] = against_box(i, actual_maps)
+    wrong = int((logits.argmax(axis=1) != dataset.labels[rows]).sum())
+    return Explanation(images, maps, actual_maps, entries, len(rows), wrong, seed)
+
+
+def answers(rows: np.ndarray, logits: np.ndarray, dataset: Dataset) -> list[dict]:
+    """Return `row`, and `predicted` and `actual` (wnid, name, probability), of each row."""
+    found = []
+    for row, shares in zip(rows.tolist(), softmax(logits), strict=True):
         entry: dict = {"row": row}
-        for answer, index in answers.items():
-            probability = round(float(probabilities[i, index]), 6)
-            entry[answer] = {"wnid": wnids[index], "name": names[index], "probability": probability}
-        entry |= box_figures(
-            boxes[row], {stage: stage_maps[i] for stage, stage_maps in maps.items()}
-        )
-        entry["actual_map"] = box_figures(boxes[row], {"": actual[i]})["stages"][""]
-        entries.append(entry)
-    return Explanation(images[rows[drawn]], maps, actual, entries, len(rows), wrong, seed)
+        for kind, index in (("predicted", shares.argmax()), ("actual", dataset.labels[row])):
+            answer = {"wnid": dataset.wnids[index], "name": dataset.names[index]}
+            entry[kind] = answer | {"probability": float(shares[index])}
+        found.append(entry)
+    return found
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The network itself, without the wrappers of torch.compile, DistributedDataParallel and
-    AveragedModel."""
-    while inner := getattr(model, "_orig_mod", None) or getattr(model, "module", None):
-        model = inner
-    return model
-
-
-def frozen_copy(model: nn.Module) -> nn.Module:
-    """A copy of the network without its wrappers: float32, in evaluation mode, its weights ask for
-    no gradients."""
-    return copy.deepcopy(unwrapped(model)).float().eval().requires_grad_(False)
-
-
-def bootstrap(
-    measures: Mapping[str, np.ndarray], seed: int = 0
-) -> dict[str, dict[str, float] | None]:
+def bootstrap(measures: Mapping[str, np.ndarray], seed: int = 0) -> dict[str, dict | None]:
     """Return mean, low and high (95 %) of each measure float (n,); None where there are no values.
 
     Percentiles of the means of 2,000 samples with replacement (Efron and Tibshirani 1993, section
@@ -225,49 +190,11 @@ def bootstrap(
         return dict.fromkeys(measures)
     rng = np.random.default_rng(seed)
     # One sample at a time: all samples of 33,000 images would take half a gigabyte.
-    drawn = (
-        np.bincount(rng.integers(count, size=count), minlength=count) for _ in range(RESAMPLES)
-    )
-    samples = np.stack([times @ values for times in drawn]) / count
+    drawn = (rng.integers(count, size=count) for _ in range(RESAMPLES))
+    samples = np.stack([np.bincount(each, minlength=count) @ values for each in drawn]) / count
     means = values.mean(axis=0)
     low, high = np.quantile(samples, (0.025, 0.975), axis=0)
     # Of equal values, rounding alone could put the mean outside.
-    rows = np.stack([means, np.minimum(low, means), np.maximum(high, means)], axis=1).tolist()
-    return {
-        name: dict(zip(("mean", "low", "high"), row, strict=True))
-        for name, row in zip(measures, rows, strict=True)
-    }
-
-
-class NativeGradCAM(GradCAM):
-    """The library's Grad-CAM as a list of one (B, h, w) array per layer: not enlarged, not
-    averaged."""
-
-    def get_target_width_height(self, input_tensor: Tensor) -> None:
-        return None
-
-    def aggregate_multi_layers(self, cam_per_target_layer: list[np.ndarray]) -> list[np.ndarray]:
-        return [maps[:, 0] for maps in cam_per_target_layer]
-
-
-def to_full_scale(batches: list[np.ndarray]) -> np.ndarray:
-    """One array whose maps peak at exactly 1: the library adds 1e-7 to its divisor, which dims weak
-    maps."""
-    maps = np.concatenate(batches)
-    peak = maps.max(axis=(1, 2), keepdims=True)
-    return maps / np.where(peak > 0, peak, 1)
-
-
-def box_figures(box: np.ndarray, maps: dict[str, np.ndarray]) -> dict:
-    """The entries `box`, `box_area` and `stages` of one image, whose maps are (h, w); see
-    `explain`."""
-    boxes = box[None]
-    stages = {}
-    for stage, small in maps.items():
-        known = bool(usable(boxes)[0]) and bool(small.any())
-        stages[stage] = {
-            "size": list(small.shape),
-            "mean": round(float(small.mean()), 4),
-            "energy_in_box": round(float(energy(small[None], boxes)[0]), 4) if known else None,
-        }
-    return {"box": box.tolist(), "box_area": round(float(box_area(boxes)[0]), 4), "stages": stages}
+    ends = np.stack([means, np.minimum(low, means), np.maximum(high, means)], axis=1).tolist()
+    named = (dict(zip(("mean", "low", "high"), row, strict=True)) for row in ends)
+    return dict(zip(measures, named, strict=True))

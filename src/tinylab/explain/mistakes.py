@@ -16,6 +16,7 @@ from scipy.cluster.hierarchy import leaves_list, linkage
 from scipy.optimize import brentq
 from scipy.spatial.distance import squareform
 
+from tinylab.data.dataset import Dataset
 from tinylab.files import as_csv, write_atomically
 
 COLDEST, HOTTEST = 0.05, 20.0  # the best temperature is looked for between these
@@ -48,23 +49,17 @@ class Errors:
         tested = [each for each in self.classes if each["images"]]
         ranked = sorted(tested, key=lambda each: (-each["top1"], -each["top5"]))
         half = len(ranked) // 2  # so that no class is among both
-        return {
-            "best": ranked[: min(10, len(ranked) - half)],
-            "worst": ranked[::-1][: min(10, half)],
-            "pairs": self.pairs,
-            "calibration": self.calibration,
-            "classes": self.classes,
-        }
+        best, worst = ranked[: len(ranked) - half][:10], ranked[::-1][:half][:10]
+        rest = {"pairs": self.pairs, "calibration": self.calibration, "classes": self.classes}
+        return {"best": best, "worst": worst, **rest}
 
     def write_tables(self, folder: Path) -> list[Path]:
         """Write classes.csv and confusion.csv (a line per actual class), and return their paths."""
         columns = ("index", "wnid", "name", "images", "top1", "top5")
-        answer = ("wnid", "name", "count")
-        classes = [[*columns, *(f"mistaken_for_{name}" for name in answer)]]
+        classes = [[*columns, "mistaken_for_wnid", "mistaken_for_name", "mistaken_for_count"]]
         for each in self.classes:
-            mistaken = each["mistaken_for"] or {}
-            numbers = [each[name] for name in columns]
-            classes.append([*numbers, *(mistaken.get(name) for name in answer)])
+            mistaken = each["mistaken_for"] or dict.fromkeys(("wnid", "name", "count"))
+            classes.append([*(each[name] for name in columns), *mistaken.values()])
         wnids = [each["wnid"] for each in self.classes]
         counts = zip(wnids, self.matrix.tolist(), strict=True)
         confusion = [["actual", *wnids], *([wnid, *row] for wnid, row in counts)]
@@ -168,14 +163,10 @@ def calibration(logits: np.ndarray, labels: np.ndarray, bins: int = 15) -> dict:
         note = f"no temperature from {COLDEST} to {HOTTEST} is best for {which}: 1 was taken there"
     scaled = shifted / np.array(temperatures)[1 - half][:, None]
     return {
-        "bins": bins,
-        "folds": 2,
-        "temperature": sum(temperatures) / 2,
-        "temperatures": temperatures,
-        "note": note,
-        "before": reliability(shifted, labels, bins),
-        "after": reliability(scaled, labels, bins),
-    }
+        "bins": bins, "folds": 2, "temperature": sum(temperatures) / 2,
+        "temperatures": temperatures, "note": note,
+        "before": reliability(shifted, labels, bins), "after": reliability(scaled, labels, bins),
+    }  # fmt: skip
 
 
 def halves(labels: np.ndarray, seed: int = 0) -> np.ndarray:
@@ -213,15 +204,12 @@ def reliability(shifted: np.ndarray, labels: np.ndarray, bins: int) -> dict:
         pairs = zip(sums.tolist(), count.tolist(), strict=True)
         return [value / number if number else None for value, number in pairs]
 
+    ece = float(np.abs(hits - confidences).sum() / len(labels))
     return {
-        "ece": float(np.abs(hits - confidences).sum() / len(labels)),
-        "nll": float(losses.mean()),
-        "mean_confidence": float(confidence.mean()),
-        "accuracy_overall": float(hit.mean()),
-        "confidence": means(confidences),
-        "accuracy": means(hits),
-        "count": count.tolist(),
-    }
+        "ece": ece, "nll": float(losses.mean()), "mean_confidence": float(confidence.mean()),
+        "accuracy_overall": float(hit.mean()), "confidence": means(confidences),
+        "accuracy": means(hits), "count": count.tolist(),
+    }  # fmt: skip
 
 
 def identical_images(images: np.ndarray) -> list[list[int]]:
@@ -239,27 +227,22 @@ def identical_images(images: np.ndarray) -> list[list[int]]:
     return sorted(group for rows in candidates for group in alike(images, rows))
 
 
-def label_conflicts(
-    images: np.ndarray,
-    labels: np.ndarray,
-    rows: np.ndarray,
-    logits: np.ndarray,
-    names: Sequence[str],
-) -> dict:
+def label_conflicts(dataset: Dataset, rows: np.ndarray, logits: np.ndarray) -> dict:
     """Return identical images with different labels, and what share of the errors they explain.
 
-    images uint8 (M, 64, 64, 3), labels (M,), names: the whole data set's, as a label is in doubt
-    even if the network does not have the twin's class. rows (N,): those tested. logits: (N, C).
+    rows (N,): the test images. Twins are looked for in all of the data set: a label is in doubt
+    even if the network does not have the other's class.
 
     `pairs`: at most 1000, of rows, names and tested of the two images; `found`: how many there are.
     `tested`: test images with such a twin; `wrong`: those answered wrong; `answered_as_twin`: by a
     twin's label; `wrong_in_all`: of all test images; `share_of_error`: `wrong` of these, or None.
     """
+    labels, names = dataset.labels, dataset.names
     answers = np.full(len(labels), -1)
     answers[rows] = logits.argmax(axis=1)
     pairs: list[dict] = []
     counts = dict.fromkeys(("found", "tested", "wrong", "answered_as_twin"), 0)
-    for group in identical_images(images):
+    for group in identical_images(dataset.images):
         own = labels[group]
         alike = np.unique(own, return_counts=True)[1]
         if len(alike) == 1:
