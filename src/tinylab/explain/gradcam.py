@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tinylab.data.dataset import Dataset
 from tinylab.exceptions import UserError
 from tinylab.explain.boxes import box_area, energy, usable
-from tinylab.explain.mistakes import softmax
+from tinylab.explain.mistakes import answers
 
 STAGES = ("layer1", "layer2", "layer3", "layer4")  # in the order of execution
 RESAMPLES = 2000  # the ends of an interval then wobble by a few percent of its width
@@ -52,8 +52,7 @@ def sample(tested: int, count: int | None, seed: int = 0) -> np.ndarray:
 def misclassified(logits: np.ndarray, labels: np.ndarray, count: int, seed: int = 0) -> np.ndarray:
     """Draw at most `count` wrongly answered images, int64 indices; more begin with the same."""
     shuffled = sample(len(labels), None, seed)
-    wrong = logits.argmax(axis=1) != labels
-    return shuffled[wrong[shuffled]][:count]
+    return shuffled[(logits.argmax(axis=1) != labels)[shuffled]][:count]
 
 
 class NativeGradCAM(GradCAM):
@@ -77,10 +76,9 @@ def gradcam(
 ) -> dict[str, np.ndarray]:
     """Return maps float32 (B, h, w) in 0..1 of each stage at its own size (64, 32, 16, 8 a side).
 
-    inputs: float32 (B, 3, H, W), normalised. targets: integer (B,), the class that each map speaks
-    for. Each map is scaled to itself, so brightness cannot be compared; one that is 0 everywhere
-    found nothing. In fp32 on a copy in eval mode: the model keeps its mode, gradients and hooks,
-    and may be compiled or wrapped. Gradients are computed down to the first of `stages` only.
+    inputs: float32 (B, 3, H, W), normalised. targets: integer (B,), the class of each map. A map is
+    scaled to itself, so brightness cannot be compared; one that is 0 everywhere found nothing. In
+    fp32 on a copy in eval mode: the model stays as it is, and may be compiled or wrapped.
     """
     for stage in stages:
         if stage not in STAGES:
@@ -96,8 +94,7 @@ def gradcam(
     layers = [getattr(network, stage) for stage in ordered]
     # The copy's weights ask for no gradient; the first stage's output does.
     layers[0].register_forward_hook(lambda _module, _inputs, output: output.requires_grad_())
-    device = next(model.parameters()).device
-    batches = []
+    device, batches = next(model.parameters()).device, []
     with torch.autocast(device.type, enabled=False), NativeGradCAM(network, layers) as cam:
         for images, wanted in zip(inputs.split(batch_size), targets.split(batch_size), strict=True):
             pixels = images.to(device, torch.float32, copy=True)
@@ -114,8 +111,7 @@ def gradcam(
 
 
 def frozen_copy(model: nn.Module) -> nn.Module:
-    """Return a copy without wrappers: float32, in eval mode, its weights ask for no gradients."""
-    # torch.compile, DistributedDataParallel and AveragedModel
+    """Return a frozen float32 copy in eval mode, without torch.compile's and other wrappers."""
     while inner := getattr(model, "_orig_mod", None) or getattr(model, "module", None):
         model = inner
     return copy.deepcopy(model).float().eval().requires_grad_(False)
@@ -137,11 +133,9 @@ def explain(
     the network's input. An entry holds what `answers` says; `box`; `box_area`, a share, which a map
     that knows nothing would score; and for each map `size`, `mean` and `energy_in_box`.
     """
-    drawn = misclassified(logits, dataset.labels[rows], count, seed)
-    chosen = rows[drawn]
+    chosen = rows[drawn := misclassified(logits, dataset.labels[rows], count, seed)]
     images, boxes = dataset.images[chosen], dataset.boxes[chosen]
-    maps: dict[str, np.ndarray] = {}
-    actual_maps = np.empty((0, 8, 8), np.float32)
+    maps, actual_maps = {}, np.empty((0, 8, 8), np.float32)
     if len(drawn):
         inputs = normalise(torch.from_numpy(images))
         maps = gradcam(model, inputs, torch.from_numpy(logits[drawn].argmax(axis=1)))
@@ -154,28 +148,15 @@ def explain(
         size, mean = list(one.shape[1:]), round(float(one.mean()), 4)
         return {"size": size, "mean": mean, "energy_in_box": share}
 
-    entries = answers(chosen, logits[drawn], dataset)
+    entries, areas = answers(chosen, logits[drawn], dataset), box_area(boxes)
     for i, entry in enumerate(entries):
         for answer in (entry["predicted"], entry["actual"]):
             answer["probability"] = round(answer["probability"], 6)
-        area = float(box_area(boxes[i : i + 1])[0])
-        entry |= {"box": boxes[i].tolist(), "box_area": round(area, 4)}
+        entry |= {"box": boxes[i].tolist(), "box_area": round(float(areas[i]), 4)}
         entry["stages"] = {stage: against_box(i, each) for stage, each in maps.items()}
         entry["actual_map"] = against_box(i, actual_maps)
     wrong = int((logits.argmax(axis=1) != dataset.labels[rows]).sum())
     return Explanation(images, maps, actual_maps, entries, len(rows), wrong, seed)
-
-
-def answers(rows: np.ndarray, logits: np.ndarray, dataset: Dataset) -> list[dict]:
-    """Return `row`, and `predicted` and `actual` (wnid, name, probability), of each row."""
-    found = []
-    for row, shares in zip(rows.tolist(), softmax(logits), strict=True):
-        entry: dict = {"row": row}
-        for kind, index in (("predicted", shares.argmax()), ("actual", dataset.labels[row])):
-            answer = {"wnid": dataset.wnids[index], "name": dataset.names[index]}
-            entry[kind] = answer | {"probability": float(shares[index])}
-        found.append(entry)
-    return found
 
 
 def bootstrap(measures: Mapping[str, np.ndarray], seed: int = 0) -> dict[str, dict | None]:
@@ -185,8 +166,7 @@ def bootstrap(measures: Mapping[str, np.ndarray], seed: int = 0) -> dict[str, di
     13.3). All measures see the same samples, so differences of two belong to the same images.
     """
     values = np.stack(list(measures.values()), axis=1).astype(np.float64)
-    count = len(values)
-    if count == 0:
+    if (count := len(values)) == 0:
         return dict.fromkeys(measures)
     rng = np.random.default_rng(seed)
     # One sample at a time: all samples of 33,000 images would take half a gigabyte.

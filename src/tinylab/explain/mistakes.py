@@ -114,6 +114,18 @@ def softmax(logits: np.ndarray) -> np.ndarray:
     return scipy.special.softmax(logits.astype(np.float64), axis=1)
 
 
+def answers(rows: np.ndarray, logits: np.ndarray, dataset: Dataset) -> list[dict]:
+    """Return `row`, and `predicted` and `actual` (wnid, name, probability), of each row."""
+    found = []
+    for row, shares in zip(rows.tolist(), softmax(logits), strict=True):
+        entry: dict = {"row": row}
+        for kind, index in (("predicted", shares.argmax()), ("actual", dataset.labels[row])):
+            answer = {"wnid": dataset.wnids[index], "name": dataset.names[index]}
+            entry[kind] = answer | {"probability": float(shares[index])}
+        found.append(entry)
+    return found
+
+
 def confusion_matrix(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """Count the answers to the images of each class: int64 (C, C) [actual, predicted]."""
     classes = logits.shape[1]

@@ -59,8 +59,8 @@ def faithfulness(
         network = frozen_copy(model)
         for first in starts:
             some = chosen[first : first + BATCH]
-            inputs = normalise(torch.from_numpy(dataset.images[rows[some]]))
-            inputs = inputs.to(device, torch.float32)
+            images = torch.from_numpy(dataset.images[rows[some]])
+            inputs = normalise(images).to(device, torch.float32)
             classes = torch.from_numpy(logits[some].argmax(axis=1))
             maps = torch.from_numpy(gradcam(network, inputs, classes, (stage,))[stage])
             noise = torch.rand(maps.shape, generator=generator)
@@ -68,7 +68,7 @@ def faithfulness(
             batches.append(np.array(both))
 
     found = {"images": len(chosen), "method": "gradcam", "stage": stage, "seed": seed}
-    found |= {"percentiles": list(PERCENTILES)}
+    found["percentiles"] = list(PERCENTILES)
     ours, theirs = np.concatenate(batches, axis=-1)
     for kind, curves in (("map", ours), ("random", theirs)):
         means = curves.mean(axis=2).tolist() if len(chosen) else [[None] * len(PERCENTILES)] * 2
