@@ -70,11 +70,7 @@ packages = {
     "safetensors": "safetensors",
     "torchsummary": "torchsummary",
 }
-missing = [
-    requirement
-    for module, requirement in packages.items()
-    if importlib.util.find_spec(module) is None
-]
+missing = [name for module, name in packages.items() if not importlib.util.find_spec(module)]
 if missing:
     subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", *missing], check=True)
 print("installed:", ", ".join(missing) or "nothing, everything is here")
@@ -138,18 +134,15 @@ dataset = prepare(str(source), Path(DATA or ("data/sample" if made_up else "data
 
 # All 200 classes take a CPU hours; a run that is finished can be shown anywhere.
 recipe, classes, epochs = named(RECIPE or ("cpu" if on_cpu else "published")), CLASSES, EPOCHS
-whole = come_back(
-    record.Run(Path(RUN or runs / record.default_folder(recipe, "merged", SEED).name))
-)
+usual = runs / record.default_folder(recipe, "merged", SEED).name
+whole = come_back(record.Run(Path(RUN or usual)))
 if on_cpu and not made_up and not whole.finished:
     classes, epochs = (10 if CLASSES is None else CLASSES), (6 if EPOCHS is None else EPOCHS)
 recipe = recipe if epochs is None else replace(recipe, epochs=epochs)
 split = make_split(dataset, "merged", classes)
 names = dataset.names[: split.classes]
-print(
-    f"{len(split.train):,} training and {len(split.test):,} test images of {split.classes} classes"
-)
-print(f"split {split.sha256[:16]}")
+print(f"{len(split.train):,} training and {len(split.test):,} test images")
+print(f"{split.classes} classes, split {split.sha256[:16]}")
 
 # %% [markdown]
 # ## A look at the images

@@ -50,7 +50,8 @@ def test_committed_notebook_is_its_source(committed: nbformat.NotebookNode) -> N
 
     assert content(committed) == content(builder.build())
     for cell in code_cells(committed):
-        assert len(cell.source.splitlines()) <= 16, cell.source  # cells are thin
+        own = [each for each in cell.source.splitlines() if not each.startswith(("from", "import"))]
+        assert len(own) <= 16, cell.source  # cells are thin
 
 
 def test_committed_notebook_ran_from_top_to_bottom_without_errors(
@@ -80,7 +81,7 @@ def test_committed_notebook_renders_on_github_and_tells_nothing_of_a_machine(
 def test_committed_log_is_the_published_record(committed: nbformat.NotebookNode) -> None:
     """The accuracy shown is that of the record in results/ that the run folder names."""
     text = printed(committed)
-    name = re.search(r"runs/([\w.-]+) is finished|bytes  ([\w.-]+)/summary.json", text)
+    name = re.search(r"runs/([\w.-]+) is finished|bytes  runs/([\w.-]+)/summary.json", text)
     summary = json.loads((ROOT / "results" / (name[1] or name[2]) / "summary.json").read_text())
     shown = float(re.search(r"top-1 ([\d.]+) %, top-5", text)[1])
     assert shown == pytest.approx(summary["test_top1"], abs=0.005)
