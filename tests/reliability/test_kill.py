@@ -116,12 +116,11 @@ def epoch_begun_again(saved: dict) -> None:
 
 
 def batches_off_by_one(patched: pytest.MonkeyPatch) -> None:
-    def make(self, epoch: int, steps: range):
-        shift = int(steps.start > 0)
-        return real(self, epoch, [min(step + shift, self.steps - 1) for step in steps])
+    def epoch(self, number: int, start: int = 0):
+        steps = range(start, self.steps)
+        return (self.batch(number, min(step + (start > 0), self.steps - 1)) for step in steps)
 
-    real = DeviceLoader._make
-    patched.setattr(DeviceLoader, "_make", make)
+    patched.setattr(DeviceLoader, "epoch", epoch)
 
 
 def randomness_of_the_process(patched: pytest.MonkeyPatch) -> None:

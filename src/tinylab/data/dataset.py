@@ -112,10 +112,8 @@ def open_dataset(folder: Path = FOLDER) -> Dataset:
 def refuse_inside(dataset: Dataset, folder: Path, what: str) -> None:
     """Raise `UserError` if `folder` lies in the data folder."""
     if folder.resolve().is_relative_to(dataset.folder.resolve()):
-        raise UserError(
-            f"{folder} is inside the data folder {dataset.folder}: choose another place for the "
-            f"{what}"
-        )
+        inside = f"{folder} is inside the data folder {dataset.folder}"
+        raise UserError(f"{inside}: choose another place for the {what}")
 
 
 def verify(dataset: Dataset) -> None:
@@ -183,34 +181,27 @@ def prepare(
     number of processes may call this at once: one builds, the others wait.
     Raise `UserError`, naming the file at fault; then nothing is left behind.
     """
-    folder = Path(folder)
+    folder, elsewhere = Path(folder), "choose another place with --data"
     if workers is not None and workers < 1:
         raise UserError(f"workers must be at least 1, not {workers}")
-    if not is_prepared(folder):
-        try:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            with lock(folder, f"another process is preparing {folder}; waiting for it"):
-                if not is_prepared(folder):
-                    for stray in folder.parent.glob(f"{glob.escape(folder.name)}.building-*"):
-                        shutil.rmtree(stray)  # of a killed process: the lock is ours
-                    with Archive(find(source, folder.parent)) as archive:
-                        strict = str(source) in ("auto", *URLS)
-                        build(archive, folder, workers or available_cores(), progress, strict)
-        except OSError as error:
-            reason = error.strerror or error
-            raise UserError(
-                f"cannot write {folder}: {reason}; choose another place with --data"
-            ) from error
+    try:
+        if (folder / "meta.json").exists():
+            return open_dataset(folder)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with lock(folder, f"another process is preparing {folder}; waiting for it"):
+            if (folder / "meta.json").exists():
+                return open_dataset(folder)
+            if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+                raise UserError(f"{folder} exists, but is no data set: {elsewhere}")
+            for stray in folder.parent.glob(f"{glob.escape(folder.name)}.building-*"):
+                shutil.rmtree(stray)  # of a killed process: the lock is ours
+            with Archive(find(source, folder.parent)) as archive:
+                strict = str(source) in ("auto", *URLS)
+                build(archive, folder, workers or available_cores(), progress, strict)
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"cannot write {folder}: {reason}; {elsewhere}") from error
     return open_dataset(folder)
-
-
-def is_prepared(folder: Path) -> bool:
-    """Return whether a data set is there. Raise `UserError` if something else is."""
-    if (folder / "meta.json").exists():
-        return True
-    if folder.exists() and not (folder.is_dir() and next(folder.iterdir(), None) is None):
-        raise UserError(f"{folder} exists, but is no data set: choose another place with --data")
-    return False
 
 
 def build(archive: Archive, folder: Path, workers: int, progress: bool, strict: bool) -> None:

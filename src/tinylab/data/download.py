@@ -59,26 +59,24 @@ def existing(named: str | Path, statement: str) -> Path:
 
 
 def download(urls: Sequence[str], target: Path, sha256: str | None = None) -> Path:
-    """Download the first of `urls` that gives the right bytes, and return `target`.
+    """Download the first of `urls` that gives a zip with the right hash, and return `target`.
 
-    Without a hash it must be a zip. `target` appears whole or not at all. One process at a time.
+    `target` appears whole or not at all. One process at a time.
     """
-    problems = []
+    problems, http = [], pooch.HTTPDownloader(timeout=30, progressbar=interactive())
+
+    def fetch(url: str, temporary: str, _: object) -> None:
+        http(url, temporary, None)
+        if not zipfile.is_zipfile(temporary):
+            raise ValueError("sends something else than a zip")
+
     with lock(target, f"another process is downloading {target}; waiting for it"):
         for url in urls:
             host = urllib.parse.urlsplit(url).netloc
             try:
-                pooch.retrieve(
-                    url,
-                    known_hash=f"sha256:{sha256}" if sha256 else None,
-                    fname=target.name,
-                    path=target.parent,
-                    downloader=pooch.HTTPDownloader(timeout=30, progressbar=interactive()),
-                )
-                if zipfile.is_zipfile(target):
-                    return target
-                target.unlink()
-                problems.append(f"{host}: sends something else than a zip")
+                known = f"sha256:{sha256}" if sha256 else None
+                pooch.retrieve(url, known, target.name, target.parent, downloader=fetch)
+                return target
             except requests.RequestException as error:
                 problems.append(f"{host}: {printable(error)[:120]}")
             except ValueError as error:  # pooch's word for a wrong hash, and for a bad address

@@ -7,7 +7,7 @@ very same batch.
 import os
 import signal
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import NamedTuple
@@ -126,8 +126,8 @@ class AugmentedBatches(TorchDataset):
         """The recipe's, built by the process that needs it."""
         return build_transform(self.order.recipe)
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return uint8 (B, 64, 64, 3) and int64 (B,), this process's share."""
+    def __getitem__(self, key: tuple[int, int]) -> Batch:
+        """Return this process's share."""
         epoch, step = key
         rows = self.order.rows_at(epoch, step)
         mine = share(len(rows), self.order.rank, self.order.ranks)
@@ -138,7 +138,7 @@ class AugmentedBatches(TorchDataset):
             rng = generator(self.order.seed, Stream.AUGMENT, epoch, where)
             images[i] = augment(self.transform, source[rows[position]], rng)
         labels = self.dataset.labels[rows[mine.start : mine.stop]].astype(np.int64)
-        return torch.from_numpy(images), torch.from_numpy(labels)
+        return Batch(torch.from_numpy(images), torch.from_numpy(labels), total=len(rows))
 
 
 class WorkerLoader:
@@ -156,7 +156,7 @@ class WorkerLoader:
         if workers is None:
             workers = 0 if device.type == "cpu" else min(8, available_cores())
         self.steps, self.rows_at = order.steps, order.rows_at
-        self._order, self._device = order, device
+        self._device = device
         self._keys: list[tuple[int, int]] = []
         self._batches = AugmentedBatches(dataset, order)
         self._loader = DataLoader(
@@ -177,14 +177,13 @@ class WorkerLoader:
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """Yield the batches of an epoch (from 1), from step `start` (from 0) on."""
         self._keys[:] = [(epoch, step) for step in range(start, self.steps)]
-        for step, tensors in enumerate(self._loader, start):
-            total = len(self.rows_at(epoch, step))
-            on_device = [each.to(self._device, non_blocking=True) for each in tensors]
-            yield Batch(*on_device, total=total)
+        for images, labels, *rest in self._loader:
+            on_device = [each.to(self._device, non_blocking=True) for each in (images, labels)]
+            yield Batch(*on_device, *rest)
 
     def batch(self, epoch: int, step: int) -> Batch:
         """Return one step's batch, on the CPU."""
-        return Batch(*self._batches[epoch, step], total=len(self.rows_at(epoch, step)))
+        return self._batches[epoch, step]
 
 
 def start_worker(parent: int, _number: int) -> None:
@@ -232,11 +231,9 @@ class Images:
         """Return int64 (B,) on the device, of int64 rows (B,)."""
         return self._labels.index_select(0, send(rows, self.device))
 
-    def batches(self, row_batches: Iterable[np.ndarray]) -> Iterator[torch.Tensor]:
-        """Yield uint8 (B, 64, 64, 3) on the device for each of the int64 rows (B,)."""
-        for rows in row_batches:
-            images = self._images.index_select(0, send(rows, self._images.device))
-            yield images.to(self.device)
+    def at(self, rows: np.ndarray) -> torch.Tensor:
+        """Return uint8 (B, 64, 64, 3) on the device, of int64 rows (B,)."""
+        return self._images.index_select(0, send(rows, self._images.device)).to(self.device)
 
 
 class DeviceLoader:
@@ -254,38 +251,29 @@ class DeviceLoader:
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """Yield the batches of an epoch (from 1), from step `start` (from 0) on."""
-        return self._make(epoch, range(start, self.steps))
+        return (self.batch(epoch, step) for step in range(start, self.steps))
 
     def batch(self, epoch: int, step: int) -> Batch:
         """Return one step's batch."""
-        return next(self._make(epoch, range(step, step + 1)))
-
-    def _make(self, epoch: int, steps: range) -> Iterator[Batch]:
-        order, recipe, device = self._order, self._order.recipe, self._images.device
+        order, recipe = self._order, self._order.recipe
 
         # ---- which images: this process's share and, if the batch is mixed, the one before it ----
-        plans = []
-        for step in steps:
-            rows = order.rows_at(epoch, step)
-            mixing = generator(order.seed, Stream.MIX, epoch, step)
-            way = mixing_of(recipe, mixing, epoch)
-            mine = share(len(rows), order.rank, order.ranks)
-            positions = np.arange(mine.start - (way is not None), mine.stop) % len(rows)
-            plans.append((step, len(rows), positions, rows[positions], way, mixing))
+        rows = order.rows_at(epoch, step)
+        total, mine = len(rows), share(len(rows), order.rank, order.ranks)
+        mixing = generator(order.seed, Stream.MIX, epoch, step)
+        way = mixing_of(recipe, mixing, epoch)
+        positions = np.arange(mine.start - (way is not None), mine.stop) % total
+        rows = rows[positions]
 
         # ---- pixels ----
-        gathered = self._images.batches(plan[3] for plan in plans)
-        for plan, images in zip(plans, gathered, strict=True):
-            step, total, positions, rows, way, mixing = plan
-            rng = generator(order.seed, Stream.AUGMENT, epoch, step)
-            draws = Draws(rng, total, positions)
-            mirrored = self._mirrored.index_select(0, send(rows, device))
-            images = augment_batch(images, recipe, draws, mirrored, epoch)
-            labels, partners, weight = self._images.labels(rows), None, 1.0
-            if way is not None:
-                images, weight = mix_batch(images[1:], images[:-1], way, recipe, mixing)
-                labels, partners = labels[1:], labels[:-1]
-            yield Batch(images, labels, partners, weight, total)
+        draws = Draws(generator(order.seed, Stream.AUGMENT, epoch, step), total, positions)
+        mirrored = self._mirrored.index_select(0, send(rows, self._images.device))
+        images = augment_batch(self._images.at(rows), recipe, draws, mirrored, epoch)
+        labels = self._images.labels(rows)
+        if way is None:
+            return Batch(images, labels, total=total)
+        images, weight = mix_batch(images[1:], images[:-1], way, recipe, mixing)
+        return Batch(images, labels[1:], labels[:-1], weight, total)
 
 
 # --- Without gradients ----------------------------------------------------------------------------
@@ -303,7 +291,7 @@ def statistics_batches(
     whole = min(recipe.batch_size, EVALUATION_BATCH, len(rows))
     size = min(whole, 2 * (recipe.micro_batch or whole))
     count = min(recipe.ema_bn_batches * whole, len(rows)) // size
-    return images.batches(rows[order[size * i : size * (i + 1)]] for i in range(count))
+    return (images.at(rows[order[size * i : size * (i + 1)]]) for i in range(count))
 
 
 def evaluation_batch_size(device: torch.device, micro_batch: int | None = None) -> int:
@@ -324,6 +312,6 @@ def evaluation_batches(
     if images is None:
         images = Images(dataset.images, dataset.labels, device, resident=False)
     size = batch_size or evaluation_batch_size(device)
-    parts = [rows[first : first + size] for first in range(0, len(rows), size)]
-    for part, batch in zip(parts, images.batches(parts), strict=True):
-        yield batch, images.labels(part)
+    for first in range(0, len(rows), size):
+        part = rows[first : first + size]
+        yield images.at(part), images.labels(part)

@@ -118,10 +118,6 @@ def write_sample(target: Path, *, classes: int = 10, per_class: int = 60, seed: 
     content = io.BytesIO()
     with zipfile.ZipFile(content, "w") as archive:
         fill(archive, classes, per_class, seed)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write {target}: {error.strerror or error}") from error
     write_atomically(target, content.getbuffer())
     return target
 
