@@ -300,11 +300,12 @@ def test_saved_file_is_whole_or_absent(tmp_path: Path, monkeypatch: pytest.Monke
     path = plots.save(plots.message("first"), tmp_path / "new" / "figure.png")
     before = path.read_bytes()
 
-    def full_disk(self: Figure, target: Path, **_: object) -> None:
-        Path(target).write_bytes(b"half")
+    def full_disk(self: Path, content: bytes) -> None:
+        with open(self, "wb") as file:
+            file.write(content[:4])
         raise OSError("no space left")
 
-    monkeypatch.setattr(Figure, "savefig", full_disk)
+    monkeypatch.setattr(Path, "write_bytes", full_disk)
     with pytest.raises(OSError, match="no space left"):
         plots.save(plots.message("second"), path)
     assert path.read_bytes() == before

@@ -1,4 +1,4 @@
-"""Pages of images: samples, mistakes, heat maps."""
+"""Pages of images: samples, mistakes, heat maps. Images are uint8 (n, h, w, 3)."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -8,28 +8,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from tinylab.figures.style import (
-    BLUE,
-    GRID,
-    HEAT,
-    INK,
-    KINDS,
-    MUTED,
-    WIDTH,
-    clean,
-    fitted,
-    message,
-    new_canvas,
-    put_box,
-    put_caption,
-    put_names_key,
-    put_picture,
-    put_ramp,
-    put_text,
-    styled,
-    title_height,
+from tinylab.figures.style import (  # isort: skip
+    BLUE, GRID, HEAT, INK, KINDS, LABEL, MUTED, NOTE, WIDTH, clean, fitted, message, new_canvas,
+    put_box, put_caption, put_names_key, put_picture, put_ramp, put_text, styled, title_height,
     wrapped,
-)
+)  # fmt: skip
+
+NOTHING = "No misclassified image: there is nothing to explain."
+SCALED = "scaled to itself: it shows where, never how much."
 
 
 def image_grid(
@@ -39,9 +25,9 @@ def image_grid(
     columns: int = 8,
     title: str = "",
 ) -> Figure:
-    """Images, uint8 (n, h, w, 3), enlarged without smoothing, each with a title and perhaps a box.
+    """Draw images, enlarged without smoothing, each with a title and perhaps a box.
 
-    `boxes` is (n, 4): x0 y0 x1 y1, inclusive.
+    boxes: (n, 4), x0 y0 x1 y1, ends included.
     """
     if not len(images):
         return message("No images to show.")
@@ -50,13 +36,10 @@ def image_grid(
     with styled():
         captions = [wrapped(name, side, 8) for name in titles]
         text = 0.36 if any("\n" in caption for caption in captions) else 0.24
-        rows, top = math.ceil(len(images) / columns), title_height(title)
-        figure = new_canvas(top + rows * (text + side + gap), title)
+        top, height = title_height(title), text + side + gap
+        figure = new_canvas(top + math.ceil(len(images) / columns) * height, title)
         for i, (image, caption) in enumerate(zip(images, captions, strict=True)):
-            left, upper = (
-                margin + i % columns * (side + gap),
-                top + i // columns * (text + side + gap) + text,
-            )
+            left, upper = margin + i % columns * (side + gap), top + i // columns * height + text
             put_text(figure, left, upper - 0.05, caption, size=8, va="bottom")
             ax = put_picture(figure, left, upper, side, image)
             if boxes is not None:
@@ -67,8 +50,7 @@ def image_grid(
 def before_after(
     before: np.ndarray, after: np.ndarray, titles: Sequence[str], columns: int = 8, title: str = ""
 ) -> Figure:
-    """The same images, uint8 (n, h, w, 3), before and after augmentation: blocks of two rows, one
-    above the other."""
+    """Draw the same images before and after augmentation: blocks of two rows, one above the other."""
     if not len(before):
         return message("No images to show.")
     margin, gap, labels, between = 0.08, 0.06, 0.52, 0.14
@@ -76,104 +58,33 @@ def before_after(
     with styled():
         captions = [wrapped(name, side, 8) for name in titles]
         text = 0.36 if any("\n" in caption for caption in captions) else 0.24
-        blocks, top, height = (
-            math.ceil(len(before) / columns),
-            title_height(title),
-            text + 2 * side + gap + between,
-        )
-        figure = new_canvas(top + blocks * height, title)
-        for block in range(blocks):
-            upper = top + block * height + text
-            put_text(figure, margin, upper + side / 2, "before", color=MUTED, va="center")
-            put_text(figure, margin, upper + side * 1.5 + gap, "after", color=MUTED, va="center")
-        for i, (image, changed, caption) in enumerate(zip(before, after, captions, strict=True)):
-            left, upper = (
-                margin + labels + i % columns * (side + gap),
-                top + i // columns * height + text,
-            )
+        top, height = title_height(title), text + 2 * side + gap + between
+        figure = new_canvas(top + math.ceil(len(before) / columns) * height, title)
+        for i, (*both, caption) in enumerate(zip(before, after, captions, strict=True)):
+            upper = top + i // columns * height + text
+            left = margin + labels + i % columns * (side + gap)
             put_text(figure, left, upper - 0.05, caption, size=8, va="bottom")
-            put_picture(figure, left, upper, side, image)
-            put_picture(figure, left, upper + side + gap, side, changed)
+            for row, (image, when) in enumerate(zip(both, ("before", "after"), strict=True)):
+                lower = upper + row * (side + gap)
+                put_picture(figure, left, lower, side, image)
+                if i % columns == 0:
+                    put_text(figure, margin, lower + side / 2, when, color=MUTED, va="center")
     return figure
 
 
 def misclassified(
     images: np.ndarray, entries: Sequence[Mapping], columns: int = 5, title: str = ""
 ) -> Figure:
-    """A gallery of mistakes. `images` is uint8 (n, h, w, 3).
-
-    An entry has `predicted` and `actual`, each with `name` and `probability` (0..1).
-    """
+    """Draw mistakes. An entry has `predicted` and `actual`: `name`, `probability` (0..1)."""
     if not len(images):
         return message("No misclassified image: every answer was right.")
     return gallery(images, entries, columns, title)
 
 
-def gradcam_stages(
-    images: np.ndarray,
-    maps: Mapping[str, np.ndarray],
-    entries: Sequence[Mapping],
-    title: str = "",
-    method: str = "Grad-CAM",
-) -> Figure:
-    """One row per image: the image, then heat map and overlay of every stage, for the class the
-    network predicted.
-
-    `images` uint8 (n, h, w, 3); `maps` float32 (n, map height, map width) in 0..1 for each stage,
-    at its own size; `entries` as for `misclassified`, and with `box` (x0 y0 x1 y1, inclusive) if
-    the object is to be framed. `method` names the maps in the caption.
-    """
-    if not len(images):
-        return message("No misclassified image: there is nothing to explain.")
-    margin, near, far, text, below = 0.06, 0.03, 0.13, 0.27, 0.13
-    side = (WIDTH - 2 * margin - len(maps) * (near + far)) / (1 + 2 * len(maps))
-    top, row_height = title_height(title) + 0.42, text + side + below
-    lefts = [margin + side + far + i * (2 * side + near + far) for i in range(len(maps))]
-    with styled():
-        figure = new_canvas(top + len(images) * row_height + 0.6, title)
-        put_text(figure, margin, top - 0.05, "image", color=MUTED, size=8.5)
-        for left, (stage, values) in zip(lefts, maps.items(), strict=True):
-            height, width = values.shape[1:]
-            put_text(
-                figure,
-                left,
-                top - 0.23,
-                f"{clean(stage)}  ({width} × {height})",
-                weight="bold",
-                size=9.5,
-            )
-            put_text(figure, left, top - 0.05, "heat map", color=MUTED, size=8.5)
-            put_text(figure, left + side + near, top - 0.05, "overlay", color=MUTED, size=8.5)
-        for i, (image, entry) in enumerate(zip(images, entries, strict=True)):
-            upper = top + i * row_height + text
-            ax = put_picture(figure, margin, upper, side, image)
-            put_row_title(ax, entry)
-            if "box" in entry:
-                put_box(ax, entry["box"])
-            for left, values in zip(lefts, maps.values(), strict=True):
-                put_heat_map(
-                    put_picture(figure, left, upper, side, image), values[i], hide_picture=True
-                )
-                put_heat_map(
-                    put_picture(figure, left + side + near, upper, side, image),
-                    values[i],
-                    hide_picture=False,
-                )
-        notes = (
-            f"{clean(method)} for the predicted class. Every map is scaled to itself: it shows "
-            "where, never how much.\n"
-            "Maps are computed at the size given above them and enlarged bilinearly; image pixels "
-            "are left as they are."
-        )
-        put_heat_key(figure, margin, top + len(images) * row_height, notes)
-    return figure
-
-
 def confident(
     images: np.ndarray, entries: Sequence[Mapping], title: str = "", columns: int = 5
 ) -> Figure:
-    """A gallery like `misclassified`, uint8 (n, h, w, 3), of any answers: a right one bears its one
-    name.
+    """Draw a gallery like `misclassified` of any answers: a right one bears its one name.
 
     An answer is right if `predicted` equals `actual`, so a `wnid` in both keeps classes of one name
     apart.
@@ -186,33 +97,68 @@ def confident(
 def label_conflicts(
     images: np.ndarray, entries: Sequence[Mapping], columns: int = 5, most: int = 60
 ) -> Figure:
-    """Identical images that bear different labels: each picture once, with both, for the first
-    `most` pairs.
+    """Draw identical images that bear different labels: each picture once, with both labels.
 
-    `images` uint8 (n, h, w, 3), or (n, 2, h, w, 3), of which the first of two is shown. An entry
+    images: also (n, 2, h, w, 3), of which the first of two is shown; at most `most` pairs. An entry
     has the two `names`, and may have `tested`: of each whether it is a test image.
     """
     if not len(images):
         return message("No two identical images bear different labels.")
     images = images[:most, 0] if images.ndim == 5 else images[:most]
-    title = (
-        f"{len(entries):,} pair{'' if len(entries) == 1 else 's'} of identical images with "
-        "different labels"
-    )
+    pairs = f"{len(entries):,} pair{'' if len(entries) == 1 else 's'}"
+    title = f"{pairs} of identical images with different labels"
     title += "" if len(entries) <= most else f": the first {most}"
     captions = []
     for entry in entries[:most]:
-        kinds = ["test" if tested else "not tested" for tested in entry.get("tested", ())] or [
-            "",
-            "",
-        ]
-        # A right answer to one of the two is a mistake for the other: neither has the colour of the
-        # truth.
-        captions.append(
-            [(name, kind, INK) for name, kind in zip(entry["names"], kinds, strict=True)]
-        )
+        kinds = ["test" if tested else "not tested" for tested in entry.get("tested", ())]
+        # A right answer to one is a mistake for the other: neither has the colour of the truth.
+        both = zip(entry["names"], kinds or ["", ""], strict=True)
+        captions.append([(name, kind, INK) for name, kind in both])
     with styled():
         return captioned(images, captions, columns, title)
+
+
+def gradcam_stages(
+    images: np.ndarray,
+    maps: Mapping[str, np.ndarray],
+    entries: Sequence[Mapping],
+    title: str = "",
+    method: str = "Grad-CAM",
+) -> Figure:
+    """Draw a row per image: the image, then heat map and overlay of every stage.
+
+    maps: float32 (n, map height, map width) in 0..1 for each stage, for the predicted class.
+    entries: as for `misclassified`, and with `box` (x0 y0 x1 y1, ends included) if there is one.
+    """
+    if not len(images):
+        return message(NOTHING)
+    margin, near, far, text, below = 0.06, 0.03, 0.13, 0.27, 0.13
+    side = (WIDTH - 2 * margin - len(maps) * (near + far)) / (1 + 2 * len(maps))
+    top, row_height = title_height(title) + 0.42, text + side + below
+    lefts = [margin + side + far + i * (2 * side + near + far) for i in range(len(maps))]
+    with styled():
+        figure = new_canvas(top + len(images) * row_height + 0.6, title)
+        put_text(figure, margin, top - 0.05, "image", **LABEL)
+        for left, (stage, values) in zip(lefts, maps.items(), strict=True):
+            height, width = values.shape[1:]
+            heading = f"{clean(stage)}  ({width} × {height})"
+            put_text(figure, left, top - 0.23, heading, weight="bold", size=9.5)
+            put_text(figure, left, top - 0.05, "heat map", **LABEL)
+            put_text(figure, left + side + near, top - 0.05, "overlay", **LABEL)
+        for i, (image, entry) in enumerate(zip(images, entries, strict=True)):
+            upper = top + i * row_height + text
+            ax = put_picture(figure, margin, upper, side, image)
+            put_row_title(ax, entry)
+            if "box" in entry:
+                put_box(ax, entry["box"])
+            for left, values in zip(lefts, maps.values(), strict=True):
+                put_maps(figure, left, upper, side, near, image, values[i])
+        notes = (
+            f"{clean(method)} for the predicted class. Every map is {SCALED}\nMaps are computed at "
+            "the size given above them and enlarged bilinearly; image pixels are left as they are."
+        )
+        put_heat_key(figure, margin, top + len(images) * row_height, notes)
+    return figure
 
 
 def class_maps(
@@ -224,64 +170,44 @@ def class_maps(
     stage: str = "layer4",
     title: str = "",
 ) -> Figure:
-    """Two images per row, each beside what spoke for the class that was predicted, and what spoke
-    for the actual one.
+    """Draw two images per row, each beside the maps of the predicted and of the actual class.
 
-    `images` uint8 (n, h, w, 3); `predicted` and `actual` float32 (n, map height, map width) in
-    0..1; `entries` as for `gradcam_stages`.
+    predicted, actual: float32 (n, map height, map width) in 0..1. entries: as for `gradcam_stages`.
     """
     if not len(images):
-        return message("No misclassified image: there is nothing to explain.")
+        return message(NOTHING)
     margin, near, far, text, below, between, columns = 0.06, 0.03, 0.09, 0.23, 0.15, 0.26, 2
     column = (WIDTH - 2 * margin + between) / columns
     side = (column - between - 2 * near - 2 * far) / 5
     top, height = title_height(title) + 0.42, text + side + below
-    bottom, lefts = (
-        top + math.ceil(len(images) / columns) * height,
-        (side + far, 3 * side + near + 2 * far),
-    )
+    bottom = top + math.ceil(len(images) / columns) * height
+    lefts = (side + far, 3 * side + near + 2 * far)
     with styled():
         figure = new_canvas(bottom + 0.6, title)
-        for start in [margin + i * column for i in range(min(columns, len(images)))]:
-            put_text(figure, start, top - 0.05, "image", color=MUTED, size=8.5)
+        for i in range(min(columns, len(images))):
+            start = margin + i * column
+            put_text(figure, start, top - 0.05, "image", **LABEL)
             for left, (kind, color) in zip(lefts, KINDS.items(), strict=True):
-                put_text(
-                    figure,
-                    start + left,
-                    top - 0.23,
-                    f"{kind} class",
-                    weight="bold",
-                    size=9.5,
-                    color=color,
-                )
-                put_text(figure, start + left, top - 0.05, "heat map", color=MUTED, size=8.5)
-                put_text(
-                    figure, start + left + side + near, top - 0.05, "overlay", color=MUTED, size=8.5
-                )
-        for i, (image, entry, *both) in enumerate(
-            zip(images, entries, predicted, actual, strict=True)
-        ):
+                look = {"weight": "bold", "size": 9.5, "color": color}
+                put_text(figure, start + left, top - 0.23, f"{kind} class", **look)
+                put_text(figure, start + left, top - 0.05, "heat map", **LABEL)
+                put_text(figure, start + left + side + near, top - 0.05, "overlay", **LABEL)
+        rows = zip(images, entries, predicted, actual, strict=True)
+        for i, (image, entry, *both) in enumerate(rows):
             start, upper = margin + i % columns * column, top + i // columns * height
             ax = put_picture(figure, start, upper + text, side, image)
             if "box" in entry:
                 put_box(ax, entry["box"])
             for left, values, (kind, color) in zip(lefts, both, KINDS.items(), strict=True):
-                name, percent = entry[kind]["name"], f"{100 * entry[kind]['probability']:.1f} %"
-                put_caption(
-                    figure, start + left, upper + 0.01, 2 * side + near, [(name, percent, color)]
-                )
-                for step, alone in ((0, True), (side + near, False)):
-                    put_heat_map(
-                        put_picture(figure, start + left + step, upper + text, side, image),
-                        values,
-                        alone,
-                    )
-        rows, width = predicted.shape[1:]
+                percent = f"{100 * entry[kind]['probability']:.1f} %"
+                line = (entry[kind]["name"], percent, color)
+                put_caption(figure, start + left, upper + 0.01, 2 * side + near, [line])
+                put_maps(figure, start + left, upper + text, side, near, image, values)
+        map_rows, width = predicted.shape[1:]
         which = "whatever the class" if np.array_equal(predicted, actual) else "for either class"
         notes = (
-            f"{fitted(method, 1.4, 8)} of {fitted(stage, 0.7, 8)}, {which}. "
-            "Every map is scaled to itself: it shows where, never how much.\n"
-            f"Maps are computed at {width} × {rows} and enlarged bilinearly; image pixels are "
+            f"{fitted(method, 1.4, 8)} of {fitted(stage, 0.7, 8)}, {which}. Every map is {SCALED}\n"
+            f"Maps are computed at {width} × {map_rows} and enlarged bilinearly; image pixels are "
             "left as they are."
         )
         put_heat_key(figure, margin, bottom, notes)
@@ -291,10 +217,9 @@ def class_maps(
 def prediction(
     image: np.ndarray, top: Sequence[Mapping], heat: np.ndarray | None, title: str = ""
 ) -> Figure:
-    """One image, uint8 (h, w, 3), what spoke for the first answer, and the first answers as bars.
+    """Draw an image (h, w, 3), what spoke for the first answer, and the first answers as bars.
 
-    `top` holds `name` and `probability` (0..1), best first; `heat` is a map (map height, map width)
-    in 0..1.
+    top: `name` and `probability` (0..1), best first. heat: (map height, map width) in 0..1.
     """
     if not top:
         return message("There is no answer to show.")
@@ -305,138 +230,117 @@ def prediction(
     with styled():
         figure = new_canvas(upper + side + (0.34 if heat is None else 0.62), title)
         rows, columns = image.shape[:2]
-        put_text(
-            figure,
-            margin,
-            upper - 0.06,
-            f"the image, {columns} × {rows} pixels",
-            color=MUTED,
-            size=8.5,
-        )
+        size = f"the image, {columns} × {rows} pixels"
+        put_text(figure, margin, upper - 0.06, size, **LABEL)
         put_picture(figure, margin, upper, side, image)
-        if heat is not None:
-            left, spoke = margin + side + gap, "what spoke" if np.any(heat) else "nothing spoke"
-            put_text(
-                figure, left, upper - 0.06, f"{spoke} for the first answer", color=MUTED, size=8.5
-            )
-            put_heat_map(put_picture(figure, left, upper, side, image), heat, hide_picture=False)
         for i, entry in enumerate(top):
-            upper_edge, percent = upper + i * step, f"{100 * entry['probability']:.1f} %"
-            put_caption(
-                figure, bars, upper_edge - 0.02, room, [(entry["name"], percent, INK)], size=9
-            )
-            for width, color in ((room, GRID), (room * entry["probability"], BLUE)):
-                put_bar(figure, bars, upper_edge + 0.22, width, 0.1, color)
+            edge, share = upper + i * step, entry["probability"]
+            line = (entry["name"], f"{100 * share:.1f} %", INK)
+            put_caption(figure, bars, edge - 0.02, room, [line], size=9)
+            put_bar(figure, bars, edge + 0.22, room, GRID)
+            put_bar(figure, bars, edge + 0.22, room * share, BLUE)
         notes = (
             "The answer is always one of the classes that the network has learned, whatever the "
             "picture shows."
         )
         if heat is None:
-            put_text(figure, margin, upper + side + 0.22, notes, color=MUTED, size=8)
+            put_text(figure, margin, upper + side + 0.22, notes, **NOTE)
         else:
+            left, spoke = margin + side + gap, "what spoke" if np.any(heat) else "nothing spoke"
+            put_text(figure, left, upper - 0.06, f"{spoke} for the first answer", **LABEL)
+            put_heat_map(figure, left, upper, side, image, heat, hide_picture=False)
             size = f"{heat.shape[1]} × {heat.shape[0]}"
-            scaled = (
-                f"The map ({size}, enlarged bilinearly) is scaled to itself: it shows where, "
-                "never how much."
-            )
+            scaled = f"The map ({size}, enlarged bilinearly) is {SCALED}"
             put_heat_key(figure, margin, upper + side, f"{scaled}\n{notes}")
     return figure
 
 
-def put_heat_map(ax: Axes, values: np.ndarray, hide_picture: bool) -> None:
-    """Lays a map (h, w) in 0..1 over the picture in `ax`, enlarged without steps: in its place, or
-    as a veil."""
-    (picture,) = ax.images
+# --- Parts ----------------------------------------------------------------------------------------
+
+
+def put_maps(
+    figure: Figure, left: float, top: float, side: float, near: float, image: np.ndarray,
+    values: np.ndarray,
+) -> None:  # fmt: skip
+    """Draw a map (h, w) in 0..1 alone and, beside it, as a veil over the image."""
+    put_heat_map(figure, left, top, side, image, values, hide_picture=True)
+    put_heat_map(figure, left + side + near, top, side, image, values, hide_picture=False)
+
+
+def put_heat_map(
+    figure: Figure, left: float, top: float, side: float, image: np.ndarray, values: np.ndarray,
+    *, hide_picture: bool,
+) -> None:  # fmt: skip
+    """Draw a map (h, w) in 0..1, enlarged without steps, in place of the image or over it."""
+    ax = put_picture(figure, left, top, side, image)
     # A veil that thickens with the heat leaves the rest of the picture to be seen.
     opacity = 1.0 if hide_picture else 0.3 + 0.5 * values
-    look = {
-        "cmap": HEAT,
-        "vmin": 0,
-        "vmax": 1,
-        "alpha": opacity,
-        "interpolation": "bilinear",
-        "aspect": "auto",
-    }
-    ax.imshow(values, extent=picture.get_extent(), **look)
+    look = {"cmap": HEAT, "vmin": 0, "vmax": 1, "interpolation": "bilinear", "aspect": "auto"}
+    ax.imshow(values, extent=ax.images[0].get_extent(), alpha=opacity, **look)
     if hide_picture and not values.any():
-        compute = {"ha": "center", "va": "center", "transform": ax.transAxes}
-        ax.text(0.5, 0.5, "nothing speaks\nfor the class", color="white", size=7.5, **compute)
+        look = {"ha": "center", "va": "center", "transform": ax.transAxes}
+        ax.text(0.5, 0.5, "nothing speaks\nfor the class", color="white", size=7.5, **look)
 
 
 def put_heat_key(figure: Figure, left: float, top: float, notes: str) -> None:
-    """The colour scale of the maps, and how they may be read."""
+    """Draw the colour scale of the maps, and say how they may be read."""
     put_ramp(figure, left, top + 0.16, 1.2, HEAT)
     put_text(figure, left, top + 0.43, "lowest", color=MUTED, size=7.5)
     put_text(figure, left + 1.2, top + 0.43, "highest", color=MUTED, size=7.5, ha="right")
-    put_text(
-        figure, left + 1.45, top + 0.15, notes, va="top", color=MUTED, size=8, linespacing=1.45
-    )
+    put_text(figure, left + 1.45, top + 0.15, notes, va="top", linespacing=1.45, **NOTE)
 
 
-def put_bar(
-    figure: Figure, left: float, top: float, width: float, height: float, color: str
-) -> None:
-    """A filled rectangle, in inches from the figure's upper left corner."""
+def put_bar(figure: Figure, left: float, top: float, width: float, color: str) -> None:
+    """Draw a filled rectangle of a tenth of an inch."""
     across, down = figure.get_size_inches()
-    compute, size = (left / across, 1 - (top + height) / down), (width / across, height / down)
-    figure.add_artist(
-        Rectangle(compute, *size, facecolor=color, linewidth=0, transform=figure.transFigure)
-    )
+    at, size = (left / across, 1 - (top + 0.1) / down), (width / across, 0.1 / down)
+    look = {"facecolor": color, "linewidth": 0, "transform": figure.transFigure}
+    figure.add_artist(Rectangle(at, *size, **look))
 
 
 def gallery(images: np.ndarray, entries: Sequence[Mapping], columns: int, title: str) -> Figure:
-    """Images under the class that was predicted and, if that was wrong, the actual one."""
-    captions, right = [], False
+    """Draw images under the class that was predicted and, if that was wrong, the actual one."""
+    captions, key = [], {}
     for entry in entries:
-        kinds = {"predicted": INK} if entry["predicted"] == entry["actual"] else KINDS
-        right |= kinds is not KINDS
+        right = entry["predicted"] == entry["actual"]
+        kinds = {"predicted": INK} if right else KINDS
+        key |= {"right answer": INK} if right else KINDS
         percents = {kind: f"{100 * entry[kind]['probability']:.0f} %" for kind in kinds}
-        captions.append(
-            [(entry[kind]["name"], percents[kind], color) for kind, color in kinds.items()]
-        )
-    wrong = any(len(caption) > 1 for caption in captions)
+        lines = [(entry[kind]["name"], percents[kind], color) for kind, color in kinds.items()]
+        captions.append(lines)
     with styled():
         figure = captioned(images, captions, columns, title)
-        put_names_key(figure, (KINDS if wrong else {}) | ({"right answer": INK} if right else {}))
+        put_names_key(figure, {word: key[word] for word in (*KINDS, "right answer") if word in key})
     return figure
 
 
 def captioned(
     images: np.ndarray, captions: Sequence[Sequence[tuple]], columns: int, title: str
 ) -> Figure:
-    """Rows of images, each below its lines (see `put_caption`)."""
+    """Draw rows of images, each below its lines (see `put_caption`)."""
     margin, gap, text = 0.08, 0.22, 0.08 + 0.17 * max(map(len, captions))
     side = (WIDTH - 2 * margin + gap) / columns - gap
-    rows, top = math.ceil(len(images) / columns), 0.42
-    figure = new_canvas(top + rows * (text + side + 0.12), title)
+    top, height = 0.42, text + side + 0.12
+    figure = new_canvas(top + math.ceil(len(images) / columns) * height, title)
     for i, (image, lines) in enumerate(zip(images, captions, strict=True)):
-        left, upper = margin + i % columns * (side + gap), top + i // columns * (text + side + 0.12)
+        left, upper = margin + i % columns * (side + gap), top + i // columns * height
         put_caption(figure, left, upper, side, lines)
         put_picture(figure, left, upper + text, side, image)
     return figure
 
 
 def put_row_title(ax: Axes, entry: Mapping) -> None:
-    """Predicted and actual class with their probabilities, on one line from the upper left corner
-    of `ax`."""
+    """Write predicted and actual class with their probabilities on one line above `ax`."""
     pieces = []
     for kind, color in KINDS.items():
         name = fitted(entry[kind]["name"], 2.8, 8.5, "bold")
         percent = f"{100 * entry[kind]['probability']:.1f} %"
-        pieces += [
-            (f"{kind} ", MUTED, "normal"),
-            (f"{name} ", color, "bold"),
-            (f"{percent}      ", color, "normal"),
-        ]
-    compute, within, offset = (0, 1), "axes fraction", (0, 2)
-    for text, color, weight in pieces:
-        style = {
-            "color": color,
-            "weight": weight,
-            "size": 8.5,
-            "va": "bottom",
-            "textcoords": "offset points",
-        }
+        pieces.append((f"{kind} ", {"color": MUTED}))
+        pieces.append((f"{name} ", {"color": color, "weight": "bold"}))
+        pieces.append((f"{percent}      ", {"color": color}))
+    at, within, offset = (0, 1), "axes fraction", (0, 2)
+    for text, look in pieces:
+        look |= {"size": 8.5, "va": "bottom", "textcoords": "offset points"}
         # The next piece begins where this one ends, which only the drawing knows.
-        within = ax.annotate(text, compute, offset, xycoords=within, **style)
-        compute, offset = (1, 0), (0, 0)
+        within = ax.annotate(text, at, offset, xycoords=within, **look)
+        at, offset = (1, 0), (0, 0)
