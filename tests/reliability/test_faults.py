@@ -19,14 +19,17 @@ def position(run: Run) -> tuple[int, int]:
     return (0, 0) if saved is None else checkpoint.progress(saved)
 
 
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES], ids=os.strerror)
+ERRORS = (errno.ENOSPC, errno.EROFS, errno.EACCES)
+
+
+@pytest.mark.parametrize("number", ERRORS, ids=os.strerror)
 def test_a_file_that_cannot_be_written_costs_nothing(
     runs, undisturbed, tmp_path, full, tally, number
 ) -> None:
-    """At each moment of each of a run's files; with the disk mended the same command continues."""
+    """In full at each moment of each of a run's files, the errors in turn; mended, it continues."""
     plan, (reference, names) = runs["sgd"], undisturbed("sgd")
     of_files = [i for i, name in enumerate(names) if name in ("half", "sync", "rename")]
-    first = int(number) % 3
+    first = ERRORS.index(number)
     for which in of_files[first :: 3 if full else 21]:
         run, before, left = Run(tmp_path / str(which)), [], iter(range(which + 1))
 
