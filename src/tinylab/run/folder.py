@@ -388,13 +388,10 @@ def copy_run(run: Run, target: Path) -> Run:
     _ = run.summary
     figures = [path.relative_to(run.folder) for path in sorted(run.figures.glob("*.png"))]
     others = [Path(name) for name in EXPLAINED if (run.folder / name).exists()]
-    try:
-        (target / "figures").mkdir(parents=True, exist_ok=True)
-        for name in (*FINAL_FILES, *others, *figures, CHECKSUMS, "summary.json"):
-            write_atomically(target / name, (run.folder / name).read_bytes())
-    except OSError as error:
-        reason = f"{error.filename}: {error.strerror}"
-        raise UserError(f"cannot copy {run.folder} to {target}: {reason}") from error
+    for name in (*FINAL_FILES, *others, *figures, CHECKSUMS, "summary.json"):
+        with reading(run.folder / name):
+            content = (run.folder / name).read_bytes()
+        write_atomically(target / name, content)
     verify_run(Run(target))
     return Run(target)
 
