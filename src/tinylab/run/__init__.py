@@ -1,1 +1,5 @@
-"""What a run leaves on disk, and where it was computed."""
+"""What a run leaves on disk: its folder, its checkpoints, its weights, where it was computed.
+
+Others use `folder.Run` and `default_folder`, `checkpoint.save` and `load`, `environment.choose`,
+`weights.load_weights`.
+"""

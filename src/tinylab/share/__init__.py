@@ -1,1 +1,5 @@
-"""Pictures in; ONNX, model card and report out."""
+"""What is handed over of a run: answers on pictures, an ONNX file, a model card, an HTML page.
+
+Others use `predict.load` and `predict`, `picture.read_image`, `onnx.export_onnx`,
+`card.write_hand_over` and `report.page`.
+"""

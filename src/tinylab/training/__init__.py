@@ -1,1 +1,5 @@
-"""One run: optimiser steps, averages, tests, and the loop around them."""
+"""From a recipe to a finished run.
+
+Others use `train.train`, `optim.schedule`, `lr_finder.find_lr`, `evaluate.test_logits` and `score`,
+`step.new_state` and `train_step`.
+"""
