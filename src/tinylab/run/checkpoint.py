@@ -1,5 +1,4 @@
-"""Checkpoints that carry their own hash, two generations, and a mirror on another disk if asked
-for.
+"""Checkpoints that carry their own hash: two generations, and a mirror on another disk if asked.
 
 A file is MAGIC, the SHA-256 of the payload, then the payload as torch.save writes it: tensors and
 plain values only, so that it loads without running anybody's code.
@@ -35,12 +34,10 @@ def save(
     head = MAGIC + hashlib.sha256(payload).digest()
     for home in (folder, mirror) if mirror else (folder,):
         try:
-            home.mkdir(parents=True, exist_ok=True)
             write_atomically(home / NEWEST, head, payload, keep_as=home / PREVIOUS)
-        except (OSError, UserError) as error:
+        except UserError as error:
             if home is folder:
-                reason = getattr(error, "strerror", None) or error
-                raise UserError(f"cannot write {home / NEWEST}: {reason}") from error
+                raise
             if mirror not in _WARNED:
                 _WARNED.add(mirror)
                 warn(f"note: the mirror fails, training goes on without it: {error}")
