@@ -118,9 +118,9 @@ class Recipe:
     resizemix_probability: Share = 0.0
     """Probability that a batch is mixed by ResizeMix: the whole neighbour, shrunk, is pasted over
     each image."""
-    cutmix_alpha: Annotated[float, Field(gt=0, le=100)] = 1.0
+    cutmix_alpha: Annotated[float, Field(ge=1e-6, le=100)] = 1.0
     """CutMix keeps a share of the area drawn from Beta(alpha, alpha); 1: uniform."""
-    mixup_alpha: Annotated[float, Field(gt=0, le=100)] = 0.2
+    mixup_alpha: Annotated[float, Field(ge=1e-6, le=100)] = 0.2
     """MixUp's weight is drawn from Beta(alpha, alpha); below 1: mostly near 0 or 1."""
     unmixed_share: BelowOne = 0.0
     """Last share of the epochs, in which nothing is mixed, so that the network ends on whole
