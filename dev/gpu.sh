@@ -28,5 +28,5 @@ for seed in ${SEEDS:-0}; do
     train speedrun
     train cpu --micro-batch None --run "runs/cpu-merged-s$seed-gpu"
     train published
-    train official --split official
+    train official
 done

@@ -134,12 +134,12 @@ dataset = prepare(str(source), Path(DATA or ("data/sample" if made_up else "data
 
 # All 200 classes take a CPU hours; a run that is finished can be shown anywhere.
 recipe, classes, epochs = named(RECIPE or ("cpu" if on_cpu else "published")), CLASSES, EPOCHS
-usual = runs / record.default_folder(recipe, "merged", SEED).name
+usual = runs / record.default_folder(recipe, SEED).name
 whole = come_back(record.Run(Path(RUN or usual)))
 if on_cpu and not made_up and not whole.finished:
     classes, epochs = (10 if CLASSES is None else CLASSES), (6 if EPOCHS is None else EPOCHS)
 recipe = recipe if epochs is None else replace(recipe, epochs=epochs)
-split = make_split(dataset, "merged", classes)
+split = make_split(dataset, recipe.split, classes)
 names = dataset.names[: split.classes]
 print(f"{len(split.train):,} training and {len(split.test):,} test images")
 print(f"{split.classes} classes, split {split.sha256[:16]}")
@@ -152,7 +152,7 @@ print(f"{split.classes} classes, split {split.sha256[:16]}")
 # %%
 suffix = (f"-c{classes}" if classes else "") + (f"-e{epochs}" if epochs else "")
 run = come_back(
-    record.Run(Path(RUN or runs / f"{record.default_folder(recipe, 'merged', SEED).name}{suffix}"))
+    record.Run(Path(RUN or runs / f"{record.default_folder(recipe, SEED).name}{suffix}"))
 )
 batches = make_loader(dataset, split.train, recipe, SEED, compute.device, workers=0)
 rows = batches.rows_at(epoch=1, step=0)[:16]

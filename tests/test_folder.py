@@ -146,7 +146,7 @@ def test_a_run_is_copied_whole_and_comes_back(run: Run, tmp_path: Path) -> None:
 
 
 def test_default_folder_and_explanation(run: Run) -> None:
-    assert default_folder(published(), "merged", 3) == Path("runs/published-merged-s3")
+    assert default_folder(published(), 3) == Path("runs/published-merged-s3")
     assert run.explanation is None
     record = {"model_sha256": "x", "tested": 1, "wrong": 1, "method": "gradcam", "images": []}
     record |= {"figures": [], "errors": {}, "label_conflicts": {}}

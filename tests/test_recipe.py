@@ -43,6 +43,7 @@ PUBLISHED = {
     "ramp": (),
     "test_resolution": 64,
     "drop_last": False,
+    "split": "merged",
     "augmentation": "albumentations",
     "alternating_flip": False,
     "crop_probability": 0,
@@ -123,6 +124,7 @@ SPEEDRUN = COMMON | {
 
 OFFICIAL = COMMON | {
     "name": "official",
+    "split": "official",
     "epochs": 200,
     "batch_size": 256,
     "max_learning_rate": 0.5,
@@ -189,6 +191,7 @@ IMPOSSIBLE = {
     "muon_learning_rate": [0.0, -0.02, math.nan],
     "muon_weight_decay": [-0.1, math.inf],
     "micro_batch": [0, 2.5, "auto"],
+    "split": ["train", None],
     "decay_1d": [0],
     "ema_decay": [0.0, 1.0, -0.1, math.nan, False, "0.9"],
     "ema_bn_batches": [0, 100001, 1.5],

@@ -146,7 +146,7 @@ def test_a_hand_over_is_whole_and_replaces_nobodys_files(run: Run, tmp_path: Pat
     write_hand_over(run, tmp_path / "export")  # its own files it may replace
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "README.md").write_text("my thesis")
-    with pytest.raises(UserError, match="holds another README.md"):
+    with pytest.raises(UserError, match=r"holds another README\.md"):
         write_hand_over(run, tmp_path / "mine")
 
 

@@ -216,11 +216,12 @@ def test_the_log_reads_like_the_published_one(train_tiny, tmp_path, monkeypatch,
     run = train_tiny(tmp_path / "run", quiet=False)
     out, err = capfd.readouterr()
     lines = [line for line in out.splitlines() if not line.startswith("this CPU trains")]
-    device, size, training, test, *_ = lines
+    device, split, size, training, test, *_ = lines
     first = run.history[0]
     rate, loss = first["learning_rate"], first["train_loss"]
     correct, top1 = first["test_correct"], first["test_top1"]
     assert device.startswith("device: CPU (")
+    assert split == "split: merged"
     assert size == "12 training and 6 test images, 3 classes, 3 steps an epoch"
     assert training.startswith(f"epoch 1/2  learning rate {rate:.6f}  loss {loss:.4f}  accuracy ")
     assert f"average loss {first['test_loss']:.4f}, accuracy {correct}/6 ({top1:.2f} %)" in test
@@ -302,6 +303,19 @@ def test_a_stop_costs_no_bit(train_tiny, rich_reference, at_each, tmp_path, caps
     assert "continuing" in capsys.readouterr().out
     assert run.summary["stops"] == 4
     assert_equal_runs(run, rich_reference)
+
+
+def test_a_recipe_trains_on_its_own_split(
+    tiny_dataset, narrow, train_tiny, tmp_path, capsys
+) -> None:
+    own = replace(narrow, name="official", split="official")
+    run = train_tiny(tmp_path / "run", own, quiet=False)
+    assert run.identity["protocol"] == run.recipe.split == "official"
+    assert run.summary["test_images"] == len(tiny_dataset) - tiny_dataset.train_count
+    assert "split: official\n" in capsys.readouterr().out
+    other = train_tiny(tmp_path / "other", own, split="merged", quiet=False)
+    assert other.identity["protocol"] == other.recipe.split == "merged"
+    assert "split: merged; official is for official\n" in capsys.readouterr().out
 
 
 def test_a_second_signal_ends_at_once(train_tiny, at_each, tmp_path) -> None:

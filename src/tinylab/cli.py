@@ -14,7 +14,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -96,7 +96,7 @@ class Training:
 
     def options(self, *more: str) -> dict:
         """Return the keyword arguments that `train` and `find_lr` have in common, and more."""
-        names = ("split", "seed", "limit_classes", "device", "precision", "workers", *more)
+        names = ("seed", "limit_classes", "device", "precision", "workers", *more)
         return {name: getattr(self, name) for name in names}
 
 
@@ -105,10 +105,8 @@ class Train(Training):
     """Train by a recipe and test; a run that was stopped continues by itself."""
 
     run_folder: Annotated[Path | None, tyro.conf.arg(name="run", aliases=("--run-folder",))] = None
-    """The run folder; by default runs/<recipe>-<protocol>-s<seed>. (torchrun takes --run for
+    """The run folder; by default runs/<recipe>-<split>-s<seed>. (torchrun takes --run for
     itself: there use --run-folder.)"""
-    split: Literal["merged", "official", "select"] = "merged"
-    """Which images train and which test."""
     compiled: Annotated[bool, tyro.conf.arg(name="compile")] = False
     """Run the training step under torch.compile: minutes of set-up, then faster steps on a GPU."""
     mirror: Path | None = None
@@ -373,8 +371,6 @@ class Export:
 class FindLr(Training):
     """Try rising learning rates for a hundred steps and suggest one."""
 
-    split: Literal["merged", "official", "select"] = "select"
-    """Whose training images to use; none is tested."""
     steps: int = 100
     """Optimiser steps between the lowest and the highest rate."""
     lowest: float = 1e-5
@@ -385,7 +381,7 @@ class FindLr(Training):
     """The picture to draw; by default runs/find-lr-<recipe>-<split>-s<seed>.png."""
 
     def run(self) -> None:
-        name = f"find-lr-{self.recipe.name}-{self.split}-s{self.seed}.png"
+        name = f"find-lr-{self.recipe.name}-{self.recipe.split}-s{self.seed}.png"
         out = self.figure or Path("runs") / name
         require_writable(out)
         from tinylab import figures as plots
@@ -393,7 +389,9 @@ class FindLr(Training):
         from tinylab.training.lr_finder import find_lr
 
         rates = {"steps": self.steps, "start": self.lowest, "stop": self.highest}
-        found = find_lr(self.recipe, open_dataset(self.data), **rates, **self.options())
+        found = find_lr(
+            self.recipe, open_dataset(self.data), split=self.recipe.split, **rates, **self.options()
+        )
         curve = (found.learning_rates, found.losses, found.smoothed, found.suggestion)
         print(drawn(plots.learning_rate_test(*curve), out))
         if found.suggestion is None:
@@ -487,7 +485,10 @@ def parse(arguments: list[str]) -> object:
         if not rest or rest[0].startswith("-"):
             names = ", ".join(RECIPES)
             raise UserError(f"which recipe? `tinylab {name} RECIPE`; there are: {names}")
-        prog, default = f"{prog} {rest[0]}", {"default": COMMANDS[name](recipe=named(rest[0]))}
+        recipe = named(rest[0])
+        if name == "find-lr":  # settings are chosen on images that no result is tested on
+            recipe = replace(recipe, split="select")
+        prog, default = f"{prog} {rest[0]}", {"default": COMMANDS[name](recipe=recipe)}
         rest = rest[1:]
     return tyro.cli(COMMANDS[name], prog=prog, args=rest, **default)
 

@@ -83,6 +83,8 @@ class Recipe:
     last stage would leave a single value."""
 
     # From here on the defaults are what the published run did: it had none of this.
+    split: Literal["merged", "official", "select"] = "merged"
+    """Which images train and which test: `merged` pools training and validation images 70 : 30."""
     micro_batch: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
     """Most images in one forward pass, in each process; none: the whole batch. The step stays the
     same but for batch norm, which sees the pieces: where memory is short, or where a CPU's cache is

@@ -104,8 +104,8 @@ def open_dataset(folder: Path = FOLDER) -> Dataset:
         if not in_range or list(wnids) != sorted(set(wnids)):
             raise ValueError("labels, classes and boxes do not fit")
         content = meta["content_sha256"]
-    except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
-        raise damaged(folder, printable(error)) from error
+    except Exception as error:  # np.load passes on what its parsers raise for a damaged header
+        raise damaged(folder, printable(error, 100)) from error
     return Dataset(folder, *arrays, wnids, tuple(names), train_count, content)
 
 
@@ -143,8 +143,10 @@ def read_meta(folder: Path) -> dict:
             f"{folder} has another format than this tinylab reads (version {FORMAT_VERSION}): "
             f"delete it and run `tinylab prepare --data {folder}`"
         )
-    own = (meta.get("sha256") or {}).get("meta.json")  # folders prepared before it had one lack it
-    if own and (own != meta_sha256(meta) or raw != meta_bytes(meta)):
+    hashes = meta.get("sha256") or {}
+    own = hashes.get("meta.json")  # folders prepared before it had one lack it
+    unknown = hashes.keys() - {"images.npy", "labels.npy", "boxes.npy", "meta.json"}
+    if unknown or (own and (own != meta_sha256(meta) or raw != meta_bytes(meta))):
         raise damaged(folder, "meta.json has changed since it was prepared")
     return meta
 

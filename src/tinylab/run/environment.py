@@ -146,7 +146,7 @@ def device_name(device: torch.device) -> str:
     return f"CPU ({name})"
 
 
-def describe_environment(compute: Compute) -> dict:
+def describe_environment(compute: Compute, processes: int = 1) -> dict:
     """Return what a number depends on besides the recipe: device, versions, threads, commit."""
     cuda = compute.device.type == "cuda"
     versions = {}
@@ -169,6 +169,7 @@ def describe_environment(compute: Compute) -> dict:
         **versions,
         "commit": commit(),
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
+        "processes": processes,
     }
 
 

@@ -107,7 +107,11 @@ class Run:
         identity = self.identity if self.begun else {}
         fields = read_object(self.folder / "recipe.json", NO_RUN)
         try:
-            fields = in_todays_terms({"micro_batch": identity.get("micro_batch")} | fields)
+            known = {
+                name: identity[name] for name in ("micro_batch", "protocol") if name in identity
+            }
+            fields = in_todays_terms(known | fields)
+            fields.pop("protocol", None)
             return Recipe(**{name: as_tuple(value) for name, value in fields.items()})
         except (KeyError, TypeError, ZeroDivisionError) as error:
             reason = f"is not a recipe of this version of tinylab: {error}"
@@ -175,8 +179,7 @@ class Run:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            reason = error.strerror
-            raise UserError(f"cannot write the run folder {self.folder}: {reason}") from error
+            raise UserError(f"cannot write {self.folder}: {error.strerror}") from error
         with lock(self.folder):
             yield
 
@@ -242,6 +245,7 @@ def in_todays_terms(fields: dict) -> dict:
     """Return a recipe's fields as recorded, and those that an older version did not know."""
     defaults = {field.name: field.default for field in dataclasses.fields(Recipe)}
     added = {name: defaults[name] for name in ("micro_batch", "muon_weight_decay")}
+    added["split"] = fields.get("protocol", defaults["split"])
     if fields.get("optimizer") == "muon" and "muon_weight_decay" not in fields:
         # It divided Muon's decay by Muon's learning rate.
         peaks = fields["max_learning_rate"] / fields["muon_learning_rate"]
@@ -254,9 +258,9 @@ def hashes(identity: dict) -> dict:
     return {name: value for name, value in identity.items() if name.endswith("sha256")}
 
 
-def default_folder(recipe: Recipe, protocol: str, seed: int) -> Path:
-    """Return runs/<recipe>-<protocol>-s<seed>."""
-    return Path("runs") / f"{recipe.name}-{protocol}-s{seed}"
+def default_folder(recipe: Recipe, seed: int) -> Path:
+    """Return runs/<recipe>-<split>-s<seed>."""
+    return Path("runs") / f"{recipe.name}-{recipe.split}-s{seed}"
 
 
 def relative_to_here(path: Path) -> str:
@@ -280,8 +284,7 @@ def published_history(results: Path = REPOSITORY / "results") -> list[dict]:
 def enter_run(
     run: Run, recipe: Recipe, identity: dict, environment: dict, elsewhere: dict | None = None
 ) -> list[str]:
-    """Make a locked folder, which is nobody else's, this run's; return lines about what has changed
-    since it began.
+    """Make a locked folder, which is nobody else's, this run's; return what to say of changes.
 
     elsewhere: the environment in which the run has begun in another folder.
     """

@@ -113,8 +113,12 @@ class TrainState:
             )
 
 
-def require_batches(recipe: Recipe, images: int, ranks: Ranks = ALONE) -> None:
+def require_batches(
+    recipe: Recipe, images: int, ranks: Ranks = ALONE, compiled: bool = False
+) -> None:
     """Raise `UserError` if a batch has more images than there are, or too few for the processes."""
+    if compiled and ranks.size > 1:
+        raise UserError("--compile serves a single process")
     if recipe.batch_size > images:
         few = f"the {images} training images of this split"
         raise UserError(f"batch-size {recipe.batch_size} is more than {few}; lower it")

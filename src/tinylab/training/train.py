@@ -18,6 +18,7 @@ from tinylab.data.split import make_split
 from tinylab.exceptions import Stopped, UserError
 from tinylab.files import lock
 from tinylab.recipe import Recipe
+from tinylab.recipes import split_in_words
 from tinylab.run import checkpoint, environment
 from tinylab.run.folder import Run, default_folder, enter_run, hashes
 from tinylab.training.average import reestimate_batch_norm
@@ -37,7 +38,7 @@ def train(
     recipe: Recipe,
     dataset: Dataset,
     *,
-    split: str = "merged",
+    split: str | None = None,
     folder: Path | None = None,
     seed: int = 0,
     limit_classes: int | None = None,
@@ -52,10 +53,10 @@ def train(
 ) -> Run:
     """Train `recipe` and return the finished run. A stopped run continues bit for bit.
 
-    folder: None is runs/<recipe>-<protocol>-s<seed>. limit_classes: only the first so many.
-    workers: processes that run albumentations; they change no bit. mirror: a folder of this run's
-    own that gets each checkpoint, too; the run continues from the newest whole one of both.
-    test_every: epochs; the last one is always tested. quiet: no log, no bar.
+    split: None is the recipe's. folder: None is runs/<recipe>-<split>-s<seed>. limit_classes: only
+    the first so many. workers: processes that run albumentations; they change no bit. mirror: a
+    folder of this run's own that gets each checkpoint, too; the run continues from the newest whole
+    one of both. test_every: epochs; the last one is always tested. quiet: no log, no bar.
     Under torchrun every process calls this and trains its share; the first one writes.
     Raise `UserError` if the run cannot be made, `RecipeFailed` if its loss is no longer finite,
     `Stopped` after SIGINT or SIGTERM.
@@ -64,9 +65,10 @@ def train(
     started = time.perf_counter()
     timing = {"earlier_runs": next(_RUNS), "compile_cache": environment.compile_cache()}
     compute = environment.choose(device, precision, compiled=compiled)
-    rows = make_split(dataset, split, limit_classes)
+    recipe = dataclasses.replace(recipe, split=split or recipe.split)
+    rows = make_split(dataset, recipe.split, limit_classes)
     counts = (len(rows.train), len(rows.test))
-    run = Run(Path(folder or default_folder(recipe, split, seed)))
+    run = Run(Path(folder or default_folder(recipe, seed)))
     refuse_inside(dataset, run.folder, "run")
     if mirror is not None:
         refuse_inside(dataset, mirror, "mirror")
@@ -80,9 +82,7 @@ def train(
         ranks = stack.enter_context(join(compute.device))
         writes, several = ranks.rank == 0, ranks.size > 1
         say = silent if quiet or not writes else print_line
-        require_batches(recipe, counts[0], ranks)
-        if several and compiled:
-            raise UserError("--compile serves a single process")
+        require_batches(recipe, counts[0], ranks, compiled)
         stack.enter_context(environment.fastest_convolutions(compute))
         stack.enter_context(memory_hint(recipe, compute))
 
@@ -98,11 +98,12 @@ def train(
         state = new_state(recipe, rows.classes, seed, loader.steps, compute, **how)
         identity = identity_of(dataset, rows, seed, compute, compiled)
         state.run = dataclasses.asdict(recipe) | identity
-        state.environment = environment.describe_environment(compute)
-        state.environment |= {"processes": ranks.size} | hashes(identity)
+        state.environment = environment.describe_environment(compute, ranks.size) | hashes(identity)
         finished, saved, note = ranks.gather(restore(run, mirror, state.run) if writes else None)[0]
+        history = run.history if finished else saved["history"] if saved else []
         if not finished:
             say(f"device: {compute}{', compiled' if compiled else ''}")
+            say(f"split: {split_in_words(recipe)}")
             size = f"{counts[0]:,} training and {counts[1]:,} test images, {rows.classes} classes"
             say(f"{size}, {loader.steps} steps an epoch")
             if compiled or (compute.device.type == "cuda" and not several):
@@ -115,21 +116,18 @@ def train(
                 run.sweep()
                 checkpoint.clean(run.checkpoints)
             if tracker:
-                tracker.up_to(run.history if finished else saved["history"] if saved else [])
+                tracker.up_to(history)
                 stack.enter_context(contextlib.closing(tracker))
+        if finished or note:
+            say(f"{run.folder} is finished; this is its log" if finished else f"note: {note}")
+        for row in history:
+            say(log_lines(row, recipe.epochs))
         if finished:
-            say(f"{run.folder} is finished; this is its log")
-            for row in run.history:
-                say(log_lines(row, recipe.epochs))
             return run
-        if note:
-            say(f"note: {note}")
         if saved is not None:
             state.load_checkpoint(saved)
             state.totals *= writes  # saved as the sum over all processes
             state.stops += 1
-            for row in state.history:
-                say(log_lines(row, recipe.epochs))
             say(f"continuing {run.folder} in epoch {state.epoch} after {state.step} of its steps")
             if writes:
                 run.write_history(state.history)  # without a line whose checkpoint was lost
