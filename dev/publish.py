@@ -29,7 +29,7 @@ from tinylab.recipes import RECIPES, named
 from tinylab.run.folder import Run, published_history
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-PARTS = ("results", "targets", "paired", "throughput", "figures", "maps")
+PARTS = ("results", "targets", "throughput", "figures", "maps")
 with open(REPOSITORY / "results" / "targets.csv", newline="", encoding="utf-8") as _file:
     TARGETS = tuple(csv.DictReader(_file))
 PROTOCOLS = {target["recipe"]: target["protocol"] for target in TARGETS if target["recipe"]}
@@ -217,43 +217,6 @@ def best(rows: list[dict], recipe: str) -> dict | None:
 # --- What the templates show ----------------------------------------------------------------------
 
 
-def pairs(rows: list[dict]) -> list[dict]:
-    """Return `published` beside `accurate`, seed by seed, for each task with both.
-
-    Only epochs may differ from the recipes as they stand. Larger tasks come first.
-    """
-    same = ("protocol", "classes", "epochs", "content_sha256", "split_sha256", "device")
-    same += ("precision", "compiled")
-    tasks: dict[str, dict[str, list[dict]]] = {}
-    for row in rows:
-        compared = row["recipe"] in ("published", "accurate")
-        if compared and not changes(row).keys() - {"epochs"}:
-            task = tasks.setdefault(json.dumps([row.get(name) for name in same]), {})
-            task.setdefault(row["recipe"], []).append(row)
-    found = []
-    for task in tasks.values():
-        left, right = (
-            {run["seed"]: run for run in each_seed(task.get(recipe, []))}
-            for recipe in ("published", "accurate")
-        )
-        sides = [
-            [side[seed] for seed in sorted(left.keys() & right.keys())] for side in (left, right)
-        ]
-        if not sides[0]:
-            continue
-        differences = [b["test_top1"] - a["test_top1"] for a, b in zip(*sides, strict=True)]
-        pair = {"first": sides[0][0], "rows": list(zip(*sides, differences, strict=True))}
-        pair |= {"mean": statistics.mean(differences), "steps": [], "minutes": []}
-        pair["deviation"] = statistics.stdev(differences) if len(differences) > 1 else None
-        for side in sides:
-            recipe = dataclasses.replace(named(side[0]["recipe"]), epochs=side[0]["epochs"])
-            steps = recipe.steps_per_epoch(side[0]["train_images"]) * recipe.epochs
-            pair["steps"].append(steps)
-            pair["minutes"].append(statistics.mean(run["train_seconds"] for run in side) / 60)
-        found.append(pair)
-    return sorted(found, key=lambda p: (p["first"]["classes"], p["first"]["epochs"]), reverse=True)
-
-
 def read_throughput(path: Path) -> list[dict]:
     """Return the rows of throughput.csv that were measured on a GPU; none without the file."""
     if not path.exists():
@@ -325,7 +288,6 @@ def render(name: str, rows: list[dict], results: Path, home: Path) -> str:
         "targets": TARGETS,
         "best": {recipe: best(rows, recipe) for recipe in PROTOCOLS},
         "tasks": {recipe: (split, IMAGES[split]) for recipe, split in PROTOCOLS.items()},
-        "pairs": pairs(rows),
         "throughput": throughput(speeds),
         "fastest": max(fastest, key=lambda row: row["images_per_second"], default=None),
         "shown": shown,

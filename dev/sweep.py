@@ -117,6 +117,8 @@ class Sweep:
         self.environment = describe_environment(choose(device))
         text = self.path.read_text() if self.path.exists() else ""
         self.lines = [json.loads(line) for line in text.splitlines()]
+        for line in self.lines:
+            line["recipe"].setdefault("split", "select")  # a recipe had none
 
     def run(self, recipe: Recipe, seed: int, stage: str, label: str) -> dict:
         """Return the run's line; train if it is missing."""
@@ -133,9 +135,8 @@ class Sweep:
         print(f"{stage}: {label}, seed {seed}", flush=True)
         digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
         folder = self.root / "runs" / f"select-{digest}"
-        options = {"split": "select", "folder": folder, "seed": seed, "device": self.device}
         try:
-            run = train(recipe, self.dataset, **options)
+            run = train(recipe, self.dataset, folder=folder, seed=seed, device=self.device)
             summary = run.summary
             kept = ("test_correct", "test_images", "train_images", "train_loss", "train_seconds")
             result = {"status": "ok", "top1": summary["test_top1"], "environment": run.environment}
@@ -152,10 +153,10 @@ class Sweep:
 
     def answer(self, question: Question, recipe: Recipe) -> Recipe:
         """Return the recipe with what the question chose."""
-        candidates = {BASE: recipe}
+        candidates = {BASE: replace(recipe, split="select")}
         for changes in question.candidates:
             label = ", ".join(f"{name} {value}" for name, value in changes.items())
-            candidates[label] = replace(recipe, **changes)
+            candidates[label] = replace(candidates[BASE], **changes)
         outcomes = {
             label: [self.run(each, seed, question.name, label) for seed in question.seeds]
             for label, each in candidates.items()

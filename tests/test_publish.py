@@ -1,9 +1,8 @@
-"""What is published is computed from the records: groups, targets, pairs, throughput."""
+"""What is published is computed from the records: groups, targets, throughput."""
 
 import csv
 import dataclasses
 import json
-import re
 import shutil
 from pathlib import Path
 
@@ -128,26 +127,6 @@ def test_targets() -> None:
     assert here([*slow, *fast, *many], "accurate").startswith("59.00")
 
 
-def test_two_recipes_are_compared_seed_by_seed() -> None:
-    rows = seeds("published", 57.0, 58.0, 50.0) + seeds("accurate", 64.0, 66.0)
-    text = part("paired", rows)
-    link = "[57.00 %](results/published-merged-s0)"
-    assert f"| 0 | {link} (18,810 / 33,000) | [64.00 %](results/accurate-merged-s0)" in text
-    assert len(re.findall(r"^\| \d", text, re.M)) == 2  # the third seed has no partner
-    assert "+7.50 points (n = 2, sample standard deviation 0.71, standard error 0.50)" in text
-    assert "Optimiser steps: 9,030 and 4,500." in text
-    assert "no spread from one seed" in part("paired", [rows[0], rows[3]])
-    few = {"epochs": 10, "recipe.epochs": 10}  # only this may differ from the recipes
-    assert "10 epochs" in part("paired", [rows[0] | few, rows[3] | few])
-    for other in (
-        {"device": "CPU"},
-        {"classes": 10},
-        {"recipe.weight_decay": 0.0},
-        {"precision": "x"},
-    ):
-        assert part("paired", [rows[0], rows[3] | other]) == "Not yet measured.", other
-
-
 def test_the_table_of_throughput(tmp_path: Path) -> None:
     usual = {
         "gpu": "NVIDIA H100", "torch": "2.11", "commit": "c", "date": "2026-01-01",
@@ -184,7 +163,7 @@ def test_what_records_hold_is_shown_as_text() -> None:
     hostile = "<b>|[x](http://y)"
     own = {"device": hostile, "precision": hostile, "run": hostile}
     rows = seeds("published", 57.0, torch=hostile, **own) + seeds("accurate", 64.0, **own)
-    for name in ("results", "targets", "paired"):
+    for name in ("results", "targets"):
         text = part(name, rows)
         assert "<b>" not in text
         assert "](http://y" not in text

@@ -55,7 +55,7 @@ def test_a_sweep_continues_and_writes_its_log_once(
     tmp_path: Path, small_dataset: Dataset, narrow: Recipe, capsys: pytest.CaptureFixture
 ) -> None:
     question = Question("lr", "narrow", [{"max_learning_rate": 0.01}], points=-100.0)
-    recipe = replace(narrow, epochs=1)
+    recipe = replace(narrow, epochs=1, split="select")
     arguments = (tmp_path, small_dataset, "cpu")
     chosen = Sweep(*arguments).answer(question, recipe)
     assert chosen == replace(recipe, max_learning_rate=0.01)
