@@ -4,6 +4,7 @@ be."""
 import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -199,3 +200,16 @@ def test_without_a_list_of_flags_no_bf16_is_assumed(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(device.Path, "read_text", missing)
     assert device.cpu_has_bf16() is False
     assert device_name(torch.device("cpu")).startswith("CPU (")
+
+
+def test_the_codes_hash_is_of_what_decides_results(tmp_path: Path) -> None:
+    for name in ("model.py", "training/step.py", "cli.py", "share/card.py", "figures/style.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"one\ntwo\n")
+    before = device.source_sha256(tmp_path)
+    for name in ("cli.py", "share/card.py", "figures/style.py"):
+        (tmp_path / name).write_bytes(b"other\n")
+    (tmp_path / "model.py").write_bytes(b"one\r\ntwo\r\n")
+    assert device.source_sha256(tmp_path) == before
+    (tmp_path / "training" / "step.py").write_bytes(b"one\nthree\n")
+    assert device.source_sha256(tmp_path) != before

@@ -24,7 +24,7 @@ from tinylab.exceptions import RecipeFailed, Stopped, UserError
 from tinylab.model import build_model
 from tinylab.recipe import Recipe
 from tinylab.recipes import published, smoke
-from tinylab.run import checkpoint
+from tinylab.run import checkpoint, environment
 from tinylab.run.folder import Run
 from tinylab.run.weights import load_weights
 from tinylab.training import progress as progress_module
@@ -210,6 +210,29 @@ def test_the_weights_give_the_predictions_again(finished_run, rich_reference, ti
     saved, _ = checkpoint.load(rich_reference.checkpoints)
     assert torch.equal(network.conv1.weight, saved["average"]["module.conv1.weight"])
     assert not torch.equal(network.conv1.weight, saved["model"]["conv1.weight"])
+
+
+def test_other_code_continues_a_run_only_if_told_to(
+    train_tiny, at_each, tmp_path, monkeypatch, capfd
+) -> None:
+    """U7: half of a run by one augmentation, half by another, recorded as one."""
+    folders = {"folder": tmp_path / "run", "mirror": tmp_path / "mirror"}
+    stop_at(at_each, 2)
+    with pytest.raises(Stopped):
+        train_tiny(**folders)
+    before = environment.SOURCE_SHA256
+    monkeypatch.setattr(environment, "SOURCE_SHA256", "e" * 64)
+    for folder in (folders["folder"], tmp_path / "a new machine's"):
+        with pytest.raises(UserError, match=r"other code .* another --run.* --continue-anyway"):
+            train_tiny(folder, mirror=folders["mirror"])
+    run = train_tiny(**folders, continue_anyway=True, quiet=False)
+    assert (
+        f"source_sha256 {before[:12]} -> {'e' * 12}): results may differ" in capfd.readouterr().out
+    )
+    earlier = [each["source_sha256"] for each in run.environment["earlier"]]
+    assert [*earlier, run.environment["source_sha256"]] == [before, "e" * 64]
+    monkeypatch.setattr(environment, "SOURCE_SHA256", "f" * 64)
+    assert train_tiny(**folders).summary == run.summary  # a finished run is shown
 
 
 def test_the_log_reads_like_the_published_one(train_tiny, tmp_path, monkeypatch, capfd) -> None:

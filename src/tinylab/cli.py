@@ -109,6 +109,8 @@ class Train(Training):
     itself: there use --run-folder.)"""
     compiled: Annotated[bool, tyro.conf.arg(name="compile")] = False
     """Run the training step under torch.compile: minutes of set-up, then faster steps on a GPU."""
+    continue_anyway: bool = False
+    """Continue a run whose code has changed since it began; the record keeps both."""
     mirror: Path | None = None
     """A folder of this run's own, on another disk (Google Drive), that gets each checkpoint, too.
     """
@@ -127,7 +129,7 @@ class Train(Training):
             open_dataset(self.data),
             folder=self.run_folder,
             track=None if self.track == "none" else self.track,
-            **self.options("compiled", "mirror", "test_every"),
+            **self.options("compiled", "mirror", "test_every", "continue_anyway"),
         )
         if not first("RANK"):
             return  # one of several processes, of which the first tells the result

@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import hashlib
 import importlib.metadata
 import importlib.util
 import os
@@ -168,6 +169,7 @@ def describe_environment(compute: Compute, processes: int = 1) -> dict:
         "tf32_convolutions": torch.backends.cudnn.allow_tf32 if cuda else None,
         **versions,
         "commit": commit(),
+        "source_sha256": SOURCE_SHA256,
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
         "processes": processes,
     }
@@ -197,6 +199,23 @@ def commit() -> str | None:
     if head := output(*git, "rev-parse", "--short=12", "HEAD"):
         return head + "+" * bool(output(*git, "status", "--porcelain", "-uno", "--", "."))
     return os.environ.get("TINYLAB_COMMIT") or None
+
+
+def source_sha256(package: Path) -> str:
+    """Return the hash of the code that decides results: not of cli, explain, figures, share.
+
+    Line ends count as \\n, so that a checkout on Windows has the same.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        name = path.relative_to(package).as_posix()
+        if not name.startswith(("cli.py", "explain/", "figures/", "share/")):
+            digest.update(f"{name}\n".encode() + path.read_bytes().replace(b"\r\n", b"\n"))
+    return digest.hexdigest()
+
+
+SOURCE_SHA256 = source_sha256(Path(__file__).parents[1])
+"""Of the code as it was imported, whatever happens to its files afterwards."""
 
 
 def output(*command: str) -> str:

@@ -295,16 +295,23 @@ def enter_run(
         run.write("recipe.json", dataclasses.asdict(recipe))
         run.write("run.json", identity)  # last: a folder that has it is complete
     before = run.environment
+    same_code = before.get("source_sha256") == environment.get("source_sha256")
     changed = [
-        f"{key} {before.get(key)} -> {value}"
+        f"{key} {short(before.get(key))} -> {short(value)}"
         for key, value in environment.items()
-        if key not in TIMING and before.get(key) != value
+        if key not in TIMING and before.get(key) != value and not (key == "commit" and same_code)
     ]
     if not changed or run.finished:
         return []
     run.write("environment.json", environment | {"earlier": [*before.pop("earlier", []), before]})
-    changes = ", ".join(changed)
-    return [f"the environment has changed ({changes}): the last bits may differ"]
+    what = "the last bits" if same_code else "results"
+    return [f"the environment has changed ({', '.join(changed)}): {what} may differ"]
+
+
+def short(value: object) -> object:
+    """Return the first digits of a hash, and any other value as it is."""
+    digest = isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value)
+    return value[:12] if digest else value
 
 
 def refuse_foreign(run: Run) -> None:
@@ -330,10 +337,6 @@ def refuse_another(run: Run, now: dict, saved: dict | None = None) -> None:
             may_differ |= {"device", "precision", "compiled"}
         elif not run.trained:  # the first try may have shown that memory is short
             may_differ.add("micro_batch")
-
-    def short(value: object) -> object:
-        digest = isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value)
-        return value[:12] if digest else value
 
     changes = ", ".join(
         f"{key} {short(before.get(key))} -> {short(now.get(key))}"

@@ -11,6 +11,7 @@ import torch
 from tinylab.data.archive import class_order_sha256
 from tinylab.data.dataset import Dataset
 from tinylab.data.split import Split
+from tinylab.exceptions import UserError
 from tinylab.files import write_atomically
 from tinylab.recipe import Recipe, training_petaflop
 from tinylab.run import checkpoint
@@ -45,21 +46,31 @@ def identity_of(dataset: Dataset, rows: Split, seed: int, compute: Compute, comp
     }
 
 
-def restore(run: Run, mirror: Path | None, now: dict) -> tuple[bool, dict | None, str | None]:
+def restore(
+    run: Run, mirror: Path | None, state: TrainState, continue_anyway: bool
+) -> tuple[bool, dict | None, str | None]:
     """Return whether the run is finished, its newest checkpoint, and a line for the user.
 
-    now: recipe and identity of the run that is to be. Raise `UserError` if the folder or the
-    checkpoint is another run's.
+    state: of the run that is to be. Raise `UserError` if the folder or the checkpoint is another
+    run's, or was begun with other code.
     """
     saved = note = None
     if not run.finished:
         saved, note = checkpoint.load(run.checkpoints, mirror)
     if run.begun:
-        refuse_another(run, now)  # says more than a checkpoint does
+        refuse_another(run, state.run)  # says more than a checkpoint does
     else:
         refuse_foreign(run)
     if saved is not None:
-        refuse_another(run, now, saved.get("run", {}))
+        refuse_another(run, state.run, saved.get("run", {}))
+        begun = run.environment if run.begun else saved.get("environment", {})
+        before, now = begun.get("source_sha256"), state.environment["source_sha256"]
+        if before and before != now and not continue_anyway:
+            raise UserError(
+                f"{run.folder} was begun with other code ({before[:12]} -> {now[:12]}): choose "
+                "another --run, or continue it all the same with --continue-anyway (in the "
+                "notebook: RUN, CONTINUE_ANYWAY)"
+            )
     return run.finished, saved, note
 
 

@@ -48,6 +48,7 @@ def train(
     workers: int | None = None,
     mirror: Path | None = None,
     test_every: int = 1,
+    continue_anyway: bool = False,
     track: Literal["tensorboard"] | None = None,
     quiet: bool = False,
 ) -> Run:
@@ -56,7 +57,8 @@ def train(
     split: None is the recipe's. folder: None is runs/<recipe>-<split>-s<seed>. limit_classes: only
     the first so many. workers: processes that run albumentations; they change no bit. mirror: a
     folder of this run's own that gets each checkpoint, too; the run continues from the newest whole
-    one of both. test_every: epochs; the last one is always tested. quiet: no log, no bar.
+    one of both. test_every: epochs; the last one is always tested. continue_anyway: though the
+    code has changed. quiet: no log, no bar.
     Under torchrun every process calls this and trains its share; the first one writes.
     Raise `UserError` if the run cannot be made, `RecipeFailed` if its loss is no longer finite,
     `Stopped` after SIGINT or SIGTERM.
@@ -99,7 +101,8 @@ def train(
         identity = identity_of(dataset, rows, seed, compute, compiled)
         state.run = dataclasses.asdict(recipe) | identity
         state.environment = environment.describe_environment(compute, ranks.size) | hashes(identity)
-        finished, saved, note = ranks.gather(restore(run, mirror, state.run) if writes else None)[0]
+        found = restore(run, mirror, state, continue_anyway) if writes else None
+        finished, saved, note = ranks.gather(found)[0]
         history = run.history if finished else saved["history"] if saved else []
         if not finished:
             say(f"device: {compute}{', compiled' if compiled else ''}")
