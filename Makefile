@@ -5,7 +5,8 @@
 # make bench            benchmarks, a table and one JSON line each
 # make gpu              the runs that need a GPU; stop it and it goes on
 # make check            style, and that the committed notebook is its source's
-# make compat           the fast tests with the versions that Colab has
+# make compat           the fast tests with the versions that Colab has (PYTHON=python3.13, where there is one)
+# make address REPOSITORY=https://github.com/NAME/PROJECT   where the code is published: into README, pyproject, notebook
 # make publish RUN=runs/NAME   records of a finished run into results/, all tables anew; make tables: only these
 # make notebook         run the committed notebook again, in place, on Tiny ImageNet
 
@@ -19,6 +20,12 @@ NAME := $(basename $(notdir $(NOTEBOOK)))
 export PYTHONUTF8 := 1
 export NO_ALBUMENTATIONS_UPDATE := 1
 
+# A line for each package: minutes without one look like a machine that hangs.
+SHELL := /bin/bash
+.SHELLFLAGS := -o pipefail -c
+PIP_OPTIONS := --disable-pip-version-check --progress-bar off
+PIP_LINES := { grep --line-buffered -E '^(Collecting|Installing|Building)' | cut -c -100 || true; }
+
 # Only what stands on the command line counts: an environment variable EPOCHS may mean something else.
 OVERRIDES := $(strip $(foreach name,RECIPE EPOCHS CLASSES SEED RUN,$(if $(filter command,$(firstword $(origin $(name)))),"$(name)=$($(name))")))
 ifeq ($(DATA),full)
@@ -30,7 +37,7 @@ else
   $(error DATA must be sample or full, not $(DATA))
 endif
 
-.PHONY: run test soak bench gpu check compat notebook publish tables setup
+.PHONY: run test soak bench gpu check compat address notebook publish tables setup
 .DEFAULT_GOAL := run
 
 setup: $(VENV)/.done
@@ -46,7 +53,7 @@ $(VENV)/.done: requirements.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "tinylab needs Python 3.11 or newer: make PYTHON=python3.12"; exit 2; }
 	@echo "setting up $(VENV): a few minutes, once"
 	@$(VENV_PYTHON) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
-	@$(VENV_PYTHON) -m pip install --quiet --disable-pip-version-check -e ".[dev]"
+	@$(VENV_PYTHON) -m pip install $(PIP_OPTIONS) -e ".[dev]" | $(PIP_LINES)
 	@echo "$(CURDIR)" > $@
 
 run: setup
@@ -69,6 +76,10 @@ check: setup
 	@$(VENV_PYTHON) -m ruff check
 	@$(VENV_PYTHON) -m ruff format --check
 	@$(VENV_PYTHON) -m pytest tests/test_layout.py tests/test_notebook.py -m "not slow"
+	@! grep -q OWNER pyproject.toml || echo "note: where is this published? make address REPOSITORY=https://github.com/NAME/PROJECT"
+
+address:
+	@$(PYTHON) dev/address.py $(REPOSITORY)
 
 notebook: setup
 	@$(VENV_PYTHON) notebooks/run.py $(NOTEBOOK)
@@ -85,5 +96,5 @@ compat: $(COMPAT)/.done
 
 $(COMPAT)/.done: requirements.txt pyproject.toml requirements-colab.txt
 	@$(COMPAT)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(COMPAT)
-	@$(COMPAT)/bin/python -m pip install --quiet --disable-pip-version-check -c requirements-colab.txt -e ".[dev]"
+	@$(COMPAT)/bin/python -m pip install $(PIP_OPTIONS) -c requirements-colab.txt -e ".[dev]" | $(PIP_LINES)
 	@touch $@

@@ -44,6 +44,8 @@ def publish_run(run: Run, results: Path, readme: Path) -> list[Path]:
     Return what was written. Raise `UserError`, with nothing written, if the run is not finished, if
     another run of that name was published, or if the README lacks a place.
     """
+    if run.data == "made-up shapes":
+        raise UserError(f"{run.folder} was trained on made-up shapes: that is no result")
     target = Run(results / run.folder.resolve().name)
     records = {
         "run.json": {name: value for name, value in run.identity.items() if name != "data_folder"},

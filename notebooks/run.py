@@ -15,7 +15,6 @@ import os
 import re
 import signal
 import sys
-import tomllib
 from pathlib import Path
 
 import jupytext
@@ -31,17 +30,14 @@ from tinylab.files import write_atomically
 HERE = Path(__file__).resolve().parent
 SOURCE = HERE / "tiny_imagenet_resnet18.py"
 LARGEST_PNG = 200_000  # bytes
-PLACEHOLDER = "github.com/OWNER/tinylab"  # for the address in pyproject.toml
 
 
 def build(source: Path = SOURCE) -> nbformat.NotebookNode:
     """Return the notebook that the .py file describes, without outputs."""
-    project = tomllib.loads((HERE.parent / "pyproject.toml").read_text())["project"]
-    address = project["urls"]["repository"].split("//")[1]
-    text = source.read_text(encoding="utf-8").replace(PLACEHOLDER, address)
-    notebook = jupytext.reads(text, fmt="py:percent")
+    notebook = jupytext.reads(source.read_text(encoding="utf-8"), fmt="py:percent")
     kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
-    notebook.metadata = {"kernelspec": kernel}
+    colab = {"gpuType": "T4", "provenance": []}
+    notebook.metadata = {"kernelspec": kernel, "accelerator": "GPU", "colab": colab}
     notebook.nbformat, notebook.nbformat_minor = 4, 5
     for number, cell in enumerate(notebook.cells):
         cell["id"] = f"cell-{number:02d}"  # random ids would change the file each time it is built
@@ -55,7 +51,7 @@ def inject(notebook: nbformat.NotebookNode, values: dict[str, object]) -> None:
     """
     tags = [cell.metadata.get("tags", []) for cell in notebook.cells]
     index = next(i for i, own in enumerate(tags) if "parameters" in own)
-    known = {line.split(" = ")[0] for line in notebook.cells[index].source.splitlines()}
+    known = set(re.findall("^([A-Z_]+) = ", notebook.cells[index].source, re.MULTILINE))
     if unknown := values.keys() - known:
         there = f"it has {', '.join(sorted(known))}"
         raise UserError(f"the notebook has no parameter {', '.join(sorted(unknown))}; {there}")

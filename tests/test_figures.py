@@ -1,7 +1,7 @@
 """Figures: what they show, that they bear any text, and that they leave nothing behind."""
 
-import csv
 import io
+import itertools
 import math
 import warnings
 from itertools import combinations
@@ -166,6 +166,12 @@ def top(names: list[str]) -> list[dict]:
     return [{"name": name, "probability": 0.5**i} for i, name in enumerate(names)]
 
 
+def grey(image: np.ndarray) -> np.ndarray:
+    """Return uint8 (h, w, 3), its luminance in all channels (ITU-R BT.601)."""
+    luminance = 0.299 * image[..., 0] + 0.587 * image[..., 1] + 0.114 * image[..., 2]
+    return np.stack(3 * [luminance.astype(np.uint8)], axis=-1)
+
+
 def thumbnails() -> list[tuple[np.ndarray, np.ndarray]]:
     return [(IMAGES[:3], IMAGES[:0]), (IMAGES[:0], IMAGES[3:])]
 
@@ -185,9 +191,7 @@ LOSSES = [5.0, 5.1, 5.0, 4.0, 3.0, 2.0, 2.5, 4.0, 9.0, math.inf]
 RATES = [10.0**power for power in range(-6, 4)]
 
 FIGURES = {
-    "curves": lambda names: plots.accuracy_and_loss(
-        history(3), REFERENCE, title=names[0], label=names[0]
-    ),
+    "curves": lambda names: plots.accuracy_and_loss(history(3), REFERENCE, title=names[0]),
     "schedule": lambda names: plots.learning_rate_curve([0.1, 0.2, 0.1], [0.9, 0.8, 0.9], 1),
     "grid": lambda names: plots.image_grid(IMAGES, names, [[0, 0, 63, 63]] * 4, title=names[0]),
     "augmentation": lambda names: plots.before_after(IMAGES, 255 - IMAGES, names, title=names[0]),
@@ -323,44 +327,31 @@ def test_notebook_shows_a_figure_by_itself() -> None:
         assert image.size == (900, 120)
 
 
-def test_curves_show_this_run_and_the_published_one() -> None:
-    figure = plots.accuracy_and_loss(history(3), REFERENCE)
-    panels = {ax.get_title(loc="left"): ax for ax in figure.axes}
-    assert list(panels) == [
-        "Training loss",
-        "Training accuracy (top-1, %)",
-        "Test loss",
-        "Test accuracy (top-1, %)",
-    ]
-    for title, ours, published in (
-        ("Training loss", [4, 2, 4 / 3], 2.5),
-        ("Training accuracy (top-1, %)", [10, 35, 60 - 50 / 3], 70.5),
-        ("Test loss", [4.2, 2.1, 1.4], 0.01 * 33_000 / 129),
-        ("Test accuracy (top-1, %)", [5, 27.5, 35], 55.25),
-    ):
-        reference, run = panels[title].lines
-        assert np.allclose(run.get_data(), ([1, 2, 3], ours))
-        assert np.allclose(reference.get_data(), (range(1, 31), [published] * 30))
-        assert reference.get_linestyle() != run.get_linestyle()
-        assert panels[title].get_ylim()[0] == 0
-        assert panels[title].get_ylim()[1] > max(*ours, published)
-    assert "this run 35.00 %" in words(figure)
-    assert "published, 200 classes 55.25 %" in words(figure)
-    assert "published, last batch 2.50" in words(figure)
+def test_curves_show_this_run_and_the_course_run() -> None:
+    losses, accuracies = plots.accuracy_and_loss(history(3), REFERENCE).axes
+    assert losses.get_title(loc="left") == "Loss (mean cross-entropy)"
+    assert accuracies.get_title(loc="left") == "Accuracy (top-1, %)"
+    for line, values in zip(losses.lines, ([4, 2, 4 / 3], [4.2, 2.1, 1.4]), strict=True):
+        assert np.allclose(line.get_data(), ([1, 2, 3], values))
+    drawn = {line.get_label(): line for line in accuracies.lines}
+    assert np.allclose(drawn["training"].get_ydata(), [10, 35, 60 - 50 / 3])
+    assert np.allclose(drawn["test"].get_ydata(), [5, 27.5, 35])
+    for name, value in (("training", 70.5), ("test", 55.25)):
+        line = drawn[f"course run, {name}"]
+        assert np.allclose(line.get_data(), (range(1, 31), [value] * 30))
+        assert line.get_linestyle() != drawn[name].get_linestyle()
+    labels = {text.get_text() for text in accuracies.texts}
+    assert {"test 35.00 %", "course run, test 55.25 %"} < labels
+    # All stand to the right of the longest line, where none of them is drawn over.
+    assert {text.xy[0] for text in accuracies.texts} == {30}
 
 
-def test_published_test_loss_is_a_mean_cross_entropy() -> None:
-    path = Path(__file__).parents[1] / "results" / "reference" / "published_run.csv"
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    figure = plots.accuracy_and_loss(history(1), rows)
-    losses = figure.axes[2].lines[0].get_ydata()
-    # Between a guess among 200 classes and what its accuracy needs at least: half the wrong answers
-    # cost ln 2 each.
-    assert (losses < math.log(200)).all()
-    accuracy = np.array([float(row["test_accuracy_pct"]) for row in rows]) / 100
-    assert (losses > (1 - accuracy) * math.log(2)).all()
-    assert losses[-1] == pytest.approx(1.79, abs=0.01)
+def test_one_spike_does_not_flatten_the_losses() -> None:
+    rows = history(30)
+    whole = plots.accuracy_and_loss(rows).axes[0].get_ylim()[1]
+    assert whole > max(row["test_loss"] for row in rows)
+    rows[12] |= {"test_loss": 40.0}
+    assert plots.accuracy_and_loss(rows).axes[0].get_ylim()[1] == pytest.approx(whole, rel=0.3)
 
 
 @pytest.mark.parametrize("values", [(50.0, 50.0), (50.0, 50.5), (99.0, 100.0), (0.0, 0.1)])
@@ -372,25 +363,25 @@ def test_labels_at_the_ends_never_overlap(values: tuple[float, float]) -> None:
     figure = plots.accuracy_and_loss(run, reference)
     renderer = draw(figure).get_renderer()
     for ax in figure.axes:
-        ours, published = (text.get_window_extent(renderer) for text in ax.texts)
-        assert not ours.overlaps(published)
+        boxes = [text.get_window_extent(renderer) for text in ax.texts]
+        assert not any(one.overlaps(other) for one, other in itertools.combinations(boxes, 2))
 
 
 def test_curves_of_one_epoch_no_epoch_and_gaps() -> None:
     figure = plots.accuracy_and_loss(history(1))
     draw(figure)
-    assert "this run 5.00 %" in words(figure)
-    assert [tick for tick in figure.axes[2].get_xticks() if tick != int(tick)] == []
+    assert "test 5.00 %" in words(figure)
+    assert [tick for tick in figure.axes[1].get_xticks() if tick != int(tick)] == []
     assert "No epoch is finished yet" in words(plots.accuracy_and_loss([]))
     unevaluated = history(3)
     unevaluated[2] |= {"test_top1": None, "test_loss": math.nan}
     figure = plots.accuracy_and_loss(unevaluated)
     draw(figure)
-    assert "this run 27.50 %" in words(figure), "the last value there is"
+    assert "test 27.50 %" in words(figure), "the last value there is"
     seldom = history(5)
     for row in (seldom[1], seldom[2], seldom[3]):
         del row["test_top1"], row["test_loss"]
-    (line,) = plots.accuracy_and_loss(seldom).axes[3].lines
+    _, line = plots.accuracy_and_loss(seldom).axes[1].lines
     assert list(line.get_xdata()) == [1, 5], "a line joins the epochs that were tested"
 
 
@@ -443,7 +434,7 @@ def test_best_and_worst_classes() -> None:
     labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
     assert labels == ["class39", "class38", "class37", "class01", "class00"]
     assert [bar.get_width() for bar in figure.axes[0].patches] == [78, 76, 74, 2, 0]
-    assert "The 3 best and the 2 worst of 40 classes" in words(figure)
+    assert "Accuracy per class: the 3 best and 2 worst of 40" in words(figure)
     assert "mean of all classes 39.0 %" in words(figure)
     assert "50 test images per class" in words(figure)
 
@@ -451,7 +442,7 @@ def test_best_and_worst_classes() -> None:
 def test_few_classes_are_all_shown_and_untested_ones_left_out() -> None:
     figure = plots.class_accuracy(["a", "b", "c"], [20, 0, 80], [10, 0, 1000])
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["c", "a"]
-    assert "All 2 classes" in words(figure)
+    assert "Accuracy per class, all 2" in words(figure)
     assert "10 to 1,000 test images" in words(figure)
     wide, narrow = (line.get_xdata() for line in (figure.axes[0].lines[1], figure.axes[0].lines[0]))
     assert np.allclose(narrow, (77.4, 82.4), atol=0.1), "Wilson's interval for 800 of 1,000"
@@ -464,7 +455,7 @@ def test_gallery_names_both_classes() -> None:
     assert len(image_axes(figure)) == 2
     for word in ("cat", "dog", "62 %", "6 %", "predicted", "actual"):
         assert word in words(figure)
-    assert "every answer was right" in words(plots.misclassified(IMAGES[:0], []))
+    assert "every prediction was right" in words(plots.misclassified(IMAGES[:0], []))
 
 
 def test_gradcam_row_is_image_then_heat_map_and_overlay_of_every_stage() -> None:
@@ -479,7 +470,7 @@ def test_gradcam_row_is_image_then_heat_map_and_overlay_of_every_stage() -> None
         assert [len(cell.images) for cell in cells] == [2] * 8
         for cell, stage in zip(cells, np.repeat(list(MAPS), 2), strict=True):
             picture, heat = cell.images
-            assert np.array_equal(picture.get_array(), IMAGES[i])
+            assert np.allclose(picture.get_array(), grey(IMAGES[i]), atol=1)
             assert picture.get_interpolation() == "nearest"
             assert np.array_equal(heat.get_array(), MAPS[stage][i])
             assert heat.get_interpolation() == "bilinear"
@@ -506,7 +497,7 @@ def test_gradcam_row_is_image_then_heat_map_and_overlay_of_every_stage() -> None
 def test_gradcam_figure_says_when_there_is_nothing_to_show() -> None:
     assert "there is nothing to explain" in words(plots.gradcam_stages(IMAGES[:0], {}, []))
     nothing = {"layer4": np.zeros((1, 8, 8), np.float32)}
-    assert "nothing speaks for the class" in words(
+    assert "no evidence for the class" in words(
         plots.gradcam_stages(IMAGES[:1], nothing, entries(["cat"]))
     )
 
@@ -533,7 +524,7 @@ def test_confusions_are_shares_of_the_row_in_the_order_given() -> None:
         "75",
         "20",
         "25",
-        "75.6 % of 45 answers are right",
+        "75.6 % of 45 predictions are right",
         "White rows: no test images",
     ):
         assert word in words(figure)
@@ -583,7 +574,7 @@ def test_confusion_matrix_of_extremes() -> None:
     )
     figure = plots.confusion(np.diag([5, 10**9]), ["a", "b"], [0, 1])
     assert_apart(figure)
-    assert "100.0 % of 1,000,000,005 answers are right" in words(figure)
+    assert "100.0 % of 1,000,000,005 predictions are right" in words(figure)
     figure = plots.confusion(np.array([[0, 5], [10**6, 1]]), ["a", "b"], [0, 1])
     assert_apart(figure)
     assert "<1" in [text.get_text() for text in texts(figure)], "rare is not never"
@@ -612,7 +603,7 @@ def test_confused_pairs_show_counts_and_images_of_either_mistake() -> None:
         "count": 246_912,
     }
     assert_apart(plots.confused_pairs([huge] * 4, [(IMAGES, IMAGES)] * 4))
-    assert "No class was taken for another" in words(plots.confused_pairs([], []))
+    assert "No class was mistaken for another" in words(plots.confused_pairs([], []))
 
 
 def test_gallery_names_a_right_answer_once() -> None:
@@ -621,7 +612,7 @@ def test_gallery_names_a_right_answer_once() -> None:
     figure = plots.confident(IMAGES[:2], [right] * 2, "Hesitant")
     assert np.array_equal([ax.images[0].get_array() for ax in image_axes(figure)], IMAGES[:2])
     assert words(figure).count("cat") == words(figure).count("12 %") == 2
-    assert "right answer" in words(figure)
+    assert "right" in words(figure)
     assert "predicted" not in words(figure)
     mistake = right | {"actual": answer | {"wnid": "n2"}}
     mixed = plots.confident(IMAGES[:2], [right, mistake])
@@ -629,10 +620,10 @@ def test_gallery_names_a_right_answer_once() -> None:
     assert colors == [style.INK, style.VERMILION, style.BLUE], (
         "two classes of one name are a mistake"
     )
-    for word in ("predicted", "actual", "right answer"):
+    for word in ("predicted", "actual", "right"):
         assert word in words(mixed)
     assert "Hesitant: there is none" in words(plots.confident(IMAGES[:0], [], "Hesitant"))
-    assert "no such answer" in words(plots.confident(IMAGES[:0], []))
+    assert "no such prediction" in words(plots.confident(IMAGES[:0], []))
 
 
 def test_identical_images_are_shown_once_with_both_labels() -> None:
@@ -669,7 +660,7 @@ def test_reliability_shows_accuracy_against_confidence_in_every_bin() -> None:
     for word in (
         "As trained: ECE 20.0 %",
         "(T = 1.50): ECE 0.0 %",
-        "75.0 on average, 50.0 % are right",
+        "75.0 % confidence on average, 50.0 % right",
     ):
         assert word in words(figure)
     noted = plots.reliability(calibration([1], note="no temperature is best"))
@@ -690,7 +681,7 @@ def test_maps_of_the_predicted_and_the_actual_class_stand_side_by_side() -> None
             cells, (predicted[i], predicted[i], actual[i], actual[i]), strict=True
         ):
             picture, heat = cell.images
-            assert np.array_equal(picture.get_array(), IMAGES[i])
+            assert np.allclose(picture.get_array(), grey(IMAGES[i]), atol=1)
             assert np.array_equal(heat.get_array(), values)
             assert (picture.get_interpolation(), heat.get_interpolation()) == (
                 "nearest",
@@ -724,7 +715,7 @@ def test_class_maps_say_what_they_cannot_show() -> None:
     )
     assert "Eigen-CAM of layer4, whatever the class" in words(same)
     nothing = np.zeros((1, 8, 8), np.float32)
-    assert "nothing speaks for the class" in words(
+    assert "no evidence for the class" in words(
         plots.class_maps(IMAGES[:1], MAPS["layer4"][:1], nothing, one)
     )
     del one[0]["box"]
@@ -833,7 +824,7 @@ def test_prediction_shows_the_image_the_map_and_bars() -> None:
         "75.0 %",
         "dog",
         "0.0 %",
-        "what spoke for the first answer",
+        "Grad-CAM for the first prediction",
         "64 × 64 pixels",
         "8 × 8",
     ):
@@ -843,9 +834,9 @@ def test_prediction_shows_the_image_the_map_and_bars() -> None:
     assert "map" not in words(alone)
     assert_apart(alone)
     silent = plots.prediction(IMAGES[0], answers, np.zeros((8, 8), np.float32))
-    assert "nothing spoke for the first answer" in words(silent)
+    assert "no evidence for the first prediction" in words(silent)
     assert_apart(plots.prediction(IMAGES[0], top(["W" * 121] * 10), MAPS["layer4"][0]))
-    assert "no answer" in words(plots.prediction(IMAGES[0], [], None))
+    assert "no prediction" in words(plots.prediction(IMAGES[0], [], None))
 
 
 @pytest.mark.parametrize(

@@ -16,12 +16,14 @@ from pathlib import Path
 import nbformat
 import numpy as np
 import pytest
+from nbclient.exceptions import CellExecutionError
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOK = ROOT / "notebooks" / "tiny_imagenet_resnet18.ipynb"
 sys.path.insert(0, str(ROOT / "notebooks"))
 
+import address as address_book  # noqa: E402
 import run as builder  # noqa: E402
 
 from tinylab.exceptions import UserError  # noqa: E402
@@ -50,7 +52,8 @@ def test_committed_notebook_is_its_source(committed: nbformat.NotebookNode) -> N
 
     assert content(committed) == content(builder.build())
     for cell in code_cells(committed):
-        own = [each for each in cell.source.splitlines() if not each.startswith(("from", "import"))]
+        lines = filter(None, cell.source.splitlines())
+        own = [each for each in lines if not each.startswith(("from ", "import ", "#"))]
         assert len(own) <= 16, cell.source  # cells are thin
 
 
@@ -96,12 +99,34 @@ def test_parameters_are_one_tagged_cell_and_unknown_ones_are_refused() -> None:
         builder.inject(notebook, {"EPOCS": 3})
 
 
-def test_repository_address_is_the_same_everywhere() -> None:
-    address = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]["repository"]
-    owner_and_name = address.removeprefix("https://github.com/")
-    for page in (builder.SOURCE, ROOT / "README.md"):
-        found = set(re.findall(r"github(?:\.com)?/([\w.-]+/tinylab)\b", page.read_text()))
-        assert found == {owner_and_name}, page.name
+def test_the_address_is_the_same_everywhere_and_moves_as_one(tmp_path: Path) -> None:
+    names = ["README.md", "pyproject.toml", f"notebooks/{builder.SOURCE.name}"]
+    names += [f"notebooks/{NOTEBOOK.name}"]
+    (tmp_path / "notebooks").mkdir()
+    for name in names:
+        shutil.copy(ROOT / name, tmp_path / name)
+    for address in ("https://github.com/me/my.lab.git", "https://github.com/You/lab/"):
+        address_book.move(tmp_path, address)
+        wanted = re.sub(r"(\.git)?/?$", "", address).removeprefix("https://github.com/")
+        for name in names:
+            text = (tmp_path / name).read_text()
+            found = re.findall(r"github(?:\.com)?/([\w.-]+/(?:tinylab|my\.lab|lab))\b", text)
+            assert set(found) == {wanted}, name
+            assert not re.search(r"github[.\w]*/OWNER", text)
+    for wrong in ("", "me/lab", "https://gitlab.com/me/lab", "https://github.com/me"):
+        with pytest.raises(ValueError, match="make address"):
+            address_book.move(tmp_path, wrong)
+
+
+def test_requirements_are_the_packages_own_and_the_notebooks() -> None:
+    """requirements.txt is the whole list; `pip install .` leaves out what runs notebooks."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    whole = [line.partition("#")[0].strip() for line in lines]
+    own, notebook = project["dependencies"], project["optional-dependencies"]["notebook"]
+    assert sorted(filter(None, whole)) == sorted([*own, *notebook])
+    assert not any(re.match("jupy|nb", each) for each in own)
+    assert "Private :: Do Not Upload" in project["classifiers"]
 
 
 @pytest.mark.parametrize(("side", "kind"), [(300, "image/jpeg"), (100, "image/png")])
@@ -125,7 +150,7 @@ def test_large_pictures_become_light_and_small_ones_stay(side: int, kind: str) -
 @pytest.mark.timeout(1200)
 def test_colab_rehearsed(tmp_path: Path) -> None:
     """An empty folder, the code fetched by git, a stand-in for google.colab, "Run all" twice, the
-    second time on a new machine."""
+    second time on a new machine, when the code has changed."""
     origin = tmp_path / "origin"
     listing = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     files = subprocess.run(listing, cwd=ROOT, capture_output=True, check=True)
@@ -154,7 +179,7 @@ def test_colab_rehearsed(tmp_path: Path) -> None:
         "import sys; sys.path.insert(0, sys.argv[1]); import run, nbformat; "
         "from pathlib import Path; n = run.build();"
         "v = dict(SOURCE='sample', RECIPE='smoke', EPOCHS=1, REPOSITORY=sys.argv[2], "
-        "DRIVE=sys.argv[4]); run.inject(n, v);"
+        "DRIVE=sys.argv[4], ALLOW_CPU=True); run.inject(n, v);"
         "n.cells.append(nbformat.v4.new_code_cell('import tinylab; print(tinylab.__file__)'));"
         "run.execute(n, Path.cwd()); Path(sys.argv[3]).write_text(nbformat.writes(n))"
     )
@@ -170,6 +195,9 @@ def test_colab_rehearsed(tmp_path: Path) -> None:
         if attempt == "first":  # as if it had gone before the end: only checkpoints were copied
             shutil.copytree(kept, tmp_path / "finished")
             (kept / "summary.json").unlink()
+            step = origin / "src" / "tinylab" / "training" / "step.py"
+            step.write_text(step.read_text() + "\n# other code\n")
+            subprocess.run(["git", *who, "commit", "-qam", "more"], cwd=origin, check=True)
     names = {path.name for path in (kept / "checkpoints").iterdir()}
     assert names <= {"last.ckpt", "previous.ckpt"}
     assert (kept / "summary.json").exists()
@@ -178,9 +206,32 @@ def test_colab_rehearsed(tmp_path: Path) -> None:
         assert f"mounted {tmp_path}/drive" in text
         assert str(content / "tinylab" / "src" / "tinylab") in text  # the fetched code ran
         assert "epoch 1/1" in text
-    assert ["continuing from the mirror" in text for text in texts] == [False, True]
+    for words in ("continuing from the mirror", "as the run on Drive was begun with"):
+        assert [words in text for text in texts] == [False, True]
     ours, theirs = (folder / "predictions.npz" for folder in (kept, tmp_path / "finished"))
     assert ours.read_bytes() == theirs.read_bytes()
+
+
+def test_colab_without_a_gpu_and_without_the_code_says_so_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "google").mkdir()
+    (tmp_path / "google" / "colab.py").write_text("")
+    for colab, values, words in (
+        (True, {}, "choose Runtime > Change runtime type > T4 GPU, or set ALLOW_CPU = True"),
+        (True, {"ALLOW_CPU": True}, "set REPOSITORY to the address of its repository"),
+        (False, {"REPOSITORY": (tmp_path / "gone").as_uri()}, "cannot fetch the code from file:"),
+    ):
+        notebook = builder.build()
+        builder.inject(notebook, {"REPOSITORY": "https://github.com/OWNER/tinylab"} | values)
+        setting = "import shutil, sys; shutil.which = lambda name: None; "
+        setting += f"sys.path.insert(0, {str(tmp_path)!r})"
+        setting += "; import google.colab" if colab else ""
+        notebook.cells.insert(0, nbformat.v4.new_code_cell(setting))
+        with pytest.raises(CellExecutionError) as caught:
+            builder.execute(notebook, tmp_path)
+        assert (caught.value.ename, words in caught.value.evalue) == ("UserError", True)
+        (shown,) = [each for each in outputs(notebook) if each.output_type == "error"]
+        assert len(shown.traceback) == 1
+        assert "\n" not in shown.traceback[0]
 
 
 @pytest.mark.slow

@@ -301,7 +301,7 @@ class Predict:
     json: bool = False
     """One JSON object per image on stdout, nothing else."""
     gradcam: Path | None = None
-    """A folder that gets a figure for each image: what spoke for the class that was answered."""
+    """A folder that gets a figure for each image: Grad-CAM of the predicted class."""
 
     def run(self) -> None:
         if not 1 <= self.top <= 1000:

@@ -82,7 +82,7 @@ class Recipe:
     augmentation comes before it, at the data set's 64. A multiple of 8, and at least 16: of 8 the
     last stage would leave a single value."""
 
-    # From here on the defaults are what the published run did: it had none of this.
+    # From here on the defaults are what the course run did: it had none of this.
     split: Literal["merged", "official", "select"] = "merged"
     """Which images train and which test: `merged` pools training and validation images 70 : 30."""
     micro_batch: Annotated[int, Field(ge=1, le=1_000_000)] | None = None

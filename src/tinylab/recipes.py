@@ -9,7 +9,7 @@ from tinylab.recipe import Recipe
 def published() -> Recipe:
     """The published course run, setting by setting.
 
-    Result: not yet measured on all 200 classes. The published run reports 57.55 % after 30 epochs
+    Result: not yet measured on all 200 classes. The course run reports 57.55 % after 30 epochs
     (one run, unseeded split, fp32, 79 minutes of training on a Colab GPU); `results/` holds what
     was measured here: of the first 20 classes, 2 epochs (62 steps), 29.55 and 28.30 % for seeds 0
     and 1 (CPU, fp32, torch 2.14.1, 22 and 26 minutes; `tinylab train published --limit-classes 20
@@ -67,7 +67,7 @@ def accurate() -> Recipe:
     28.30 %: not for short runs on few images (CPU, fp32, torch 2.14.1; `tinylab train accurate
     --limit-classes 20 --epochs 2`).
 
-    Where the published run loses its points: with a peak of 0.02 and weight decay of 1e-4 the decay
+    Where the course run loses its points: with a peak of 0.02 and weight decay of 1e-4 the decay
     never acts (its time constant, batch / (learning rate x decay), momentum aside, is 1,662
     epochs), and 385 images per class are learned by heart. Reasons stand beside the numbers; every
     number is a first choice from published runs, not tuned here.

@@ -35,6 +35,9 @@ from tinylab.recipe import SIZE
 
 CONTENT_SHA256 = "64bbbec8d50fdc7e7606fa6d82e82a07b000c2b97e23d9d6121434e711dc6b8f"
 """`content_sha256` of the published archive, be it the zip, a folder, or a zip packed anew."""
+SAMPLE_SHA256 = "b8c98ddd45bdaaa5f99246cee787b04a9e60a3f5abed3df9f67d1ff93d1e9489"
+"""The same of the made-up sample (`synthetic.write_sample`)."""
+DATA_NAMES = {CONTENT_SHA256: "Tiny ImageNet", SAMPLE_SHA256: "made-up shapes"}
 WNIDS_SHA256 = "342d6acf18911d62da4c981221f833718a3ef8299e55512239e09c64e49a344c"
 """sha256 of the 200 sorted wnids, each followed by a newline."""
 LISTS_SHA256 = "a489fe6c802c0be1333defea26502e125e31f3196131021c687cd4714e4da14c"

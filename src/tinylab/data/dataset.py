@@ -33,6 +33,7 @@ from tqdm import tqdm
 
 from tinylab.data.archive import (
     CONTENT_SHA256,
+    SAMPLE_SHA256,
     WNIDS_SHA256,
     Archive,
     class_order_sha256,
@@ -65,6 +66,11 @@ class Dataset:
     def is_tiny_imagenet(self) -> bool:
         """Whether it was decoded from exactly the published files."""
         return self.content_sha256 == CONTENT_SHA256
+
+    @property
+    def made_up(self) -> bool:
+        """Whether it is tinylab's own sample of made-up shapes."""
+        return self.content_sha256 == SAMPLE_SHA256
 
     def __len__(self) -> int:
         return len(self.labels)

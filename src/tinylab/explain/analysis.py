@@ -19,7 +19,7 @@ from tinylab.explain.localisation import Localisation, localise
 from tinylab.explain.mistakes import Errors, analyse, answers, label_conflicts
 from tinylab.explain.road import faithfulness
 from tinylab.files import interactive
-from tinylab.run.folder import Run, note_figures, published_history
+from tinylab.run.folder import Run, note_figures
 from tinylab.run.weights import normalised
 from tinylab.training.evaluate import per_class
 from tinylab.training.optim import schedule
@@ -45,7 +45,14 @@ class Analysis:
             for name, figure in self.figures.items():
                 yield plots.save(figure, target / f"{name}.png")
         # What an earlier analysis made and this one did not would be taken for this one's.
-        for name in ("misclassified", "class_maps", "gradcam", "localisation", "faithfulness"):
+        for name in (
+            "misclassified",
+            "class_maps",
+            "gradcam",
+            "gradcam_short",
+            "localisation",
+            "faithfulness",
+        ):
             if name not in self.figures:
                 (run.figures / f"{name}.png").unlink(missing_ok=True)
         (run.folder / "localisation.csv").unlink(missing_ok=True)
@@ -110,10 +117,10 @@ def analyse_run(
     steps = recipe.steps_per_epoch(len(rows.train))
     correct, total = per_class(logits, labels)
     figures = {
-        "samples": plots.image_grid(images, titles, dataset.boxes[first]),
-        "augmentation": plots.before_after(images, augmented, titles),
+        "samples": plots.image_grid(images, titles, dataset.boxes[first], title="Training images"),
+        "augmentation": plots.before_after(images, augmented, titles, title="Augmentation"),
         "learning_rate": plots.learning_rate_curve(*rates, steps),
-        "curves": plots.accuracy_and_loss(run.history, published_history(), title=run.title),
+        "curves": plots.accuracy_and_loss(run.history, run.course_run, run.title),
         "classes": plots.class_accuracy(names, 100 * correct / total.clip(1), total),
     }
 
@@ -126,14 +133,18 @@ def analyse_run(
         told = answers(test[positions], logits[positions], dataset)
         return plots.confident(dataset.images[test[positions]], told, title=title)
 
-    both = [(pair["one"]["index"], pair["other"]["index"]) for pair in errors.pairs]
+    both = [(pair["one"]["index"], pair["other"]["index"]) for pair in errors.pairs[:6]]
     thumbnails = [(confused(one, other), confused(other, one)) for one, other in both]
     twins = dataset.images[[pair["rows"][0] for pair in conflicts["pairs"]]]
     figures |= {
         "confusion": plots.confusion(errors.matrix, names, errors.order),
-        "confused_pairs": plots.confused_pairs(errors.pairs, thumbnails),
-        "confident_mistakes": single(errors.confident_mistakes, "The surest mistakes"),
-        "hesitant_hits": single(errors.hesitant_hits, "The least sure right answers"),
+        "confused_pairs": plots.confused_pairs(errors.pairs[:6], thumbnails),
+        "confident_mistakes": single(
+            errors.confident_mistakes, "Mistakes with the highest probability"
+        ),
+        "hesitant_hits": single(
+            errors.hesitant_hits, "Right predictions with the lowest probability"
+        ),
         "reliability": plots.reliability(errors.calibration),
         "label_conflicts": plots.label_conflicts(twins, conflicts["pairs"]),
     }
@@ -142,10 +153,15 @@ def analyse_run(
     entries, own = explanation.entries, explanation.actual_maps
     if entries or not explanation.wrong:  # else none was asked for, not that there is none
         seen = explanation.images
-        last = explanation.maps.get("layer4", own)
-        figures["misclassified"] = plots.misclassified(seen, entries)
-        figures["class_maps"] = plots.class_maps(seen, last, own, entries)
-        figures["gradcam"] = plots.gradcam_stages(seen, explanation.maps, entries)
+        last, title = explanation.maps.get("layer4", own), "Grad-CAM of both classes"
+        figures["misclassified"] = plots.misclassified(
+            seen, entries, title="Mistakes, drawn at random"
+        )
+        figures["class_maps"] = plots.class_maps(seen, last, own, entries, title=title)
+        for name, some in (("gradcam", slice(None)), ("gradcam_short", slice(4))):
+            maps = {stage: values[some] for stage, values in explanation.maps.items()}
+            title = "Grad-CAM of every stage"
+            figures[name] = plots.gradcam_stages(seen[some], maps, entries[some], title)
     if located:
         figures["localisation"] = plots.localisation(located.summary | {"method": "Grad-CAM"})
     if faith:

@@ -50,7 +50,7 @@ def image_grid(
 def before_after(
     before: np.ndarray, after: np.ndarray, titles: Sequence[str], columns: int = 8, title: str = ""
 ) -> Figure:
-    """Draw the same images before and after augmentation: blocks of two rows, one above the other."""
+    """Draw the same images before and after augmentation: blocks of two rows."""
     if not len(before):
         return message("No images to show.")
     margin, gap, labels, between = 0.08, 0.06, 0.52, 0.14
@@ -77,33 +77,34 @@ def misclassified(
 ) -> Figure:
     """Draw mistakes. An entry has `predicted` and `actual`: `name`, `probability` (0..1)."""
     if not len(images):
-        return message("No misclassified image: every answer was right.")
+        return message("No misclassified image: every prediction was right.")
     return gallery(images, entries, columns, title)
 
 
 def confident(
     images: np.ndarray, entries: Sequence[Mapping], title: str = "", columns: int = 5
 ) -> Figure:
-    """Draw a gallery like `misclassified` of any answers: a right one bears its one name.
+    """Draw a gallery like `misclassified` of any predictions: a right one has its one name.
 
-    An answer is right if `predicted` equals `actual`, so a `wnid` in both keeps classes of one name
-    apart.
+    It is right if `predicted` equals `actual`, so a `wnid` in both keeps classes of one name apart.
     """
     if not len(images):
-        return message(f"{clean(title)}: there is none." if title else "There is no such answer.")
+        return message(
+            f"{clean(title)}: there is none." if title else "There is no such prediction."
+        )
     return gallery(images, entries, columns, title)
 
 
 def label_conflicts(
     images: np.ndarray, entries: Sequence[Mapping], columns: int = 5, most: int = 60
 ) -> Figure:
-    """Draw identical images that bear different labels: each picture once, with both labels.
+    """Draw identical images that have different labels: each picture once, with both labels.
 
     images: also (n, 2, h, w, 3), of which the first of two is shown; at most `most` pairs. An entry
     has the two `names`, and may have `tested`: of each whether it is a test image.
     """
     if not len(images):
-        return message("No two identical images bear different labels.")
+        return message("No two identical images have different labels.")
     images = images[:most, 0] if images.ndim == 5 else images[:most]
     pairs = f"{len(entries):,} pair{'' if len(entries) == 1 else 's'}"
     title = f"{pairs} of identical images with different labels"
@@ -111,7 +112,7 @@ def label_conflicts(
     captions = []
     for entry in entries[:most]:
         kinds = ["test" if tested else "not tested" for tested in entry.get("tested", ())]
-        # A right answer to one is a mistake for the other: neither has the colour of the truth.
+        # Being right about one is a mistake about the other: neither has the colour of the truth.
         both = zip(entry["names"], kinds or ["", ""], strict=True)
         captions.append([(name, kind, INK) for name, kind in both])
     with styled():
@@ -154,8 +155,9 @@ def gradcam_stages(
             for left, values in zip(lefts, maps.values(), strict=True):
                 put_maps(figure, left, upper, side, near, image, values[i])
         notes = (
-            f"{clean(method)} for the predicted class. Every map is {SCALED}\nMaps are computed at "
-            "the size given above them and enlarged bilinearly; image pixels are left as they are."
+            f"{clean(method)} for the predicted class. Every map is {SCALED} White frame: the "
+            "object's box.\nMaps are computed at the size above them and enlarged bilinearly, the "
+            "image pixels without smoothing."
         )
         put_heat_key(figure, margin, top + len(images) * row_height, notes)
     return figure
@@ -207,8 +209,8 @@ def class_maps(
         which = "whatever the class" if np.array_equal(predicted, actual) else "for either class"
         notes = (
             f"{fitted(method, 1.4, 8)} of {fitted(stage, 0.7, 8)}, {which}. Every map is {SCALED}\n"
-            f"Maps are computed at {width} × {map_rows} and enlarged bilinearly; image pixels are "
-            "left as they are."
+            f"White frame: the object's box. Maps are computed at {width} × {map_rows} and "
+            "enlarged bilinearly, image pixels without smoothing."
         )
         put_heat_key(figure, margin, bottom, notes)
     return figure
@@ -217,12 +219,12 @@ def class_maps(
 def prediction(
     image: np.ndarray, top: Sequence[Mapping], heat: np.ndarray | None, title: str = ""
 ) -> Figure:
-    """Draw an image (h, w, 3), what spoke for the first answer, and the first answers as bars.
+    """Draw an image (h, w, 3), Grad-CAM of the first prediction, and the first ones as bars.
 
     top: `name` and `probability` (0..1), best first. heat: (map height, map width) in 0..1.
     """
     if not top:
-        return message("There is no answer to show.")
+        return message("There is no prediction to show.")
     margin, side, gap = 0.08, 2.56, 0.14
     upper = title_height(title) + 0.22
     bars = margin + (side + gap) * (1 if heat is None else 2) + 0.1
@@ -240,14 +242,14 @@ def prediction(
             put_bar(figure, bars, edge + 0.22, room, GRID)
             put_bar(figure, bars, edge + 0.22, room * share, BLUE)
         notes = (
-            "The answer is always one of the classes that the network has learned, whatever the "
+            "The network always names one of the classes that it has learned, whatever the "
             "picture shows."
         )
         if heat is None:
             put_text(figure, margin, upper + side + 0.22, notes, **NOTE)
         else:
-            left, spoke = margin + side + gap, "what spoke" if np.any(heat) else "nothing spoke"
-            put_text(figure, left, upper - 0.06, f"{spoke} for the first answer", **LABEL)
+            left, what = margin + side + gap, "Grad-CAM" if np.any(heat) else "no evidence"
+            put_text(figure, left, upper - 0.06, f"{what} for the first prediction", **LABEL)
             put_heat_map(figure, left, upper, side, image, heat, hide_picture=False)
             size = f"{heat.shape[1]} × {heat.shape[0]}"
             scaled = f"The map ({size}, enlarged bilinearly) is {SCALED}"
@@ -262,7 +264,7 @@ def put_maps(
     figure: Figure, left: float, top: float, side: float, near: float, image: np.ndarray,
     values: np.ndarray,
 ) -> None:  # fmt: skip
-    """Draw a map (h, w) in 0..1 alone and, beside it, as a veil over the image."""
+    """Draw a map (h, w) in 0..1 alone and, beside it, over the grey image."""
     put_heat_map(figure, left, top, side, image, values, hide_picture=True)
     put_heat_map(figure, left + side + near, top, side, image, values, hide_picture=False)
 
@@ -272,14 +274,15 @@ def put_heat_map(
     *, hide_picture: bool,
 ) -> None:  # fmt: skip
     """Draw a map (h, w) in 0..1, enlarged without steps, in place of the image or over it."""
-    ax = put_picture(figure, left, top, side, image)
-    # A veil that thickens with the heat leaves the rest of the picture to be seen.
-    opacity = 1.0 if hide_picture else 0.3 + 0.5 * values
+    # Colours show over grey, and a veil that thickens with the heat leaves the rest to be seen.
+    grey = np.repeat((image @ (0.299, 0.587, 0.114))[..., None], 3, axis=2).astype(np.uint8)
+    ax = put_picture(figure, left, top, side, grey)
+    opacity = 1.0 if hide_picture else 0.15 + 0.65 * values
     look = {"cmap": HEAT, "vmin": 0, "vmax": 1, "interpolation": "bilinear", "aspect": "auto"}
     ax.imshow(values, extent=ax.images[0].get_extent(), alpha=opacity, **look)
     if hide_picture and not values.any():
         look = {"ha": "center", "va": "center", "transform": ax.transAxes}
-        ax.text(0.5, 0.5, "nothing speaks\nfor the class", color="white", size=7.5, **look)
+        ax.text(0.5, 0.5, "no evidence\nfor the class", color="white", size=7.5, **look)
 
 
 def put_heat_key(figure: Figure, left: float, top: float, notes: str) -> None:
@@ -304,13 +307,13 @@ def gallery(images: np.ndarray, entries: Sequence[Mapping], columns: int, title:
     for entry in entries:
         right = entry["predicted"] == entry["actual"]
         kinds = {"predicted": INK} if right else KINDS
-        key |= {"right answer": INK} if right else KINDS
+        key |= {"right": INK} if right else KINDS
         percents = {kind: f"{100 * entry[kind]['probability']:.0f} %" for kind in kinds}
         lines = [(entry[kind]["name"], percents[kind], color) for kind, color in kinds.items()]
         captions.append(lines)
     with styled():
         figure = captioned(images, captions, columns, title)
-        put_names_key(figure, {word: key[word] for word in (*KINDS, "right answer") if word in key})
+        put_names_key(figure, {word: key[word] for word in (*KINDS, "right") if word in key})
     return figure
 
 

@@ -34,10 +34,10 @@ def class_accuracy(
     if not known:
         return message("No class has test images: nothing to draw.")
     if len(known) <= best + worst:
-        groups, heading = [(known, BLUE)], f"All {len(known)} classes"
+        groups, heading = [(known, BLUE)], f"Accuracy per class, all {len(known)}"
     else:
         groups = [(known[:best], BLUE), (known[len(known) - worst :], VERMILION)]
-        heading = f"The {best} best and the {worst} worst of {len(known)} classes"
+        heading = f"Accuracy per class: the {best} best and {worst} worst of {len(known)}"
     fewest, most = (f(counts[i] for i in known) for f in (min, max))
     images = f"{most:,}" if fewest == most else f"{fewest:,} to {most:,}"
     look = {"va": "center", "size": 8.5}
@@ -69,12 +69,12 @@ def class_accuracy(
 
 
 def confusion(matrix: np.ndarray, names: Sequence[str], order: Sequence[int]) -> Figure:
-    """Draw how often each class (rows) was answered by each class (columns), in % of the row.
+    """Draw how often each class (rows) was predicted as each class (columns), in % of the row.
 
     matrix: counts, integer (C, C). order: (C,), of the classes on both axes: blocks show if it puts
     classes that are confused with each other side by side. Right answers, on the diagonal, have a
     scale of their own, or the mistakes would drown. Up to 30 classes are all named; of more, those
-    that are most often taken for one other.
+    that are most often mistaken for one other.
     """
     if not np.sum(matrix):
         return message("No class has test images: nothing to draw.")
@@ -89,7 +89,7 @@ def confusion(matrix: np.ndarray, names: Sequence[str], order: Sequence[int]) ->
         labels = [fitted(name, room, size) for name in names]
         widest = max(text_width(label, size) for label in labels) if every else room
         left, top, below = 0.4 + max(widest, 0.4), 1.0, 0.4 + (0.75 * widest if every else 0)
-        whole_pixels = max(min(math.floor(100 * (WIDTH - left - 0.12) / classes), 60), 1)
+        whole_pixels = max(min(math.floor(100 * (WIDTH - left - 0.12) / classes), 72), 1)
         cell = whole_pixels / 100  # else cells would be uneven
         side = cell * classes
         bottom = top + side + below
@@ -99,7 +99,7 @@ def confusion(matrix: np.ndarray, names: Sequence[str], order: Sequence[int]) ->
                 if worst[i] > 0 and all(abs(i - j) >= math.ceil(0.12 / cell) for j in named):
                     named.append(i)
         right = f"{100 * np.trace(matrix) / matrix.sum():.1f} % of {matrix.sum():,}"
-        title = f"{classes} class{'' if classes == 1 else 'es'}: {right} answers are right"
+        title = f"{classes} class{'' if classes == 1 else 'es'}: {right} predictions are right"
         figure = new_canvas(math.ceil(100 * bottom + 44) / 100, title)
 
         # ---- colours, each scale with its key ----
@@ -107,11 +107,14 @@ def confusion(matrix: np.ndarray, names: Sequence[str], order: Sequence[int]) ->
         bad = ("#f3f4f6", "#f3b185", VERMILION, "#5c1e00")
         bad = LinearSegmentedColormap.from_list("wrong", bad)
         highest = next(each for each in (1, 2, 5, 10, 20, 50, 100) if each >= worst.max(initial=0))
-        # Many classes have no numbers: the root shows what is rare beside the most frequent mistake.
+        # Many classes have no numbers: the root shows rare mistakes beside the most frequent one.
         norm = Normalize(0, highest) if every else PowerNorm(0.5, 0, highest)
         scales = [(good, Normalize(0, 100)), (bad, norm)]
         middles = (50, highest / (2 if every else 4))
-        for i, name in enumerate(("right (diagonal), % of the row", "mistakes, % of the row")):
+        root = "" if every else " (square-root scale)"
+        for i, name in enumerate(
+            ("right (diagonal), % of the row", f"mistakes, % of the row{root}")
+        ):
             start, end = left + 2.5 * i, (100, highest)[i]
             put_text(figure, start, 0.54, name, **NOTE)
             put_ramp(figure, start, 0.6, 2.1, scales[i][0])
@@ -153,10 +156,10 @@ def confusion(matrix: np.ndarray, names: Sequence[str], order: Sequence[int]) ->
         put_text(figure, left + side / 2, bottom - 0.18, "predicted class", **axis)
         notes = (
             "Same order on both axes: a block on the diagonal is a group of classes that are "
-            "taken for each other."
+            "confused with each other."
         )
         if not every:
-            most = "most often taken for one other, as far as there is room"
+            most = "most often mistaken for one other, as far as there is room"
             notes += f"\nNamed are the classes that are {most}."
         if not images.all():
             notes += f"{chr(10) if every else ' '}White rows: no test images."
@@ -167,18 +170,18 @@ def confusion(matrix: np.ndarray, names: Sequence[str], order: Sequence[int]) ->
 def confused_pairs(
     pairs: Sequence[Mapping], thumbnails: Sequence[tuple[np.ndarray, np.ndarray]], title: str = ""
 ) -> Figure:
-    """Draw pairs of classes that are taken for each other, with up to three images of each mistake.
+    """Draw pairs of classes that are confused, with up to three images of each mistake.
 
     A pair has `one` and `other`, each with `name` and `images` (tested), and the counts
     `one_as_other`, `other_as_one` and `count`, their sum. Its thumbnails are uint8 (k, h, w, 3) of
     images of `one` that were predicted as `other`, and of the reverse.
     """
     if not pairs:
-        return message("No class was taken for another: there is no confused pair.")
+        return message("No class was mistaken for another: there is no confused pair.")
     margin, gutter, side, near, far, text, columns = 0.08, 0.32, 0.64, 0.02, 0.1, 0.4, 2
     half = 3 * side + 2 * near
     column, height = (WIDTH - 2 * margin + 0.16) / columns, text + side + 0.2
-    heading = title or "Classes that are taken for each other most often"
+    heading = title or "Classes that are confused most often"
     top = title_height(heading)
     ways = (("one", "other", "one_as_other"), ("other", "one", "other_as_one"))
     with styled():
@@ -200,7 +203,7 @@ def confused_pairs(
                     none = "no picture" if pair[key] else "never"
                     put_text(figure, start, upper + text + side / 2, none, va="center", **NOTE)
         notes = (
-            "Bold: test images of either class that were taken for the other. Beneath: up to "
+            "Bold: test images of either class that were predicted as the other; below, up to "
             "three of them each way."
         )
         put_text(figure, margin, figure.get_figheight() - 0.1, notes, **NOTE)
@@ -208,7 +211,7 @@ def confused_pairs(
 
 
 def reliability(calibration: Mapping) -> Figure:
-    """Draw accuracy against confidence, as trained and after temperature scaling; answers below.
+    """Draw accuracy against confidence, as trained and after temperature scaling; counts below.
 
     calibration: `bins` (equal parts of 0..1), `temperature`, perhaps a `note`, and `before` and
     `after`, each with `ece`, `mean_confidence`, `accuracy_overall` (0..1), and for each bin
@@ -242,21 +245,23 @@ def reliability(calibration: Mapping) -> Figure:
             annotate(ax, "overconfident", (97, 5), (0, 0), MUTED, "right", va="bottom", **look)
             ax.set_title(f"{name}: ECE {100 * result['ece']:.1f} %")
 
-            # ---- answers ----
+            # ---- counts ----
             middles = 100 * (np.arange(bins) + 0.5) / bins
             below.bar(middles, result["count"], width=88 / bins, color=BLUE, alpha=0.85)
             below.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=3))
             below.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
             mean, right = 100 * result["mean_confidence"], 100 * result["accuracy_overall"]
-            below.set_xlabel(f"confidence in %: {mean:.1f} on average, {right:.1f} % are right")
+            below.set_xlabel("confidence in %")
+            text = f"{mean:.1f} % confidence on average, {right:.1f} % right"
+            below.set_title(text, size=8.5, weight="normal", color=MUTED)
         axes[0].set_ylabel("accuracy in %")
-        axes[2].set_ylabel("answers")
+        axes[2].set_ylabel("predictions")
         note = fitted(calibration["note"], WIDTH - 0.4, 8) if calibration.get("note") else ""
         put_footnote(
             figure,
             "ECE, the expected calibration error, is how far the dots are from the dashed line, "
-            "on average over the answers.\nEach half of the answers was scaled by the temperature "
-            "that fits the other half best; T is the mean of both.\n"
+            "on average over the predictions. Black lines: 95 % intervals.\nEach half of the "
+            "images was scaled by the temperature that fits the other half; T is their mean.\n"
             f"{note[:1].upper()}{note[1:]}",
         )
     return figure
@@ -274,11 +279,11 @@ def localisation(summary: Mapping) -> Figure:
         return message("No image was scored: nothing to draw.")
     rows, width = summary["native_size"]
     maps = f"{clean(summary['method'], 24)}, {clean(summary['stage'], 24)} ({width} × {rows})"
-    sets = {"all": "all boxes", "below half": "boxes below half of the image"}
+    sets = {"all": "all boxes", "below half": "small boxes"}
     points = {"centre_hit": "D", "uniform": "|"}
     measures = (
-        ("hit", "Highest point in the box", points, "hit_minus_centre", "centre"),
-        ("energy", "Share of the map in the box", {"uniform": "|"}, "energy_minus_uniform", "even map"),
+        ("hit", "Highest point", points, "hit_minus_centre", "centre"),
+        ("energy", "Share of map", {"uniform": "|"}, "energy_minus_uniform", "even map"),
     )  # fmt: skip
     small = {"xycoords": "axes fraction"}
     with styled():
@@ -287,8 +292,7 @@ def localisation(summary: Mapping) -> Figure:
         for row, (boxes, which) in zip(axes, sets.items(), strict=True):
             groups = [group for group in summary["groups"] if group["boxes"] == boxes]
             for ax, (key, name, baselines, difference, against) in zip(row, measures, strict=True):
-                ax.set_title(name, pad=18)
-                annotate(ax, which, (0, 1), (0, 5), MUTED, "left", size=8.5, **small)
+                ax.set_title(f"{name}, {which}")
                 annotate(ax, f"minus {against}", (1, 1), (8, 4), MUTED, "left", size=8, **small)
                 for y, group in enumerate(groups):
                     draw_estimate(ax, y, group, key, baselines, difference)
@@ -302,13 +306,13 @@ def localisation(summary: Mapping) -> Figure:
                 labels.append(f"{group['answers']}{of} ({group['images']:,})")
             row[0].set_yticks(range(len(groups)), labels, parse_math=False)
             row[0].tick_params(axis="y", labelleft=True, labelcolor=INK)
-        axes[1, 0].set_xlabel("images in %")
-        axes[1, 1].set_xlabel("mean share of the map in %")
+        axes[1, 0].set_xlabel("images with it in the box, %")
+        axes[1, 1].set_xlabel("mean share in the box, %")
         put_footnote(
             figure,
             "Dots: the maps. Diamonds: the centre of the image as the point. Bars: a map that is "
-            "the same everywhere. On the right: the difference, in points; at 0 the maps are no "
-            "better. Lines and brackets: 95 % intervals.",
+            "the same everywhere. Small boxes: below half of the image.\nOn the right: the "
+            "difference in points; at 0 the maps are no better. Lines, brackets: 95 % intervals.",
         )
     return figure
 
@@ -335,7 +339,7 @@ def draw_estimate(
 
 
 def faithfulness(result: Mapping) -> Figure:
-    """Draw how the answer's probability changes when pixels are removed in the order of the map.
+    """Draw how the predicted probability changes when pixels are removed in the map's order.
 
     ROAD (Rong et al. 2022). result: `images`, `method`, `stage`, `percentiles` (of the map's
     values, as the library has them: at 80 the first 20 % of the pixels are removed), `map` and
@@ -353,7 +357,7 @@ def faithfulness(result: Mapping) -> Figure:
     }
     maps = f"{clean(result['method'], 24)}, {clean(result['stage'], 24)}"
     with styled():
-        figure = new_figure(4.4, f"Does the answer rest on what the maps show? {maps}")
+        figure = new_figure(4.4, f"Does the prediction rest on what the maps show? {maps}")
         axes = add_axes(figure, 1, 2, sharey=True)
         for ax, (key, name) in zip(axes, panels.items(), strict=True):
             ax.set_title(name)

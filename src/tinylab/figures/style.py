@@ -27,7 +27,8 @@ from matplotlib.patheffects import withStroke
 from matplotlib.textpath import TextPath
 from matplotlib.ticker import MaxNLocator
 
-WIDTH = 9.0  # inches; at the 100 dpi of a notebook as many pixels as a README column on GitHub has
+WIDTH = 9.0  # inches: at 100 dpi about the width of a README column on GitHub
+DPI = 200  # of files: sharp on screens of two pixels a point
 FONT = "DejaVu Sans"  # comes with matplotlib: the same picture on every machine
 INK, MUTED, EDGE, GRID = "#1f2328", "#656d76", "#afb8c1", "#e4e7eb"
 BLUE, VERMILION = "#0072b2", "#c2410c"  # stay apart for colour-blind eyes and in grey
@@ -63,7 +64,7 @@ def png(figure: Figure, dpi: float) -> bytes:
     return buffer.getvalue()
 
 
-def save(figure: Figure, path: Path | str, dpi: int = 100) -> Path:
+def save(figure: Figure, path: Path | str, dpi: int = DPI) -> Path:
     """Write a PNG, whole or not at all, and return its path. Raise `OSError` if that fails."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -244,18 +245,22 @@ def whole_numbers(ax: Axes) -> None:
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7, min_n_ticks=1))
 
 
-def from_zero(axes: Sequence[Axes]) -> None:
-    """Give all axes one height, from 0 to a little above their highest value."""
-    values = np.concatenate([line.get_ydata() for ax in axes for line in ax.lines])
-    highest = max(values[np.isfinite(values)], default=0)
-    for ax in axes:
-        ax.set_ylim(0, 1.06 * highest or 1)
+def from_zero(ax: Axes, cut_spikes: bool = False) -> None:
+    """Let the axis reach from 0 to a little above the highest value, or all but a few of many."""
+    values = np.concatenate([line.get_ydata() for line in ax.lines])
+    values = values[np.isfinite(values)]
+    if cut_spikes and len(values) >= 10:
+        usual = 2 * np.percentile(values, 90, method="lower")
+        values = values[
+            values <= max(usual, *(y for line in ax.lines for y in line.get_ydata()[:1]))
+        ]
+    ax.set_ylim(0, 1.06 * values.max(initial=0) or 1)
 
 
 def label_ends(ax: Axes, unit: str) -> None:
-    """Write every line's name and last value beside its last point, pushed apart; limits are final.
+    """Write every line's name and last value to the right of all lines; limits are final.
 
-    Heights are shares of the axes.
+    Labels are as high as the lines' last points, in shares of the axes, and pushed apart.
     """
     bottom, top = ax.get_ylim()
     ends = []
@@ -264,28 +269,28 @@ def label_ends(ax: Axes, unit: str) -> None:
         points = points[np.isfinite(points).all(axis=1)]
         if len(points):
             x, y = points[-1]
-            text = f"{line.get_label()}\n{y:.2f}{unit}".replace("-", "−")
-            ends.append([(y - bottom) / (top - bottom), x, text, line.get_color()])
+            text = f"{line.get_label()} {y:.2f}{unit}".replace("-", "−")
+            ends.append([min((y - bottom) / (top - bottom), 1), x, text, line.get_color()])
     ends.sort(key=lambda end: end[0])
-    line_height = 12 / (72 * ax.figure.get_figheight() * ax.get_position().height)  # 12 points
-    for lower, upper in [*pairwise(ends)] * 4:  # pushing one pair apart may close another
-        needed = line_height * (2 + lower[2].count("\n") + upper[2].count("\n")) / 2
-        overlap = needed - (upper[0] - lower[0])
-        if overlap > 0 and upper[1] == lower[1]:
+    apart = 12 / (72 * ax.figure.get_figheight() * ax.get_position().height)  # 12 points
+    for lower, upper in [*pairwise(ends)] * 8:  # pushing one pair apart may close another
+        overlap = apart - (upper[0] - lower[0])
+        if overlap > 0:
             lower[0] -= overlap / 2
             upper[0] += overlap / 2
+    right = max((end[1] for end in ends), default=0)
     look = {"va": "center", "xycoords": ax.get_xaxis_transform(), "size": 8.5}
-    for height, x, text, color in ends:
-        annotate(ax, text, (x, height), (7, 0), color, "left", **look)
+    for height, _, text, color in ends:
+        annotate(ax, text, (right, height), (7, 0), color, "left", **look)
 
 
 def annotate(
     ax: Axes, text: str, at: tuple, offset: tuple, color: str, ha: str, **style: object
 ) -> None:
-    """Write text `offset` points away from `at`, with a white edge that keeps it legible."""
+    """Write text `offset` points away from `at`, on white."""
     look = {"va": "baseline", "color": color, "ha": ha} | style
-    note = ax.annotate(text, at, offset, textcoords="offset points", **look)
-    note.set_path_effects([withStroke(linewidth=2.5, foreground="white")])
+    box = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}
+    ax.annotate(text, at, offset, textcoords="offset points", bbox=box, **look)
 
 
 # --- Numbers --------------------------------------------------------------------------------------

@@ -4,60 +4,49 @@ import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
 from tinylab.figures.style import (  # isort: skip
-    BLUE, DASHED, EDGE, FONT, MUTED, VERMILION, add_axes, annotate, clean, draw_line, from_zero,
+    BLUE, DASHED, EDGE, FONT, MUTED, VERMILION, add_axes, annotate, draw_line, from_zero,
     label_ends, message, new_figure, styled, whole_numbers,
 )  # fmt: skip
 
 
 def accuracy_and_loss(
-    history: Sequence[Mapping],
-    reference: Sequence[Mapping] | None = None,
-    title: str = "",
-    label: str = "this run",
+    history: Sequence[Mapping], reference: Sequence[Mapping] = (), title: str = ""
 ) -> Figure:
-    """Draw loss (left) and top-1 accuracy (right) per epoch, of training and, below, test images.
+    """Draw loss (left) and top-1 accuracy (right) per epoch, of training and of test images.
 
     history: `epoch` (from 1), `train_loss`, `test_loss` (mean cross-entropy, nats), `train_top1`,
-    `test_top1` (percent). reference: the rows of results/reference/published_run.csv, drawn dashed.
-    What it prints as test loss is the sum of its 129 batch means over 33,000 images, so 33000 / 129
-    times that is the mean cross-entropy (within 0.013: it prints four decimals). Of its training
-    loss it kept only each epoch's last batch, which is noisier than the epoch's mean.
+    `test_top1` (percent). reference: the rows of results/reference/published_run.csv, whose
+    accuracies are drawn dashed; its losses are of another kind (a last batch, a sum of means).
     """
-    published = "published,\n200 classes"
-    panels = [
-        ("Training loss", "train_loss", "last_batch_loss", "published,\nlast batch", 1.0, ""),
-        ("Training accuracy (top-1, %)", "train_top1", "train_accuracy_pct", published, 1.0, " %"),
-        ("Test loss", "test_loss", "test_loss_as_printed", published, 33_000 / 129, ""),
-        ("Test accuracy (top-1, %)", "test_top1", "test_accuracy_pct", published, 1.0, " %"),
-    ]
     if not history:
         return message("No epoch is finished yet: nothing to draw.")
 
-    def column(rows: Sequence[Mapping], key: str) -> np.ndarray:
-        """Return one column; NaN where a row lacks it."""
-        values = [math.nan if row.get(key) in (None, "") else row[key] for row in rows]
-        return np.array(values, dtype=float)
+    def curve(ax: Axes, rows: Sequence[Mapping], key: str, label: str, color: str, **more) -> None:
+        values = [math.nan if row.get(key) in (None, "") else float(row[key]) for row in rows]
+        draw_line(ax, [int(row["epoch"]) for row in rows], values, label, color, **more)
 
     with styled():
-        figure = new_figure(5.6, title)
-        axes = add_axes(figure, 2, 2, sharex=True, sharey="col")
-        for ax, (name, key, its_key, its_label, factor, _) in zip(axes, panels, strict=True):
-            ax.set_title(name)
+        figure = new_figure(3.3, title)
+        losses, accuracies = add_axes(figure, 1, 2)
+        for key, label in (("test_accuracy_pct", "test"), ("train_accuracy_pct", "training")):
             if reference:
-                values = factor * column(reference, its_key)
-                draw_line(ax, column(reference, "epoch"), values, its_label, MUTED, dashed=True)
-            draw_line(ax, column(history, "epoch"), column(history, key), clean(label, 16), BLUE)
-        whole_numbers(axes[0])
-        axes[2].set_xlabel("epoch")
-        axes[3].set_xlabel("epoch")
-        from_zero(axes[0::2])
-        from_zero(axes[1::2])
-        for ax, panel in zip(axes, panels, strict=True):
-            label_ends(ax, unit=panel[-1])
+                curve(accuracies, reference, key, f"course run, {label}", MUTED, dashed=True)
+        for ax, kind, name in (
+            (losses, "loss", "Loss (mean cross-entropy)"),
+            (accuracies, "top1", "Accuracy (top-1, %)"),
+        ):
+            curve(ax, history, f"train_{kind}", "training", VERMILION)
+            curve(ax, history, f"test_{kind}", "test", BLUE)
+            ax.set_title(name)
+            ax.set_xlabel("epoch")
+            whole_numbers(ax)
+            from_zero(ax, cut_spikes=ax is losses)
+            label_ends(ax, unit=" %" if ax is accuracies else "")
     return figure
 
 
@@ -66,7 +55,7 @@ def learning_rate_curve(
     momenta: Sequence[float] | None = None,
     steps_per_epoch: int | None = None,
 ) -> Figure:
-    """Draw learning rate, and momentum if given, at every step; the x axis counts epochs if it can."""
+    """Draw learning rate, and momentum if given, at every step; x counts epochs if it can."""
     curves = {"Learning rate": learning_rates} | ({"Momentum": momenta} if momenta else {})
     if not len(learning_rates):
         return message("The schedule has no steps: nothing to draw.")
@@ -84,7 +73,7 @@ def learning_rate_curve(
                 at = (x[step], values[step])
                 ax.plot(*at, "o", color=BLUE, markersize=4)
                 offset = (0, -13) if values[step] < np.mean(values) else (0, 6)
-                annotate(ax, f"{values[step]:.4g}", at, offset, BLUE, "center")
+                annotate(ax, f"{values[step]:.2g}", at, offset, BLUE, "center")
         whole_numbers(axes[-1])
         axes[-1].set_xlabel("epoch" if steps_per_epoch else "step")
     return figure

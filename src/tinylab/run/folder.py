@@ -30,6 +30,7 @@ from pathlib import Path
 
 import numpy as np
 
+from tinylab.data.archive import DATA_NAMES
 from tinylab.exceptions import UserError
 from tinylab.files import lock, printable, sweep, write_atomically
 from tinylab.recipe import Recipe
@@ -141,8 +142,20 @@ class Run:
     def title(self) -> str:
         """The run in a few words, for figures and tables."""
         recipe, identity = self.recipe, self.identity
-        images = f"{identity['classes']} classes, {identity['protocol']} split"
+        of = "" if self.data == "Tiny ImageNet" else f" of {self.data}"
+        images = f"{identity['classes']} classes{of}, {identity['protocol']} split"
         return f"{recipe.name}: {images}, {recipe.epochs} epochs"
+
+    @property
+    def data(self) -> str:
+        """What it was trained on: "Tiny ImageNet", "made-up shapes", "other images"."""
+        return DATA_NAMES.get(self.identity["content_sha256"], "other images")
+
+    @property
+    def course_run(self) -> list[dict]:
+        """The course run's log, strings by epoch, for a run on all 200 classes; else nothing."""
+        comparable = self.data == "Tiny ImageNet" and self.identity["classes"] == 200
+        return published_history() if comparable else []
 
     @property
     def history(self) -> list[dict]:

@@ -1,4 +1,4 @@
-"""What is handed over of a run: answers on pictures, an ONNX file, a model card, an HTML page.
+"""What users take from a run: predictions on pictures, an ONNX file, a model card, an HTML page.
 
 Others use `predict.load` and `predict`, `picture.read_image`, `onnx.export_onnx`,
 `card.write_hand_over` and `report.page`.

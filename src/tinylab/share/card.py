@@ -10,7 +10,6 @@ import math
 from collections.abc import Iterable
 from pathlib import Path
 
-from tinylab.data.archive import CONTENT_SHA256
 from tinylab.exceptions import UserError
 from tinylab.files import as_csv, plain_text, printable, write_atomically
 from tinylab.run.folder import Run
@@ -66,8 +65,8 @@ def model_card(run: Run, explanation: dict | None = None, names: Iterable[str] =
     import jinja2
 
     summary, recipe, explanation = run.summary, run.recipe, explanation or {}
-    known = run.identity["content_sha256"] == CONTENT_SHA256
-    data_set = "Tiny ImageNet" if known else "another data set than the published Tiny ImageNet"
+    known = run.data == "Tiny ImageNet"
+    data_set = run.data if run.data != "other images" else "images that are not Tiny ImageNet"
     classes = summary["classes"]
     first = f"first {classes} classes of " if known and classes < 200 else ""
     share, images = summary["test_top1"] / 100, summary["test_images"]
@@ -84,6 +83,7 @@ def model_card(run: Run, explanation: dict | None = None, names: Iterable[str] =
             title=f"ResNet-18, {first}{data_set}, recipe {plain_text(recipe.name)}",
             data_set=data_set,
             known=known,
+            made_up=run.data == "made-up shapes",
             split=f"{summary['protocol']}, test images, {classes} classes",
             summary={"parameters": None, "test_loss": None, "flip_tta_top1": None} | summary,
             identity=run.identity,

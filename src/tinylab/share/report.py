@@ -16,7 +16,7 @@ from pathlib import Path
 from tinylab.exceptions import UserError
 from tinylab.files import printable
 from tinylab.recipes import RECIPES, named
-from tinylab.run.folder import Run, published_history
+from tinylab.run.folder import Run
 
 LONGEST = 160  # characters of a class name that are shown; Tiny ImageNet's longest has 121
 METHOD_NAMES = {
@@ -35,11 +35,11 @@ FILES = {
     "SHA256SUMS": "hashes of the above, for sha256sum -c",
     "explain.json": "the numbers of this page",
     "classes.csv": "accuracy per class",
-    "confusion.csv": "how often each class was taken for each",
+    "confusion.csv": "how often each class was predicted as each",
     "localisation.csv": "map against box, image by image",
     "figures": "the figures of this page",
     "tensorboard": "the curves, for TensorBoard",
-    "export": "weights, model card and class list, to hand over",
+    "export": "weights, model card and class list, to share",
 }
 """What a run folder may hold, for the reader of the page."""
 
@@ -66,7 +66,7 @@ def page(run: Run, explanation: Mapping, figures: Mapping[str, bytes]) -> str:
     }  # fmt: skip
 
     # ---- what the run holds ----
-    summary, reference = run.summary, published_history()
+    summary = run.summary
     usual = dataclasses.asdict(named(run.recipe.name)) if run.recipe.name in RECIPES else {}
     fields = []
     for name, value in dataclasses.asdict(run.recipe).items():
@@ -85,7 +85,7 @@ def page(run: Run, explanation: Mapping, figures: Mapping[str, bytes]) -> str:
             # Width and height keep a picture's place while it is decoded.
             width, height = struct.unpack(">II", data[16:24])
             uri = Markup("data:image/png;base64," + base64.b64encode(data).decode("ascii"))
-            pictures[name] = {"uri": uri, "width": width, "height": height}
+            pictures[name] = {"uri": uri, "width": width // 2, "height": height // 2}  # 200 dpi
     optional = ("errors", "label_conflicts", "localisation", "faithfulness")
 
     # ---- the page ----
@@ -101,7 +101,8 @@ def page(run: Run, explanation: Mapping, figures: Mapping[str, bytes]) -> str:
             interval95=wilson(summary["test_top1"] / 100, summary["test_images"]),
             recipe=fields,
             recipe_name=run.recipe.name,
-            published=reference[-1] if reference else None,
+            data=run.data,
+            course_run=run.course_run[-1] if run.course_run else None,
             files=files,
             methods=METHOD_NAMES,
             pictures=pictures,
