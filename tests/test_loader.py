@@ -1,12 +1,15 @@
 """Which image comes when, whoever augments it: batches are functions of seed, epoch and step."""
 
+import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+from tinylab.data import loader as loading
 from tinylab.data.augment import Draws, Stream, augment, augment_batch, build_transform, generator
 from tinylab.data.dataset import Dataset
 from tinylab.data.loader import (
@@ -21,6 +24,8 @@ from tinylab.data.loader import (
 )  # fmt: skip
 from tinylab.exceptions import UserError
 from tinylab.recipe import Recipe
+from tinylab.run.environment import choose
+from tinylab.training.warm_up import memory_hint
 
 CPU = torch.device("cpu")
 ROWS = np.array([3, 1, 4, 15, 9, 2, 6, 5, 8, 7, 12])
@@ -154,6 +159,37 @@ def test_batches_without_gradients(tiny_dataset: Dataset, rich: Recipe) -> None:
     cuda = torch.device("cuda")
     assert [evaluation_batch_size(cuda, micro) for micro in (None, 1, 100)] == [500, 2, 200]
     assert evaluation_batch_size(CPU) == 32
+
+
+def test_batches_on_their_way_fit_into_shared_memory(
+    tiny_dataset: Dataset, narrow: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A3: a container has 64 MiB of it; workers that cannot write there hang for ever."""
+    recipe, rows, device = replace(narrow, batch_size=256), np.arange(12), torch.device("cpu")
+    monkeypatch.setattr(loading.shutil, "disk_usage", lambda _: SimpleNamespace(free=64 * 2**20))
+    batch = 256 * 64 * 64 * 3
+    for workers in (1, 4, 8):
+        made = make_loader(tiny_dataset, rows, recipe, 0, device, workers)._loader
+        assert (workers * made.prefetch_factor + 3) * batch <= 64 * 2**20
+        assert made.timeout > 0
+    monkeypatch.setattr(loading, "available_cores", lambda: 64)
+    order = loading.EpochRows(rows, recipe, 0)
+    cuda = loading.WorkerLoader(tiny_dataset, order, torch.device("cuda"))._loader
+    assert cuda.num_workers * cuda.prefetch_factor in range(8, 17)
+    with pytest.raises(UserError, match=r"/dev/shm has 64 MiB .* --workers 0.*--shm-size=1g"):
+        make_loader(tiny_dataset, rows, recipe, 0, device, 200)
+
+
+def test_workers_that_hang_end_the_run_in_one_line(
+    tiny_dataset: Dataset, narrow: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loading, "TIMEOUT", 1)
+    monkeypatch.setattr(loading, "augment", lambda *_: time.sleep(60))
+    loader = make_loader(tiny_dataset, np.arange(12), narrow, 0, torch.device("cpu"), 1)
+    hangs = pytest.raises(UserError, match=r"stopped sending batches.*--workers 0.*--shm-size")
+    with hangs, memory_hint(narrow, choose("cpu")):
+        next(iter(loader.epoch(1)))
+    loader.close()
 
 
 def test_what_cannot_be_is_refused(tiny_dataset: Dataset, narrow: Recipe, rich: Recipe) -> None:

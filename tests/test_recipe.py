@@ -142,7 +142,7 @@ OFFICIAL = COMMON | {
     "resizemix_probability": 0.25,
     "mixup_probability": 0.2,
     "mixup_alpha": 0.8,
-    "unmixed_share": 0.05,
+    "unmixed_share": 0.0,
     "ema_decay": 0.99985,
     "ema_bn_batches": 40,
     "alternating_flip": False,

@@ -212,7 +212,7 @@ def official() -> Recipe:
         resizemix_probability=0.25,
         mixup_probability=0.2,
         mixup_alpha=0.8,
-        unmixed_share=0.05,  # ten epochs
+        unmixed_share=0.0,  # the last epochs have hardly any learning rate left to unlearn mixing
         ema_decay=0.99985,  # averages 6,700 steps, 17 epochs
         ema_bn_batches=40,
     )

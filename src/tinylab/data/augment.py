@@ -126,11 +126,11 @@ class Draws(NamedTuple):
 
 
 def send(values: np.ndarray, device: torch.device) -> torch.Tensor:
-    """Return the values on the device, without waiting for it."""
+    """Return the values on the device, on CUDA without waiting for it."""
     tensor = torch.from_numpy(values)
-    if device.type == "cuda":
-        tensor = tensor.pin_memory()  # else the copy waits for the device
-    return tensor.to(device, non_blocking=True)
+    if device.type != "cuda":  # Apple GPUs would read memory that is free again (pytorch#139550)
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def augment_batch(
@@ -242,7 +242,7 @@ def random_resized_crop(
     y, x = sampling_places(top, high, height), sampling_places(left, wide, width)
     grid = torch.stack(torch.broadcast_tensors(x[:, None, :], y[:, :, None]), dim=3)
     pixels = images.index_select(0, index).permute(0, 3, 1, 2).float()
-    crops = F.grid_sample(pixels, grid, padding_mode="border", align_corners=False)
+    crops = F.grid_sample(pixels, grid, align_corners=False)  # never outside the pixels' centres
     return images.index_copy(0, index, to_bytes(crops).permute(0, 2, 3, 1))
 
 

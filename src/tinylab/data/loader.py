@@ -5,11 +5,13 @@ very same batch.
 """
 
 import os
+import shutil
 import signal
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -32,6 +34,7 @@ from tinylab.data.dataset import Dataset, available_cores
 from tinylab.exceptions import UserError
 from tinylab.recipe import Recipe
 
+TIMEOUT = 300  # seconds without a batch, after which the workers hang
 EVALUATION_BATCH = 500
 CPU_EVALUATION_BATCH = 32
 """What fits a CPU's cache: 87 images/s forward, of 500 at once 70 (64 px, two cores, bf16)."""
@@ -145,7 +148,7 @@ class WorkerLoader:
     """Yields batches on `device` that `workers` processes augment; 0: this one.
 
     The batches do not depend on `workers`. None chooses: 0 on a CPU, whose cores are busy training,
-    else one per core up to eight.
+    else one per core up to eight, as far as their batches fit into shared memory.
     """
 
     def __init__(
@@ -153,8 +156,16 @@ class WorkerLoader:
     ) -> None:
         if workers is not None and not 0 <= workers <= 256:
             raise UserError(f"workers must be from 0 to 256, not {workers}")
+        # A container may have 64 MiB of it. Three more batches are on their way to the device.
+        batch = order.recipe.batch_size * dataset.images[0].nbytes
+        shared = Path("/dev/shm")
+        free = shutil.disk_usage(shared).free if shared.is_dir() else 2**40
+        room = max(int(0.9 * free / batch) - 3 * order.ranks, 0)
         if workers is None:
-            workers = 0 if device.type == "cpu" else min(8, available_cores())
+            workers = 0 if device.type == "cpu" else min(8, available_cores(), room)
+        elif workers > room:
+            few = f"/dev/shm has {free / 2**20:.0f} MiB free, too little for {workers} workers"
+            raise UserError(f"{few}: use --workers 0, or start the container with --shm-size=1g")
         self.steps, self.rows_at = order.steps, order.rows_at
         self._device = device
         self._keys: list[tuple[int, int]] = []
@@ -166,7 +177,8 @@ class WorkerLoader:
             num_workers=workers,
             persistent_workers=workers > 0,
             pin_memory=device.type == "cuda",
-            prefetch_factor=4 if workers else None,
+            prefetch_factor=min(4, room // workers) if workers else None,
+            timeout=TIMEOUT if workers else 0,
             worker_init_fn=partial(start_worker, os.getpid()),
         )
 
@@ -178,8 +190,9 @@ class WorkerLoader:
         """Yield the batches of an epoch (from 1), from step `start` (from 0) on."""
         self._keys[:] = [(epoch, step) for step in range(start, self.steps)]
         for images, labels, *rest in self._loader:
-            on_device = [each.to(self._device, non_blocking=True) for each in (images, labels)]
-            yield Batch(*on_device, *rest)
+            pinned = self._device.type == "cuda"
+            both = [each.to(self._device, non_blocking=pinned) for each in (images, labels)]
+            yield Batch(*both, *rest)
 
     def batch(self, epoch: int, step: int) -> Batch:
         """Return one step's batch, on the CPU."""

@@ -190,6 +190,7 @@ def train(
 
             # ---- test: the average, with batch-norm statistics of its own ----
             if state.epoch in tested:
+                save()  # a test that runs out of memory costs no epoch
                 began = time.perf_counter()
                 if state.average is not None:
                     plain = statistics_batches(images, rows.train, recipe, seed, state.epoch)

@@ -76,7 +76,12 @@ def memory_hint(recipe: Recipe, compute: Compute) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if "DataLoader worker" in str(error):  # torch has no type for it
+        if "DataLoader timed out" in str(error):  # torch has no type for it
+            raise UserError(
+                "the worker processes have stopped sending batches, perhaps as /dev/shm is full: "
+                "use --workers 0, or start the container with --shm-size=1g"
+            ) from error
+        if "DataLoader worker" in str(error):
             raise UserError(
                 "a worker process has died, perhaps for lack of memory: the same command "
                 "continues, with fewer --workers, too"
