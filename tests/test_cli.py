@@ -7,11 +7,14 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
 from tinylab.cli import COMMANDS, main
+from tinylab.options import GROUPS
+from tinylab.recipe import Recipe
 from tinylab.run.folder import Run
 
 TINY = ["--epochs", "1", "--width", "8", "--device", "cpu", "--precision", "fp32"]
@@ -102,8 +105,13 @@ WRONG = {
     "schedule published --images 0": "images must be from 1",
     "summary --width 0": "width from 1",
     "prepare --source nowhere --data other": "the source is nowhere",
-    "verify nowhere": "no data set in nowhere",
-    "evaluate runs/a --unknown 1": "--unknown",
+    "train smoke --data runs/a/run.json": "is a file, not a data folder",
+    "train smoke --data gone.zip": "there is no such archive either",
+    "train smoke --lr 0.1": "unknown option --lr: did you mean --max-learning-rate?",
+    "train smoke --epoch=3": "unknown option --epoch: did you mean --epochs?",
+    "verify nowhere": "nowhere does not exist: name a data folder, a zip or a run",
+    "verify runs": "runs holds no data set, no run and no archive",
+    "evaluate runs/a --unknown 1": "unknown option --unknown",
 }
 
 
@@ -125,6 +133,44 @@ def test_help_is_there(command: str, capsys: pytest.CaptureFixture[str]) -> None
     assert COMMANDS[command].__doc__.split(":")[0][:30] in capsys.readouterr().out
     assert main(["--help"]) == 0
     assert command in capsys.readouterr().out
+
+
+def test_help_of_a_recipes_options_is_in_groups_and_short_first(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    names = [name for group in GROUPS.values() for name in group]
+    assert sorted(names) == sorted(field.name for field in fields(Recipe))
+    assert main(["train", "accurate", "--help"]) == 0
+    short = capsys.readouterr().out
+    assert main(["train", "accurate", "--help-all"]) == 0
+    whole = capsys.readouterr().out
+    assert len(short.splitlines()) < len(whole.splitlines()) / 2
+    assert max(map(len, whole.splitlines())) <= 79
+    for name in set(names) - {"name"}:
+        assert f"{name.replace('_', '-')}" in whole
+    assert "--max-learning-rate X   Peak" in short
+    assert "[1.0]" in short  # this recipe's, not another's
+
+
+@pytest.mark.parametrize("closed", ["1", "2"])
+def test_without_stdout_or_stderr_the_work_goes_on(
+    desk: Path, closed: str, subprocess_environment: dict[str, str]
+) -> None:
+    train = f"train smoke {' '.join(TINY)} --data data --run runs/closed{closed}"
+    command = f"exec {sys.executable} -m tinylab {train} {closed}>&-"
+    done = subprocess.run(["sh", "-c", command], env=subprocess_environment, capture_output=True)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert Run(Path(f"runs/closed{closed}")).finished
+
+
+def test_a_run_elsewhere_asks_for_its_data(
+    desk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["explain", str(desk / "runs/a")]) == 2
+    assert "its data was in data, which is not here: name the data folder with --data" in (
+        capsys.readouterr().err
+    )
 
 
 def test_help_is_quick_and_loads_nothing_heavy(subprocess_environment: dict[str, str]) -> None:

@@ -3,6 +3,9 @@
 import io
 import itertools
 import math
+import os
+import subprocess
+import sys
 import warnings
 from itertools import combinations
 from pathlib import Path
@@ -320,6 +323,15 @@ def test_saved_file_holds_no_version_or_time(tmp_path: Path) -> None:
     with Image.open(plots.save(plots.message("text"), tmp_path / "figure.png", dpi=50)) as image:
         assert image.size == (450, 60)
         assert set(image.info) <= {"dpi"}
+
+
+@pytest.mark.parametrize(("backend", "kept"), [("odd", "agg"), ("svg", "svg")])
+def test_the_backend_of_another_program_stops_nothing(backend: str, kept: str) -> None:
+    code = "from tinylab import figures; import matplotlib; print(matplotlib.get_backend())"
+    environment = os.environ | {"MPLBACKEND": backend}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == kept
 
 
 def test_notebook_shows_a_figure_by_itself() -> None:

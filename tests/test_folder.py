@@ -67,8 +67,9 @@ def test_a_folder_is_entered_and_entered_again(tmp_path: Path) -> None:
     assert (run.identity, run.recipe) == (IDENTITY, recipe)
     assert enter_run(run, recipe, IDENTITY | {"data_folder": "moved"}, dict(ENVIRONMENT)) == []
     assert run.identity["data_folder"] == "moved"
-    (notice,) = enter_run(run, recipe, dict(IDENTITY), ENVIRONMENT | {"torch": "2.15"})
-    assert "torch 2.14 -> 2.15" in notice
+    notice, changed = enter_run(run, recipe, dict(IDENTITY), ENVIRONMENT | {"torch": "2.15"})
+    assert notice == "note: the environment has changed: the last bits may differ"
+    assert changed == "  torch: 2.14 -> 2.15"
     assert run.environment["earlier"][0]["torch"] == "2.14"
     assert (
         enter_run(run, recipe, dict(IDENTITY), ENVIRONMENT | {"torch": "2.15", "date": "x"}) == []

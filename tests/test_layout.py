@@ -10,8 +10,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "src" / "tinylab"
 LAYERS = (
-    {"exceptions"}, {"files", "figures"}, {"recipe"}, {"recipes"}, {"data", "model"}, {"run"},
-    {"training"}, {"explain"}, {"share"}, {"cli"}, {"__main__"},
+    {"exceptions"}, {"files", "figures"}, {"recipe"}, {"recipes", "options"}, {"data", "model"},
+    {"run"}, {"training"}, {"explain"}, {"share"}, {"cli"}, {"__main__"},
 )  # fmt: skip
 """Each folder or module imports from those before it, and from its own."""
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
@@ -45,13 +45,19 @@ def test_imports_point_one_way(path: Path) -> None:
     assert not wrong, f"{own} imports {wrong}"
     assert own == "figures" or not any(name.startswith("matplotlib") for name in names)
     assert not any(name.endswith(".*") for name in names)
-    if own in ("recipe", "recipes", "cli", "__main__"):  # a bad option is refused at once
+    if own in (
+        "recipe",
+        "recipes",
+        "options",
+        "cli",
+        "__main__",
+    ):  # a bad option is refused at once
         top = imported(
             [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
         )
         assert not {name.split(".")[0] for name in top} & HEAVY
         ours = {name.split(".")[1] for name in top if name.startswith("tinylab.")}
-        assert ours <= {"exceptions", "files", "recipe", "recipes", "cli"}
+        assert ours <= {"exceptions", "files", "recipe", "recipes", "options", "cli"}
 
 
 def test_no_code_trusts_strangers_and_the_repository_speaks_of_the_project_alone() -> None:

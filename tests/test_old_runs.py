@@ -10,6 +10,8 @@ from golden import digest
 from publish import PARTS, publish_run
 
 from tinylab.cli import main
+from tinylab.data.archive import CONTENT_SHA256
+from tinylab.exceptions import UserError
 from tinylab.run.environment import device_name
 from tinylab.run.folder import Run
 
@@ -53,6 +55,9 @@ def test_a_finished_run_opens_explains_reports_exports_and_publishes(
 
     readme = desk / "page.md"
     readme.write_text("".join(f"<!-- {part} -->\n<!-- /{part} -->\n" for part in PARTS))
+    with pytest.raises(UserError, match="made-up shapes"):
+        publish_run(run, desk / "results", readme)
+    run.write("run.json", run.identity | {"content_sha256": CONTENT_SHA256})
     publish_run(run, desk / "results", readme)
     published = json.loads((desk / "results/finished/summary.json").read_text())
     assert published["model_sha256"] == run.summary["model_sha256"]
@@ -66,7 +71,7 @@ def test_an_unfinished_run_continues_as_it_would_have(
     monkeypatch.chdir(desk)
     old = Run(Path("unfinished"))
     assert main(["verify", "unfinished"]) == 0
-    assert "2 whole checkpoints, the newest of epoch 2, step 3" in capsys.readouterr().out
+    assert "2 whole checkpoints, the newest after step 3 of epoch 2" in capsys.readouterr().out
     began = old.environment
     assert main(CONTINUE) == 0
     assert "continuing unfinished in epoch 2 after 3 of its steps" in capsys.readouterr().out

@@ -90,16 +90,45 @@ def test_other_modes_become_rgb(tmp_path: Path) -> None:
     np.testing.assert_array_equal(corners(read_image(palette)), TILES)
 
 
-def bomb() -> bytes:
-    """Return a PNG that claims 60,000 x 60,000 pixels."""
+def png(width: int, height: int, depth: int, kind: int, *chunks: tuple[bytes, bytes]) -> bytes:
+    """Return a PNG file of a bit depth and a colour type, with these chunks."""
+    header = struct.pack(">IIBBBBB", width, height, depth, kind, 0, 0, 0)
+    content = b"\x89PNG\r\n\x1a\n"
+    for name, data in ((b"IHDR", header), *chunks, (b"IEND", b"")):
+        content += struct.pack(">I", len(data)) + name + data
+        content += struct.pack(">I", zlib.crc32(name + data))
+    return content
 
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return (
-            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-        )
 
-    header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
+@pytest.mark.parametrize("depth", [1, 2, 4, 8, 16])
+@pytest.mark.parametrize("kind", [0, 2])
+def test_a_transparent_colour_is_white_whatever_the_depth(
+    tmp_path: Path, depth: int, kind: int
+) -> None:
+    """Kind 0 is grey, 2 is RGB, which has 8 or 16 bits. The left half has the colour."""
+    if kind == 2 and depth < 8:
+        return
+    highest, channels = 2**depth - 1, 3 if kind == 2 else 1
+    for hidden in {0, highest // 3, highest // 2, highest}:
+        other = 0 if hidden > highest // 2 else highest
+        row = [hidden] * 32 * channels + [other] * 32 * channels
+        bits = "".join(f"{value:0{depth}b}" for value in row)
+        line = b"\0" + int(bits, 2).to_bytes(len(bits) // 8, "big")
+        transparent = (b"tRNS", struct.pack(">H", hidden) * channels)
+        data = (b"IDAT", zlib.compress(line * 64))
+        (tmp_path / "x.png").write_bytes(png(64, 64, depth, kind, transparent, data))
+        image = read_image(tmp_path / "x.png")
+        assert (image[:, :32] == 255).all(), hidden
+        assert (image[:, 32:] == (255 if other else 0)).all(), hidden
+
+
+def test_of_a_jpeg_that_is_cut_short_the_rest_is_read(tmp_path: Path) -> None:
+    whole = encoded(tiles(200, 200))
+    (tmp_path / "whole.jpg").write_bytes(whole)
+    (tmp_path / "cut.jpg").write_bytes(whole[:-2])  # the mark of its end
+    with pytest.warns(UserWarning, match=r"cut\.jpg is cut short: what is missing is grey"):
+        image = read_image(tmp_path / "cut.jpg")
+    assert np.array_equal(image, read_image(tmp_path / "whole.jpg"))
 
 
 def encoded(image: Image.Image, kind: str = "JPEG") -> bytes:
@@ -114,9 +143,9 @@ REFUSED = {
     "page": (b"<!DOCTYPE html><p>", "is a web page"),
     "heic": (b"\0\0\0\x18ftypheic", "is a HEIC picture"),
     "tiff": (encoded(tiles(), "TIFF"), "is a TIFF picture"),
-    "cut": (encoded(tiles(400, 400))[:2000], "is a damaged picture, or cut short"),
+    "cut": (encoded(tiles(400, 400), "PNG")[:-60], "is a damaged picture, or cut short"),
     "small": (encoded(tiles(64, 7)), "at least 8 on each side"),
-    "bomb": (bomb(), "is too large"),
+    "bomb": (png(60_000, 60_000, 8, 2, (b"IDAT", b"")), "is too large"),
 }
 
 

@@ -13,6 +13,7 @@ import re
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from tyro.conf import Positional
 
 from tinylab.exceptions import UserError
 from tinylab.files import printable
+from tinylab.options import describe, refuse_unknown
 from tinylab.recipe import Recipe
 from tinylab.recipes import RECIPES, named
 
@@ -37,6 +39,7 @@ DeviceName = Literal["auto", "cpu", "cuda", "mps"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Stage = Literal["layer1", "layer2", "layer3", "layer4"]
 RecipeFields = Annotated[Recipe, tyro.conf.arg(name="", help="")]
+RunFolder = Annotated[Positional[Path], tyro.conf.arg(name="run", metavar="RUN")]
 
 
 @dataclass(frozen=True)
@@ -178,7 +181,7 @@ class Summary:
 class Evaluate:
     """Test a finished run's weights again; the last line of the output is one JSON object."""
 
-    run_folder: Annotated[Positional[Path], tyro.conf.arg(name="run")]
+    run_folder: RunFolder
     """The run folder."""
     tta: Literal["none", "flip"] = "none"
     """flip: the mean of the logits of each image and its mirror image; report it apart."""
@@ -209,7 +212,7 @@ class Evaluate:
 class Explain:
     """Show what a finished run gets wrong and where it looks: tables, figures, Grad-CAM, boxes."""
 
-    run_folder: Annotated[Positional[Path], tyro.conf.arg(name="run")]
+    run_folder: RunFolder
     """The run folder, into which explain.json, three CSV files and figures/ are written."""
     count: int = 10
     """Misclassified test images to show, drawn at random from all of them."""
@@ -257,7 +260,7 @@ class Explain:
 class Report:
     """Write one HTML file that holds all of a finished run: recipe, curves, tables, maps."""
 
-    run_folder: Annotated[Positional[Path], tyro.conf.arg(name="run")]
+    run_folder: RunFolder
     """The run folder. What `tinylab explain` has not yet found out is found out first."""
     out: Path | None = None
     """The file to write; by default the run folder's report.html."""
@@ -292,7 +295,7 @@ class Report:
 class Predict:
     """Say what is on your own images: the five most probable classes of each."""
 
-    run_folder: Annotated[Positional[Path], tyro.conf.arg(name="run")]
+    run_folder: RunFolder
     """The folder of a finished run, or a model.safetensors that tinylab wrote."""
     images: Positional[tuple[Path, ...]]
     """JPEG, PNG or WebP files of any size: turned upright, cut to a square, scaled to 64 x 64."""
@@ -314,7 +317,10 @@ class Predict:
         from tinylab.share.predict import draw_answers, load, predict
 
         model, metadata = load(self.run_folder)
-        pictures = [read_image(path) for path in self.images]  # one that is bad stops all
+        with warnings.catch_warnings(record=True, action="always") as told:
+            pictures = [read_image(path) for path in self.images]  # one that is bad stops all
+        for each in told:
+            complain(each.message)
         answers = [predict(model, metadata, picture[None], self.top)[0] for picture in pictures]
         figures: list[Path | None] = [None] * len(pictures)
         if self.gradcam:
@@ -337,7 +343,7 @@ class Predict:
 class Export:
     """Hand a finished run over: weights, model card and class list in one folder; ONNX if asked."""
 
-    run_folder: Annotated[Positional[Path], tyro.conf.arg(name="run")]
+    run_folder: RunFolder
     """The run folder."""
     to: Path | None = None
     """The folder that gets model.safetensors, README.md (the model card) and classes.csv; by
@@ -427,6 +433,9 @@ class Verify:
             print(f"{path}: {checkpoint.verify(path)}")
         elif path.is_file() or inside("wnids.txt") or inside("tiny-imagenet-200/wnids.txt"):
             print(verify_archive(path))
+        elif not inside("meta.json"):
+            what = "holds no data set, no run and no archive" if path.exists() else "does not exist"
+            raise UserError(f"{path} {what}: name a data folder, a zip or a run")
         else:
             from tinylab.data.dataset import open_dataset, verify
 
@@ -480,19 +489,25 @@ def parse(arguments: list[str]) -> object:
     name, rest = arguments[0], arguments[1:]
     if name not in COMMANDS:
         raise UserError(f"unknown command '{name}'; there are: {', '.join(COMMANDS)}")
-    prog, default = f"tinylab {name}", {}
-    if name in WITH_RECIPE:
-        if {"-h", "--help"} & set(rest[:1]):
-            rest = ["published", *rest]  # the options are the same for all
-        if not rest or rest[0].startswith("-"):
-            names = ", ".join(RECIPES)
-            raise UserError(f"which recipe? `tinylab {name} RECIPE`; there are: {names}")
-        recipe = named(rest[0])
-        if name == "find-lr":  # settings are chosen on images that no result is tested on
-            recipe = replace(recipe, split="select")
-        prog, default = f"{prog} {rest[0]}", {"default": COMMANDS[name](recipe=recipe)}
-        rest = rest[1:]
-    return tyro.cli(COMMANDS[name], prog=prog, args=rest, **default)
+    command, prog = COMMANDS[name], f"tinylab {name}"
+    if name not in WITH_RECIPE:
+        refuse_unknown(rest, command, with_recipe=False)
+        return tyro.cli(command, prog=prog, args=rest)
+    helps = {"-h", "--help", "--help-all"} & set(rest)
+    if rest and not rest[0].startswith("-"):
+        recipe, prog = named(rest[0]), f"{prog} {rest[0]}"
+    elif helps:
+        recipe, prog = named("published"), f"{prog} RECIPE"
+    else:
+        names = ", ".join(RECIPES)
+        raise UserError(f"which recipe? `tinylab {name} RECIPE`; there are: {names}")
+    if name == "find-lr":  # settings are chosen on images that no result is tested on
+        recipe = replace(recipe, split="select")
+    if helps:
+        print(describe(command, prog, recipe, everything="--help-all" in helps))
+        raise SystemExit(0)
+    refuse_unknown(rest[1:], command, with_recipe=True)
+    return tyro.cli(command, prog=prog, args=rest[1:], default=command(recipe=recipe))
 
 
 class Terminated(KeyboardInterrupt):
@@ -540,15 +555,20 @@ def complain(error: object) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; return 0, 2 for user errors, or 130 or 143 after a signal."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(usage())
-        return 0 if arguments else 2
+    for name in ("stdout", "stderr"):  # a daemon has none; the work goes on
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     if hasattr(sys.stdout, "reconfigure"):
         # A name that the terminal cannot show is no error.
         sys.stdout.reconfigure(errors="backslashreplace")
+    status = 0
     try:
         with terminable():
-            parse(list(arguments)).run()
+            if not arguments or arguments[0] in ("-h", "--help"):
+                print(usage())
+                status = 0 if arguments else 2
+            else:
+                parse(list(arguments)).run()
             sys.stdout.flush()
     except UserError as error:
         complain(error)
@@ -565,4 +585,4 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         complain(f"{error.filename or 'output'}: {error.strerror}")
         return 2
-    return 0
+    return status

@@ -228,9 +228,3 @@ def named(name: str) -> Recipe:
     if name not in RECIPES:
         raise UserError(f"unknown recipe '{name}'; there are: {', '.join(RECIPES)}")
     return RECIPES[name]()
-
-
-def split_in_words(recipe: Recipe) -> str:
-    """Return the split, and the one that the recipe of this name is for if that is another."""
-    own = named(recipe.name).split if recipe.name in RECIPES else recipe.split
-    return recipe.split if recipe.split == own else f"{recipe.split}; {recipe.name} is for {own}"

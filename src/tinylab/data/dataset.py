@@ -136,10 +136,14 @@ def read_meta(folder: Path) -> dict:
     try:
         raw = (folder / "meta.json").read_bytes()
         meta = json.loads(raw)
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise UserError(
-            f"no data set in {folder}: run `tinylab prepare --data {folder}`"
-        ) from error
+    except NotADirectoryError as error:
+        way = f"`tinylab prepare --source {folder}` makes {FOLDER} of an archive"
+        raise UserError(f"{folder} is a file, not a data folder: {way}") from error
+    except FileNotFoundError as error:
+        way = f"run `tinylab prepare --data {folder}`"
+        if folder.suffix == ".zip":
+            way = "there is no such archive either"
+        raise UserError(f"no data set in {folder}: {way}") from error
     except OSError as error:
         raise UserError(f"cannot read {folder / 'meta.json'}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:

@@ -129,5 +129,7 @@ def verify(folder: Path) -> str:
     where = ""
     if whole:
         newest = states[whole[0]]
-        where = f", the newest of epoch {newest['epoch']}, step {newest['step']}"
+        epoch, step = newest["epoch"], newest["step"]
+        after = f"step {step} of epoch {epoch}" if step else f"epoch {epoch - 1}"
+        where = f", the newest after {after}"
     return f"{len(whole)} whole checkpoint{'s' * (len(whole) != 1)}{where}"

@@ -310,7 +310,7 @@ def enter_run(
     before = run.environment
     same_code = before.get("source_sha256") == environment.get("source_sha256")
     changed = [
-        f"{key} {short(before.get(key))} -> {short(value)}"
+        f"  {key}: {short(before.get(key))} -> {short(value)}"
         for key, value in environment.items()
         if key not in TIMING and before.get(key) != value and not (key == "commit" and same_code)
     ]
@@ -318,7 +318,7 @@ def enter_run(
         return []
     run.write("environment.json", environment | {"earlier": [*before.pop("earlier", []), before]})
     what = "the last bits" if same_code else "results"
-    return [f"the environment has changed ({', '.join(changed)}): {what} may differ"]
+    return [f"note: the environment has changed: {what} may differ", *changed]
 
 
 def short(value: object) -> object:

@@ -1,10 +1,13 @@
 """Somebody's picture, read as the training images were. Bounded in bytes, pixels and kinds."""
 
+import contextlib
+import re
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageFile
 
 from tinylab.exceptions import UserError
 from tinylab.files import printable
@@ -49,7 +52,8 @@ def read_image(path: Path) -> np.ndarray:
       in the training images. Of an animation the first picture is taken.
 
     One of the data set's own files gives the very pixels that were trained on. A large JPEG is
-    shrunk while it is decoded, to no less than 512 pixels on its shorter side.
+    shrunk while it is decoded, to no less than 512 pixels on its shorter side. Of a JPEG that is
+    cut short the rest is grey, as browsers show it; that is a `UserWarning`.
     """
     path, name = Path(path), printable(path)
     if not path.is_file():
@@ -72,7 +76,15 @@ def read_image(path: Path) -> np.ndarray:
             held = every if image.info.get("progressive") else image.width * image.height
             if every > MOST_PIXELS or held > MOST_HELD:
                 raise UserError(too_large)
-            return np.asarray(prepared(image))
+            try:
+                return np.asarray(prepared(image))
+            except OSError as error:
+                if image.format not in ("JPEG", "MPO") or "truncated" not in str(error):
+                    raise
+        with Image.open(path, formats=FORMATS) as image, completed():
+            whole = np.asarray(prepared(image))
+        warnings.warn(f"{name} is cut short: what is missing is grey", stacklevel=2)
+        return whole
     except UserError:
         raise
     except (Image.DecompressionBombError, MemoryError) as error:
@@ -85,8 +97,21 @@ def read_image(path: Path) -> np.ndarray:
         raise UserError(f"{name} is a damaged picture, or cut short: get a whole copy") from error
 
 
+@contextlib.contextmanager
+def completed() -> Iterator[None]:
+    """Have Pillow fill what a file lacks at its end."""
+    before, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, True
+    try:
+        yield
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = before
+
+
 def prepared(image: Image.Image) -> Image.Image:
     """Return the opened picture upright, its middle square, 64 x 64, RGB."""
+    hidden = image.info.get("transparency")  # a PNG's transparent colour, or a palette's opacities
+    coded = re.search(r";(\d+)", str(image.tile[0][3])) if image.format == "PNG" else None
+    bits = int(coded[1]) if coded else 8
     image.load()
     try:
         orientation = image.getexif().get(0x0112, 1)
@@ -104,8 +129,15 @@ def prepared(image: Image.Image) -> Image.Image:
         upper = height - side - upper
     square = (left, upper, left + side, upper + side)
 
+    # Pillow compares that colour, as the file has it, with pixels that it has made 8 bits of.
+    if image.mode == "RGB" and bits == 16 and hidden is not None:
+        image.info["transparency"] = tuple(value >> 8 for value in hidden)
+    elif image.mode == "L" and bits < 8 and hidden is not None:
+        image.info["transparency"] = hidden * 255 // (2**bits - 1)
     if image.mode.startswith("I"):  # 16 bits of grey
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        values = np.asarray(image)
+        grey = np.where(values == hidden, 255, values >> 8)
+        image = Image.fromarray(grey.astype(np.uint8))
     elif image.has_transparency_data:
         image = image.convert("RGBA")
     elif image.mode not in ("L", "RGB"):

@@ -79,7 +79,11 @@ def open_finished(folder: Path, data: Path | None) -> tuple[Run, Dataset, Split]
     run = Run(folder)
     identity = run.identity
     _ = run.recipe, run.summary  # refuses an unfinished run
-    dataset = open_dataset(data or Path(identity.get("data_folder", FOLDER)))
+    where = Path(identity.get("data_folder", FOLDER))
+    if data is None and not where.exists():
+        here = f"its data was in {where}, which is not here"
+        raise UserError(f"{folder}: {here}: name the data folder with --data")
+    dataset = open_dataset(data or where)
     if dataset.content_sha256 != identity["content_sha256"]:
         where = f"than {dataset.folder} holds: name its folder with --data"
         raise UserError(f"{folder} was trained on other data {where}")

@@ -10,8 +10,12 @@ from typing import TypeVar
 import torch
 from tqdm import tqdm
 
+from tinylab.data.dataset import Dataset
+from tinylab.data.split import Split
 from tinylab.files import interactive
 from tinylab.recipe import SIZE, Recipe
+from tinylab.recipes import RECIPES, named
+from tinylab.run.environment import Compute, device_name
 from tinylab.training.step import TrainState
 
 LINE_SECONDS = 60  # between two lines about an epoch or a test, where no bar is shown
@@ -96,11 +100,10 @@ class Progress:
             if seconds >= 1 and done > 0:
                 self.forecast = False
                 rest = self.left() / done * seconds
-                less = "; a GPU is far faster, and --limit-classes, --epochs and --width make it "
-                words = f"{duration(rest)}{f'{less}less' if rest > 600 else ''}"
-                self.say(
-                    f"this CPU trains {done / seconds:,.0f} images/s of 64 x 64 pixels: {words}"
-                )
+                rate = f"{done / seconds:,.0f} images/s of 64 x 64 pixels"
+                self.say(f"this CPU trains {rate}: {duration(rest)}")
+                if rest > 600:
+                    self.say("less with a GPU, --limit-classes, --epochs or --width")
 
         # ---- the loss ----
         if now - self.looked <= min(LOOK_SECONDS, LINE_SECONDS):
@@ -167,25 +170,40 @@ def duration(seconds: float) -> str:
     return f"about {max(1, round(seconds / 60))} min"
 
 
+def heading(
+    compute: Compute, compiled: bool, dataset: Dataset, recipe: Recipe, rows: Split, steps: int
+) -> str:
+    """Return what is computed where, on which images."""
+    own = named(recipe.name).split if recipe.name in RECIPES else recipe.split
+    split = recipe.split if recipe.split == own else f"{recipe.split}; {recipe.name} is for {own}"
+    lines = [
+        f"device: {device_name(compute.device)}",
+        f"precision: {compute.precision}{', compiled' * compiled}: {compute.reason}",
+        f"split: {split}",
+        f"{len(rows.train):,} training and {len(rows.test):,} test images, "
+        f"{rows.classes} classes, {steps} steps an epoch",
+    ]
+    if dataset.made_up:
+        lines.insert(2, "data: made-up shapes, not Tiny ImageNet")
+    return "\n".join(lines)
+
+
 def log_lines(row: dict, epochs: int) -> str:
     """Return the course run's two lines of an epoch: training, and the test if there was one."""
-    filled = round(row["train_top1"] / 5)
-    bar = "#" * filled + "." * (20 - filled)
-    count = row.get("skipped_steps")
-    skipped = f", {count} steps skipped by loss scaling" if count else ""
-    training = (
-        f"epoch {row['epoch']:>{len(str(epochs))}}/{epochs}  "
-        f"learning rate {row['learning_rate']:.6f}  loss {row['train_loss']:.4f}  "
-        f"accuracy {row['train_top1']:5.2f} % [{bar}]  "
-        f"{row['train_seconds']:.0f} s, {row['images_per_second']:.0f} images/s{skipped}"
-    )
-    if "test_top1" not in row:
-        return training
-    return (
-        f"{training}\n  test: average loss {row['test_loss']:.4f}, "
-        f"accuracy {row['test_correct']}/{row['test_total']} ({row['test_top1']:.2f} %), "
-        f"top-5 {row['test_top5']:.2f} %"
-    )
+    lines = [
+        f"epoch {row['epoch']:>{len(str(epochs))}}/{epochs}: lr {row['learning_rate']:.5f}, "
+        f"loss {row['train_loss']:.4f}, top-1 {row['train_top1']:.2f} %, "
+        f"{row['train_seconds']:.0f} s, {row['images_per_second']:.0f} images/s"
+    ]
+    if count := row.get("skipped_steps"):
+        lines.append(f"  {count} steps skipped by loss scaling")
+    if "test_top1" in row:
+        lines.append(
+            f"  test: average loss {row['test_loss']:.4f}, "
+            f"accuracy {row['test_correct']}/{row['test_total']} ({row['test_top1']:.2f} %), "
+            f"top-5 {row['test_top5']:.2f} %"
+        )
+    return "\n".join(lines)
 
 
 def print_line(line: str) -> None:

@@ -5,6 +5,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import signal
 import time
@@ -18,13 +19,12 @@ from tinylab.data.split import make_split
 from tinylab.exceptions import Stopped, UserError
 from tinylab.files import lock
 from tinylab.recipe import Recipe
-from tinylab.recipes import split_in_words
 from tinylab.run import checkpoint, environment
 from tinylab.run.folder import Run, default_folder, enter_run, hashes
 from tinylab.training.average import reestimate_batch_norm
 from tinylab.training.distributed import join
 from tinylab.training.evaluate import mirrored, score, test_logits
-from tinylab.training.progress import Progress, StopRequest, log_lines, print_line, silent, watched
+from tinylab.training.progress import Progress, StopRequest, heading, log_lines, silent, watched
 from tinylab.training.record import epoch_row, finish, identity_of, restore
 from tinylab.training.step import new_state, require_batches, train_step
 from tinylab.training.track import Tracker
@@ -83,7 +83,7 @@ def train(
     with contextlib.ExitStack() as stack:
         ranks = stack.enter_context(join(compute.device))
         writes, several = ranks.rank == 0, ranks.size > 1
-        say = silent if quiet or not writes else print_line
+        say = silent if quiet or not writes else functools.partial(print, flush=True)
         require_batches(recipe, counts[0], ranks, compiled)
         stack.enter_context(environment.fastest_convolutions(compute))
         stack.enter_context(memory_hint(recipe, compute))
@@ -105,16 +105,13 @@ def train(
         finished, saved, note = ranks.gather(found)[0]
         history = run.history if finished else saved["history"] if saved else []
         if not finished:
-            say(f"device: {compute}{', compiled' if compiled else ''}")
-            say(f"split: {split_in_words(recipe)}")
-            size = f"{counts[0]:,} training and {counts[1]:,} test images, {rows.classes} classes"
-            say(f"{size}, {loader.steps} steps an epoch")
+            say(heading(compute, compiled, dataset, recipe, rows, loader.steps))
             if compiled or (compute.device.type == "cuda" and not several):
                 warm_up(state, recipe, compute, counts)  # before the folder is this run's
         if writes:
             here, elsewhere = state.environment | timing, saved and saved.get("environment")
             for line in enter_run(run, recipe, identity, here, elsewhere):
-                say(f"note: {line}")
+                say(line)
             if not finished:
                 run.sweep()
                 checkpoint.clean(run.checkpoints)
