@@ -1,5 +1,6 @@
 """Which image comes when, whoever augments it: batches are functions of seed, epoch and step."""
 
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -178,6 +179,17 @@ def test_batches_on_their_way_fit_into_shared_memory(
     assert cuda.num_workers * cuda.prefetch_factor in range(8, 17)
     with pytest.raises(UserError, match=r"/dev/shm has 64 MiB .* --workers 0.*--shm-size=1g"):
         make_loader(tiny_dataset, rows, recipe, 0, device, 200)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_without_albumentations_the_way_out_is_said(
+    tiny_dataset: Dataset, narrow: Recipe, monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
+    monkeypatch.setitem(sys.modules, "albumentations", None)
+    with pytest.raises(
+        UserError, match=r"cannot be imported .* --augmentation batched does without"
+    ):
+        make_loader(tiny_dataset, np.arange(12), narrow, 0, torch.device("cpu"), workers)
 
 
 def test_workers_that_hang_end_the_run_in_one_line(

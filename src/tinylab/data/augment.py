@@ -22,6 +22,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from tinylab.exceptions import UserError
+from tinylab.files import printable
 from tinylab.recipe import SIZE, Recipe
 
 if TYPE_CHECKING:
@@ -51,15 +53,20 @@ def generator(seed: int, stream: Stream, epoch: int, position: int = 0) -> np.ra
 
 
 def build_transform(recipe: Recipe) -> "albumentations.Compose":
-    """Return the published augmentation: flip, reflect-pad, random crop, one hole of the mean.
+    """Return the course run's augmentation: flip, reflect-pad, random crop, one hole of the mean.
 
-    Edit a copy of this function to try other transforms; call `augment` on each image so that draws
-    stay reproducible. Normalisation comes later, in batches on the device (`normalise`).
+    Call it by `augment`, so that draws are reproducible. Normalisation comes later, in batches on
+    the device (`normalise`). Raise `UserError` if albumentations cannot be imported.
     """
     # Else its import asks the network for newer versions.
     os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
-    import albumentations
-    import cv2
+    try:
+        import albumentations
+        import cv2
+    except Exception as error:  # it is archived, and what it rests on moves on
+        reason = f"albumentations cannot be imported ({printable(error, 100)})"
+        without = "--augmentation batched does without"
+        raise UserError(f"{reason}: pip install -r requirements.txt; {without}") from error
 
     steps = []
     with warnings.catch_warnings():

@@ -166,6 +166,7 @@ class WorkerLoader:
         elif workers > room:
             few = f"/dev/shm has {free / 2**20:.0f} MiB free, too little for {workers} workers"
             raise UserError(f"{few}: use --workers 0, or start the container with --shm-size=1g")
+        build_transform(order.recipe)  # it must not fail in a worker first
         self.steps, self.rows_at = order.steps, order.rows_at
         self._device = device
         self._keys: list[tuple[int, int]] = []

@@ -107,6 +107,7 @@ def train(
         if not finished:
             say(heading(compute, compiled, dataset, recipe, rows, loader.steps))
             if compiled or (compute.device.type == "cuda" and not several):
+                say("warming up")
                 warm_up(state, recipe, compute, counts)  # before the folder is this run's
         if writes:
             here, elsewhere = state.environment | timing, saved and saved.get("environment")
