@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 from tyro.conf import Positional
 
-from tinylab.exceptions import UserError
+from tinylab.exceptions import Stopped, UserError
 from tinylab.files import printable
 from tinylab.options import describe, refuse_unknown
 from tinylab.recipe import Recipe
@@ -177,18 +177,24 @@ class Summary:
         sys.stdout.write(summary(self.classes, self.width))
 
 
-@dataclass(frozen=True)
-class Evaluate:
-    """Test a finished run's weights again; the last line of the output is one JSON object."""
+@dataclass(frozen=True, kw_only=True)
+class Finished:
+    """Options of what reads a finished run and its data."""
 
     run_folder: RunFolder
     """The run folder."""
-    tta: Literal["none", "flip"] = "none"
-    """flip: the mean of the logits of each image and its mirror image; report it apart."""
     data: Path | None = None
     """The data folder, if it has moved since training."""
     device: DeviceName = "auto"
     """Where to compute."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate(Finished):
+    """Test a finished run's weights again; the last line is a JSON object."""
+
+    tta: Literal["none", "flip"] = "none"
+    """flip: the mean of the logits of each image and its mirror image; report it apart."""
     precision: Precision = "auto"
     """Number format; with the one of training come the numbers of training."""
 
@@ -208,12 +214,10 @@ class Evaluate:
         print(json.dumps(how | score(*tested).numbers()))
 
 
-@dataclass(frozen=True)
-class Explain:
-    """Show what a finished run gets wrong and where it looks: tables, figures, Grad-CAM, boxes."""
+@dataclass(frozen=True, kw_only=True)
+class Explain(Finished):
+    """Show what a finished run gets wrong: tables, figures, Grad-CAM, boxes."""
 
-    run_folder: RunFolder
-    """The run folder, into which explain.json, three CSV files and figures/ are written."""
     count: int = 10
     """Misclassified test images to show, drawn at random from all of them."""
     stage: Annotated[Stage, tyro.conf.arg(aliases=("--layer",))] = "layer4"
@@ -224,12 +228,8 @@ class Explain:
     """Compare the maps of all test images with the boxes."""
     faithfulness: int = 0
     """Test images for ROAD, which asks whether the network needs what the maps point at."""
-    data: Path | None = None
-    """The data folder, if it has moved since training."""
     figures: Path | None = None
-    """A folder that gets the figures, too."""
-    device: DeviceName = "auto"
-    """Where to compute the maps."""
+    """A folder that gets the figures, too; the run folder has them in figures/."""
 
     def run(self) -> None:
         if not 0 <= self.count <= MOST_EXPLAINED:
@@ -256,18 +256,12 @@ class Explain:
         print(analysis.in_words())
 
 
-@dataclass(frozen=True)
-class Report:
-    """Write one HTML file that holds all of a finished run: recipe, curves, tables, maps."""
+@dataclass(frozen=True, kw_only=True)
+class Report(Finished):
+    """Write one HTML file with all of a finished run: recipe, curves, tables, maps."""
 
-    run_folder: RunFolder
-    """The run folder. What `tinylab explain` has not yet found out is found out first."""
     out: Path | None = None
     """The file to write; by default the run folder's report.html."""
-    data: Path | None = None
-    """The data folder, if it has moved since training."""
-    device: DeviceName = "auto"
-    """Where to compute the maps, if they are missing."""
 
     def run(self) -> None:
         from tinylab.files import write_atomically
@@ -279,7 +273,7 @@ class Report:
         require_writable(out, finished)
         explanation = finished.explanation
         if explanation is None:
-            Explain(self.run_folder, data=self.data, device=self.device).run()
+            Explain(run_folder=self.run_folder, data=self.data, device=self.device).run()
             explanation = finished.explanation
         from tinylab.share.report import page
 
@@ -341,7 +335,7 @@ class Predict:
 
 @dataclass(frozen=True)
 class Export:
-    """Hand a finished run over: weights, model card and class list in one folder; ONNX if asked."""
+    """Write weights, model card and class list into one folder; ONNX if asked."""
 
     run_folder: RunFolder
     """The run folder."""
@@ -414,7 +408,7 @@ class FindLr(Training):
 
 @dataclass(frozen=True)
 class Verify:
-    """Compare a data folder, an archive or a run with its hashes, and say what is wrong."""
+    """Compare a data folder, an archive or a run with its hashes."""
 
     path: Positional[Path] = DATA
     """A data folder, a zip or a folder with the archive's files, a run folder, or a mirror's."""
@@ -510,27 +504,20 @@ def parse(arguments: list[str]) -> object:
     return tyro.cli(command, prog=prog, args=rest[1:], default=command(recipe=recipe))
 
 
-class Terminated(KeyboardInterrupt):
-    """SIGTERM came: what was begun is cleaned up as after Ctrl-C."""
-
-    signal = signal.SIGTERM
-
-
 @contextlib.contextmanager
 def terminable() -> Iterator[None]:
-    """Raise `Terminated` at SIGTERM while entered. (Training has a handler of its own.)"""
+    """Raise `Stopped` at SIGTERM while entered. (Training has a handler of its own.)"""
 
-    def terminate(*_: object) -> None:
-        raise Terminated("terminated")
+    def stop(number: int, _frame: object) -> None:
+        raise Stopped("terminated", number)
 
-    if threading.current_thread() is not threading.main_thread():  # handlers are allowed only there
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, terminate)
+    in_main_thread = threading.current_thread() is threading.main_thread()  # only it has handlers
+    before = signal.signal(signal.SIGTERM, stop) if in_main_thread else None
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        if in_main_thread:
+            signal.signal(signal.SIGTERM, before)
 
 
 def usage() -> str:
