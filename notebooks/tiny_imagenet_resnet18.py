@@ -157,6 +157,7 @@ from tinylab.explain.analysis import analyse_run, explain_answers
 from tinylab.recipes import named
 from tinylab.run import folder as record
 from tinylab.run.environment import choose, commit
+from tinylab.run.verify import copy_run, restore_run
 from tinylab.share import card
 from tinylab.share.onnx import export_onnx
 from tinylab.share.picture import read_image
@@ -188,7 +189,7 @@ runs = Path("runs")
 
 
 def come_back(run):
-    if drive and (problem := record.restore_run(run, drive / run.folder.name)):
+    if drive and (problem := restore_run(run, drive / run.folder.name)):
         print(problem)
     return run
 
@@ -420,7 +421,7 @@ if ONNX:
 # %%
 if on_drive:
     try:
-        record.copy_run(run, on_drive)
+        copy_run(run, on_drive)
     except UserError as error:
         print("note:", error)
 kept = {".csv", ".json", ".jsonl", ".md", ".npz", ".onnx", ".png", ".safetensors"}

@@ -13,15 +13,13 @@ from tinylab.files import as_csv, lock, plain_text, printable, write_atomically
 from tinylab.recipes import RECIPES, published
 from tinylab.run.folder import (
     Run,
-    copy_run,
     default_folder,
     enter_run,
     in_todays_terms,
     refuse_another,
     refuse_foreign,
-    restore_run,
-    verify_run,
 )  # fmt: skip
+from tinylab.run.verify import copy_run, restore_run, verify_run
 
 IDENTITY = {
     "protocol": "merged", "classes": 3, "seed": 0, "precision": "fp32", "device": "cpu",

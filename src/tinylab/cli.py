@@ -418,7 +418,8 @@ class Verify:
 
         path, inside = self.path, lambda name: (self.path / name).exists()
         if inside("run.json"):
-            from tinylab.run.folder import Run, verify_run
+            from tinylab.run.folder import Run
+            from tinylab.run.verify import verify_run
 
             print(verify_run(Run(path)))
         elif inside("last.ckpt") or inside("previous.ckpt"):

@@ -16,7 +16,8 @@ from tinylab.cli import main
 from tinylab.data.archive import verify_archive
 from tinylab.exceptions import UserError
 from tinylab.run.checkpoint import NEWEST, PREVIOUS, load, read, save
-from tinylab.run.folder import CHECKSUMS, FINAL_FILES, Run, verify_run
+from tinylab.run.folder import CHECKSUMS, FINAL_FILES, Run
+from tinylab.run.verify import verify_run
 from tinylab.share.predict import load as load_network
 
 pytestmark = pytest.mark.promise("damaged-files")
@@ -109,7 +110,7 @@ def test_verify_tells_of_a_run_in_one_line(run: Run, capsys: pytest.CaptureFixtu
         return (out + err).removesuffix("\n")
 
     files = "finished, 7 files as they were written"
-    newest = "2 whole checkpoints, the newest of epoch 3, step 0"
+    newest = "2 whole checkpoints, the newest after epoch 2"
     assert verify(0) == f"{run.folder}: {files}, {newest}"
     for name in ("predictions.npz", "model.safetensors"):
         path = run.folder / name

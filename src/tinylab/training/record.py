@@ -16,13 +16,8 @@ from tinylab.files import write_atomically
 from tinylab.recipe import Recipe, training_petaflop
 from tinylab.run import checkpoint
 from tinylab.run.environment import Compute
-from tinylab.run.folder import (
-    Run,
-    refuse_another,
-    refuse_foreign,
-    relative_to_here,
-    write_checksums,
-)  # fmt: skip
+from tinylab.run.folder import Run, refuse_another, refuse_foreign, relative_to_here  # fmt: skip
+from tinylab.run.verify import write_checksums
 from tinylab.run.weights import weights_file
 from tinylab.training.evaluate import score
 from tinylab.training.optim import muon_petaflop
