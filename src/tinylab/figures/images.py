@@ -20,10 +20,7 @@ def image_grid(
     images: np.ndarray, titles: Sequence[str], boxes: np.ndarray | None = None, columns: int = 8,
     title: str = "",
 ) -> Figure:  # fmt: skip
-    """Draw images, enlarged without smoothing, each with a title and perhaps a box.
-
-    boxes: (n, 4), x0 y0 x1 y1, ends included.
-    """
+    """Draw titled images without smoothing. boxes: (n, 4), x0 y0 x1 y1, ends included."""
     return titled({"": images}, titles, columns, title, indent=0, gap=0.1, below=0.1, boxes=boxes)
 
 
@@ -40,7 +37,7 @@ def misclassified(
 ) -> Figure:
     """Draw mistakes. An entry has `predicted` and `actual`: `name`, `probability` (0..1)."""
     nothing = "No misclassified image: every prediction was right."
-    return gallery(images, entries, columns, title, nothing)
+    return answered(images, entries, columns, title, nothing)
 
 
 def confident(
@@ -51,10 +48,9 @@ def confident(
     It is right if `predicted` equals `actual`, so a `wnid` in both keeps classes of one name apart.
     """
     nothing = f"{clean(title)}: there is none." if title else "There is no such prediction."
-    return gallery(images, entries, columns, title, nothing)
+    return answered(images, entries, columns, title, nothing)
 
 
-@styled
 def label_conflicts(
     images: np.ndarray, entries: Sequence[Mapping], columns: int = 5, most: int = 60
 ) -> Figure:
@@ -63,8 +59,6 @@ def label_conflicts(
     images: also (n, 2, h, w, 3), of which the first of two is shown; at most `most` pairs. An entry
     has the two `names`, and may have `tested`: of each whether it is a test image.
     """
-    if not len(images):
-        return message("No two identical images have different labels.")
     images = images[:most, 0] if images.ndim == 5 else images[:most]
     pairs = f"{len(entries):,} pair{'' if len(entries) == 1 else 's'}"
     title = f"{pairs} of identical images with different labels"
@@ -75,7 +69,8 @@ def label_conflicts(
         both = zip(entry["names"], entry.get("tested", (None, None)), strict=True)
         # Being right about one is a mistake about the other: neither has the colour of the truth.
         captions.append([(name, remarks[tested], INK) for name, tested in both])
-    return captioned(images, captions, columns, title)
+    nothing = "No two identical images have different labels."
+    return gallery(images, captions, columns, title, nothing)
 
 
 def gradcam_stages(
@@ -92,11 +87,7 @@ def gradcam_stages(
         "box.\nMaps are computed at the size above them and enlarged bilinearly, the image pixels "
         "without smoothing."
     )
-    sized = {
-        f"{clean(stage)}  ({values.shape[2]} × {values.shape[1]})": values
-        for stage, values in maps.items()
-    }
-    return map_table(images, sized, entries, title, notes, by_class=False)
+    return map_table(images, maps, entries, title, notes, by_class=False)
 
 
 def class_maps(
@@ -134,8 +125,8 @@ def prediction(
     room, step = WIDTH - margin - bars, side / max(len(top), 5)
     height = upper + side + (0.34 if heat is None else 0.62)
     figure = new_canvas(height, title)
-    size = f"the image, {image.shape[1]} × {image.shape[0]} pixels"
-    put_text(figure, margin, upper - 0.06, size, **LABEL)
+    rows, columns = image.shape[:2]
+    put_text(figure, margin, upper - 0.06, f"the image, {columns} × {rows} pixels", **LABEL)
     put_picture(figure, margin, upper, side, image)
     for i, entry in enumerate(top):
         edge, share = upper + i * step, entry["probability"]
@@ -155,13 +146,9 @@ def prediction(
         left, what = margin + side + gap, "Grad-CAM" if np.any(heat) else "no evidence"
         put_text(figure, left, upper - 0.06, f"{what} for the first prediction", **LABEL)
         put_heat_map(figure, left, upper, side, image, heat, hide_picture=False)
-        size = f"{heat.shape[1]} × {heat.shape[0]}"
-        scaled = f"The map ({size}, enlarged bilinearly) is {SCALED}"
+        scaled = f"The map ({heat.shape[1]} × {heat.shape[0]}, enlarged bilinearly) is {SCALED}"
         put_heat_key(figure, margin, upper + side, f"{scaled}\n{notes}")
     return figure
-
-
-# --- Parts ----------------------------------------------------------------------------------------
 
 
 @styled
@@ -169,10 +156,7 @@ def titled(
     rows: Mapping[str, np.ndarray], titles: Sequence[str], columns: int, title: str, *,
     indent: float, gap: float, below: float, boxes: np.ndarray | None = None,
 ) -> Figure:  # fmt: skip
-    """Draw images under their titles, those of several rows below each other.
-
-    rows: images by the word on their left, for which there is an `indent`.
-    """
+    """Draw images under their titles, those of a row beside its name in the `indent`."""
     if not len(titles):
         return message("No images to show.")
     margin = 0.08
@@ -193,13 +177,10 @@ def titled(
     return figure
 
 
-@styled
-def gallery(
+def answered(
     images: np.ndarray, entries: Sequence[Mapping], columns: int, title: str, nothing: str
 ) -> Figure:
     """Draw images under the class that was predicted and, if that was wrong, the actual one."""
-    if not len(images):
-        return message(nothing)
     captions, key = [], {}
     for entry in entries:
         right = entry["predicted"] == entry["actual"]
@@ -207,23 +188,27 @@ def gallery(
         kinds = {"predicted": INK} if right else KINDS
         lines = [(entry[kind], color) for kind, color in kinds.items()]
         captions.append([(e["name"], f"{100 * e['probability']:.0f} %", c) for e, c in lines])
-    figure = captioned(images, captions, columns, title)
-    put_names_key(figure, {word: key[word] for word in (*KINDS, "right") if word in key})
-    return figure
+    key = {word: key[word] for word in (*KINDS, "right") if word in key}
+    return gallery(images, captions, columns, title, nothing, key)
 
 
-def captioned(
-    images: np.ndarray, captions: Sequence[Sequence[tuple]], columns: int, title: str
-) -> Figure:
-    """Draw rows of images, each below its lines (see `put_caption`)."""
+@styled
+def gallery(
+    images: np.ndarray, captions: Sequence[Sequence[tuple]], columns: int, title: str, nothing: str,
+    key: Mapping[str, str] | None = None,
+) -> Figure:  # fmt: skip
+    """Draw rows of images, each below its lines (see `put_caption`); without any say `nothing`."""
+    if not len(images):
+        return message(nothing)
     margin, gap, text = 0.08, 0.22, 0.08 + 0.17 * max(map(len, captions))
     side = (WIDTH - 2 * margin + gap) / columns - gap
-    top, height = 0.42, text + side + 0.12
-    figure = new_canvas(top + math.ceil(len(images) / columns) * height, title)
+    height = text + side + 0.12
+    figure = new_canvas(0.42 + math.ceil(len(images) / columns) * height, title)
     for i, (image, lines) in enumerate(zip(images, captions, strict=True)):
-        left, upper = margin + i % columns * (side + gap), top + i // columns * height
+        left, upper = margin + i % columns * (side + gap), 0.42 + i // columns * height
         put_caption(figure, left, upper, side, lines)
         put_picture(figure, left, upper + text, side, image)
+    put_names_key(figure, key or {})
     return figure
 
 
@@ -234,8 +219,8 @@ def map_table(
 ) -> Figure:  # fmt: skip
     """Draw images, each beside heat map and overlay under every heading of `maps`.
 
-    by_class: the maps are of the `KINDS`, which name their classes, and two images share a row.
-    Otherwise both classes stand above the image.
+    by_class: two images share a row, and the `KINDS` of maps name their classes; otherwise both
+    classes stand above the image.
     """
     if not len(images):
         return message("No misclassified image: there is nothing to explain.")
@@ -252,9 +237,10 @@ def map_table(
         start = margin + i * column
         put_text(figure, start, top - 0.05, "image", **LABEL)
         colors = KINDS.values() if by_class else [INK] * len(maps)
-        for left, heading, color in zip(lefts, maps, colors, strict=True):
+        for left, (heading, values), color in zip(lefts, maps.items(), colors, strict=True):
+            size = "" if by_class else f"  ({values.shape[2]} × {values.shape[1]})"
             look = {"weight": "bold", "size": 9.5, "color": color}
-            put_text(figure, start + left, top - 0.23, heading, **look)
+            put_text(figure, start + left, top - 0.23, f"{clean(heading)}{size}", **look)
             put_text(figure, start + left, top - 0.05, "heat map", **LABEL)
             put_text(figure, start + left + side + near, top - 0.05, "overlay", **LABEL)
     for i, (image, entry, *shown) in enumerate(zip(images, entries, *maps.values(), strict=True)):
@@ -277,16 +263,14 @@ def put_row_title(ax: Axes, entry: Mapping) -> None:
     """Write predicted and actual class with their probabilities on one line above `ax`."""
     pieces = []
     for kind, color in KINDS.items():
-        name = fitted(entry[kind]["name"], 2.8, 8.5, "bold")
-        percent = f"{100 * entry[kind]['probability']:.1f} %"
-        pieces.append((f"{kind} ", {"color": MUTED}))
-        pieces.append((f"{name} ", {"color": color, "weight": "bold"}))
-        pieces.append((f"{percent}      ", {"color": color}))
+        name = fitted(entry[kind]["name"], 2.8, 8.5, "bold") + " "
+        percent = f"{100 * entry[kind]['probability']:.1f} %      "
+        pieces += [(f"{kind} ", MUTED, "normal"), (name, color, "bold"), (percent, color, "normal")]
     at, within, offset = (0, 1), "axes fraction", (0, 2)
-    for text, look in pieces:
-        look |= {"size": 8.5, "va": "bottom", "textcoords": "offset points"}
+    for text, color, weight in pieces:
+        look = {"color": color, "weight": weight, "size": 8.5, "va": "bottom", "xycoords": within}
         # The next piece begins where this one ends, which only the drawing knows.
-        within = ax.annotate(text, at, offset, xycoords=within, **look)
+        within = ax.annotate(text, at, offset, textcoords="offset points", **look)
         at, offset = (1, 0), (0, 0)
 
 

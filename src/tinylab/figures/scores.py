@@ -2,9 +2,9 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import product
 
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, Normalize, PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -43,16 +43,15 @@ def class_accuracy(
     y = np.arange(len(shown))
     y[best:] += 1  # a gap
     figure, (ax,) = new_figure(1.4 + 0.2 * y[-1], heading)
-    colors = [BLUE] * best + [VERMILION] * worst
-    ax.barh(y, accuracy[shown], height=0.68, color=colors, alpha=0.85)
+    ax.barh(y, accuracy[shown], height=0.68, color=[BLUE] * best + [VERMILION] * worst, alpha=0.85)
     ax.plot([low, high], [y, y], color=INK, linewidth=0.9)
     for share, end, at in zip(accuracy[shown], high, y, strict=True):
-        look = {"va": "center", "size": 8.5}
-        annotate(ax, f"{share:.1f} %", (end, at), (5, 0), INK, "left", **look)
+        look = {"color": INK, "ha": "left", "va": "center", "size": 8.5}
+        annotate(ax, f"{share:.1f} %", (end, at), (5, 0), **look)
     mean = accuracy[known].mean()
     ax.axvline(mean, color=MUTED, linewidth=1.0, linestyle=(0, (3, 2)), zorder=0)
-    text, look = f"mean of all classes {mean:.1f} %", {"xycoords": ax.get_xaxis_transform()}
-    annotate(ax, text, (mean, 1), (0, 3), MUTED, "center", size=8.5, **look)
+    look = {"color": MUTED, "ha": "center", "size": 8.5, "xycoords": ax.get_xaxis_transform()}
+    annotate(ax, f"mean of all classes {mean:.1f} %", (mean, 1), (0, 3), **look)
     ax.set_yticks(y, [fitted(names[i], 2.2, 8.5) for i in shown], parse_math=False)
     ax.tick_params(axis="y", length=0, labelcolor=INK)
     ax.grid(axis="y", visible=False)
@@ -68,13 +67,12 @@ def confusion(matrix: np.ndarray, names: Sequence[str], order: Sequence[int]) ->
     """Draw how often each class (rows) was predicted as each class (columns), in % of the row.
 
     matrix: counts, integer (C, C). order: (C,), of the classes on both axes: blocks show if it puts
-    classes that are confused with each other side by side. Right answers, on the diagonal, have a
-    scale of their own, or the mistakes would drown. Up to 30 classes are all named; of more, those
-    that are most often mistaken for one other.
+    confused classes side by side. Right answers, on the diagonal, have a scale of their own, or the
+    mistakes would drown. Up to 30 classes are all named; of more, those most often mistaken.
     """
     if not np.sum(matrix):
         return message("No class has test images: nothing to draw.")
-    matrix, names = matrix[np.ix_(order, order)], [names[i] for i in order]
+    matrix = matrix[np.ix_(order, order)]
     images, classes = matrix.sum(axis=1, keepdims=True), len(matrix)
     shares = np.where(images > 0, 100 * matrix / np.maximum(images, 1), np.nan)
     diagonal = np.eye(classes, dtype=bool)
@@ -82,28 +80,26 @@ def confusion(matrix: np.ndarray, names: Sequence[str], order: Sequence[int]) ->
     every, size, room = (True, 8.5, 1.8) if classes <= 30 else (False, 7.5, 1.5)
 
     # ---- sizes, in inches ----
-    labels = [fitted(name, room, size) for name in names]
+    labels = [fitted(names[i], room, size) for i in order]
     widest = max(text_width(label, size) for label in labels) if every else room
     left, top, below = 0.4 + max(widest, 0.4), 1.0, 0.4 + (0.75 * widest if every else 0)
-    whole_pixels = max(min(math.floor(100 * (WIDTH - left - 0.12) / classes), 72), 1)
-    cell = whole_pixels / 100  # else cells would be uneven
+    # Cells have whole pixels, or they would be uneven.
+    cell = max(min(math.floor(100 * (WIDTH - left - 0.12) / classes), 72), 1) / 100
     side = cell * classes
     bottom = top + side + below
-    right = f"{100 * np.trace(matrix) / matrix.sum():.1f} % of {matrix.sum():,}"
-    title = f"{classes} class{'' if classes == 1 else 'es'}: {right} predictions are right"
+    share = f"{100 * np.trace(matrix) / matrix.sum():.1f} % of {matrix.sum():,} predictions"
+    title = f"{classes} class{'' if classes == 1 else 'es'}: {share} are right"
     figure = new_canvas(math.ceil(100 * bottom + 44) / 100, title)
 
     # ---- each scale's key and cells, with numbers where they are large enough ----
     highest = next(each for each in (1, 2, 5, 10, 20, 50, 100) if each >= worst.max())
     # Many classes have no numbers: the root shows rare mistakes beside the most frequent one.
     norm = Normalize(0, highest) if every else PowerNorm(0.5, 0, highest)
-    wrong = f"mistakes, % of the row{'' if every else ' (square-root scale)'}"
-    scales = (
-        ("right (diagonal), % of the row", diagonal, GOOD, Normalize(0, 100)),
-        (wrong, ~diagonal, BAD, norm),
-    )
+    root = "" if every else " (square-root scale)"
+    right = ("right (diagonal), % of the row", diagonal, GOOD, Normalize(0, 100))
+    wrong = (f"mistakes, % of the row{root}", ~diagonal, BAD, norm)
     ax = put_picture(figure, left, top, side, np.ones((classes, classes, 3)))
-    for i, (name, part, colors, scale) in enumerate(scales):
+    for i, (name, part, colors, scale) in enumerate((right, wrong)):
         start, look = left + 2.5 * i, {"color": MUTED, "size": 7.5}
         put_text(figure, start, 0.54, name, **NOTE)
         put_picture(figure, start, 0.6, 2.1, cmap=colors, **RAMP)
@@ -118,17 +114,17 @@ def confusion(matrix: np.ndarray, names: Sequence[str], order: Sequence[int]) ->
             text = "<1" if share < 0.5 else f"{share:.0f}"
             ax.text(column, row, text, color="white" if dark else INK, **look)
     if cell >= 0.1:
-        for draw_edges in (ax.hlines, ax.vlines):
-            edges = np.arange(1, classes) - 0.5
-            draw_edges(edges, -0.5, classes - 0.5, color="white", linewidth=0.8)
+        edges, look = np.arange(1, classes) - 0.5, {"color": "white", "linewidth": 0.8}
+        ax.hlines(edges, -0.5, classes - 0.5, **look)
+        ax.vlines(edges, -0.5, classes - 0.5, **look)
 
     # ---- names: of many classes as many as there is room for, the most confused first ----
     named = []
     for i in np.argsort(-worst, kind="stable"):
-        apart = all(abs(i - j) >= math.ceil(0.12 / cell) for j in named)
-        if every or (worst[i] > 0 and apart):
-            named.append(i)
-    for i in named:
+        near = any(abs(i - j) < math.ceil(0.12 / cell) for j in named)
+        if not every and (near or worst[i] == 0):
+            continue
+        named.append(i)
         at, look = (i + 0.5) * cell, {"size": size, "ha": "right"}
         put_text(figure, left - 0.05, top + at, labels[i], va="center_baseline", **look)
         if every:
@@ -209,14 +205,14 @@ def reliability(calibration: Mapping) -> Figure:
         ax.plot([confidence, confidence], interval, color=INK, linewidth=0.9)
         look = {"marker": "o", "markersize": 4.5, "linewidth": 1.2, "clip_on": False}
         ax.plot(confidence, accuracy, color=BLUE, **look)
-        ax.set(xlim=(0, 100), ylim=(0, 100), xticks=range(0, 101, 20))
-        look = {"offset": (0, 0), "color": MUTED, "size": 8.5}
-        annotate(ax, "underconfident", (3, 95), ha="left", va="top", **look)
-        annotate(ax, "overconfident", (97, 5), ha="right", va="bottom", **look)
-        ax.set_title(f"{name}: ECE {100 * result['ece']:.1f} %")
+        title = f"{name}: ECE {100 * result['ece']:.1f} %"
+        ax.set(xlim=(0, 100), ylim=(0, 100), xticks=range(0, 101, 20), title=title)
+        look = {"color": MUTED, "size": 8.5}
+        annotate(ax, "underconfident", (3, 95), (0, 0), ha="left", va="top", **look)
+        annotate(ax, "overconfident", (97, 5), (0, 0), ha="right", va="bottom", **look)
 
         # ---- counts ----
-        bins = calibration["bins"]
+        bins = len(counts)
         middles = 100 * (np.arange(bins) + 0.5) / bins
         below.bar(middles, counts, width=88 / bins, color=BLUE, alpha=0.85)
         below.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=3))
@@ -254,23 +250,36 @@ def localisation(summary: Mapping) -> Figure:
         ("hit", "Highest point", {"centre_hit": "D", "uniform": "|"}, "hit_minus_centre", "centre"),
         ("energy", "Share of map", {"uniform": "|"}, "energy_minus_uniform", "even map"),
     )
-    sets = (("all", "all boxes"), ("below half", "small boxes"))
-    for row, (boxes, which) in zip(axes.reshape(2, 2), sets, strict=True):
+    panels = product((("all", "all boxes"), ("below half", "small boxes")), measures)
+    for ax, ((boxes, which), measure) in zip(axes, panels, strict=True):
+        key, name, baselines, difference, against = measure
         groups = [group for group in summary["groups"] if group["boxes"] == boxes]
         labels = []
-        for group in groups:
+        for y, group in enumerate(groups):
             of = "" if group["class"] == "both" else f", {group['class']} class"
             labels.append(f"{group['answers']}{of} ({group['images']:,})")
-        for ax, (key, name, baselines, difference, against) in zip(row, measures, strict=True):
-            ax.set_title(f"{name}, {which}")
-            look = {"size": 8, "xycoords": "axes fraction"}
-            annotate(ax, f"minus {against}", (1, 1), (8, 4), MUTED, "left", **look)
-            for y, group in enumerate(groups):
-                draw_estimate(ax, y, group, key, baselines, difference)
-            ax.set_yticks(range(len(groups)), labels, parse_math=False)
-            ax.set(xlim=(0, 100), ylim=(len(groups) - 0.5, -0.5), xticks=range(0, 101, 20))
-            ax.tick_params(axis="y", length=0, labelleft=ax is row[0], labelcolor=INK)
-            ax.grid(axis="y", visible=False)
+            look = {"ha": "left", "va": "center_baseline"}
+            if not (measured := in_percent(group[key])):
+                annotate(ax, "no images", (0, y), (5, 0), size=8.5, color=MUTED, **look)
+                continue
+            for baseline, marker in baselines.items():
+                if at := in_percent(group[baseline]):
+                    shape = {"markersize": 5 if marker == "D" else 11, "markeredgewidth": 1.4}
+                    shape |= {"markerfacecolor": "white", "clip_on": False}
+                    ax.plot(at[0], y, marker, color=MUTED, **shape)
+            mean, *interval = measured
+            color = KINDS.get(group["class"], INK)
+            ax.plot(interval, [y, y], color=color, linewidth=1.6, clip_on=False)
+            ax.plot(mean, y, "o", color=color, markersize=5.5, clip_on=False)
+            look |= {"size": 8, "color": INK, "xycoords": ax.get_yaxis_transform()}
+            annotate(ax, in_points(group[difference]), (1, y), (8, 0), **look)
+        look = {"size": 8, "color": MUTED, "ha": "left", "xycoords": "axes fraction"}
+        annotate(ax, f"minus {against}", (1, 1), (8, 4), **look)
+        ax.set_yticks(range(len(groups)), labels, parse_math=False)
+        ax.set(xlim=(0, 100), ylim=(len(groups) - 0.5, -0.5), xticks=range(0, 101, 20))
+        ax.set_title(f"{name}, {which}")
+        ax.tick_params(axis="y", length=0, labelleft=key == "hit", labelcolor=INK)
+        ax.grid(axis="y", visible=False)
     axes[2].set_xlabel("images with it in the box, %")
     axes[3].set_xlabel("mean share in the box, %")
     put_footnote(
@@ -280,27 +289,6 @@ def localisation(summary: Mapping) -> Figure:
         "points; at 0 the maps are no better. Lines, brackets: 95 % intervals.",
     )
     return figure
-
-
-def draw_estimate(
-    ax: Axes, y: int, group: Mapping, key: str, baselines: Mapping[str, str], difference: str
-) -> None:
-    """Draw a group's line: its measure with the interval, the baselines, the difference beside."""
-    look = {"size": 8.5, "va": "center_baseline"}
-    if not (measured := in_percent(group[key])):
-        annotate(ax, "no images", (0, y), (5, 0), MUTED, "left", **look)
-        return
-    for name, marker in baselines.items():
-        if baseline := in_percent(group[name]):
-            size = 5 if marker == "D" else 11
-            shape = {"markersize": size, "markeredgewidth": 1.4, "markerfacecolor": "white"}
-            ax.plot(baseline[0], y, marker, color=MUTED, clip_on=False, **shape)
-    mean, *interval = measured
-    color = KINDS.get(group["class"], INK)
-    ax.plot(interval, [y, y], color=color, linewidth=1.6, clip_on=False)
-    ax.plot(mean, y, "o", color=color, markersize=5.5, clip_on=False)
-    look |= {"size": 8, "xycoords": ax.get_yaxis_transform()}
-    annotate(ax, in_points(group[difference]), (1, y), (8, 0), INK, "left", **look)
 
 
 @styled
@@ -318,12 +306,12 @@ def faithfulness(result: Mapping) -> Figure:
     title = f"Does the prediction rest on what the maps show? {maps}"
     figure, axes = new_figure(4.4, title, 1, 2, sharey=True)
     for ax, which in zip(axes, ("most", "least"), strict=True):
-        ax.set_title(f"{which.capitalize()} relevant pixels first")
+        ax.set(title=f"{which.capitalize()} relevant pixels first", xlabel="removed pixels in %")
         ax.hlines(0, 0, 100, color=EDGE, linewidth=1.0, zorder=1)
-        for kind, label, color in (("random", "random maps", MUTED), ("map", "the maps", BLUE)):
-            values = 100 * np.array(result[kind][f"{which}_relevant_first"], float)  # None: NaN
-            draw_line(ax, removed[order], values[order], label, color, dashed=kind == "random")
-        ax.set_xlabel("removed pixels in %")
+        kinds = (result[kind][f"{which}_relevant_first"] for kind in ("random", "map"))
+        random, ours = (100 * np.array(each, float)[order] for each in kinds)  # None becomes NaN
+        draw_line(ax, removed[order], random, "random maps", color=MUTED, **DASHED)
+        draw_line(ax, removed[order], ours, "the maps", color=BLUE)
         ax.margins(y=0.16)  # room for two labels beside the lowest point
     axes[0].set_ylabel("change of probability in points")
     for ax in axes:  # when the limits, which they share, are final
@@ -338,9 +326,6 @@ def faithfulness(result: Mapping) -> Figure:
         f"Half of right less left, in points, with 95 % intervals: {words}.",
     )
     return figure
-
-
-# --- Numbers --------------------------------------------------------------------------------------
 
 
 def in_percent(estimate: Mapping | None) -> list[float] | None:
@@ -358,8 +343,6 @@ def in_points(estimate: Mapping | None) -> str:
 
 def wilson(share: np.ndarray, count: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the ends of the 95 % intervals of shares of `count`, in percent (Wilson 1927)."""
-    z = 1.96
-    middle = (share + z * z / (2 * count)) / (1 + z * z / count)
-    root = np.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    half = z / (1 + z * z / count) * root
-    return 100 * (middle - half), 100 * (middle + half)
+    z2 = 1.96**2 / count
+    middle, half = share + z2 / 2, np.sqrt(z2 * share * (1 - share) + z2 * z2 / 4)
+    return 100 * (middle - half) / (1 + z2), 100 * (middle + half) / (1 + z2)

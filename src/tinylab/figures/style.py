@@ -1,8 +1,8 @@
 """The look of every figure: sizes, colours, text that fits.
 
 Nothing touches pyplot or global settings, so no figure lingers in memory and nobody else's style
-changes. As the last value of a notebook's cell a figure shows itself. Class names are foreign text:
-they are never read as formulas, lose characters that cannot be printed, and are cut to fit.
+changes. Class names are foreign text: they are never read as formulas, lose characters that cannot
+be printed, and are cut to fit. What is put by hand has its place in inches from the upper left.
 """
 
 import io
@@ -23,8 +23,8 @@ from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
 from matplotlib.textpath import TextPath
 
-WIDTH = 9.0  # inches: at 100 dpi about the width of a README column on GitHub
 DPI = 200  # of files: sharp on screens of two pixels a point
+WIDTH = 9.0  # inches: at 100 dpi about the width of a README column on GitHub
 FONT = "DejaVu Sans"  # comes with matplotlib: the same picture on every machine
 INK, MUTED, EDGE, GRID = "#1f2328", "#656d76", "#afb8c1", "#e4e7eb"
 BLUE, VERMILION = "#0072b2", "#c2410c"  # stay apart for colour-blind eyes and in grey
@@ -36,12 +36,10 @@ HEADING = {"size": 11.5, "weight": "bold"}
 RAMP = {"image": np.linspace(0, 1, 256)[None], "high": 0.12, "interpolation": None}  # all colours
 DASHED = {"linestyle": (0, (3, 1.6)), "linewidth": 1.2}
 STYLE = {
-    "figure.dpi": 100, "figure.facecolor": "white",
     "font.family": FONT, "font.size": 9, "text.color": INK, "text.parse_math": False,
     "axes.titlesize": 10, "axes.titlelocation": "left", "axes.titleweight": "bold",
-    "axes.titlecolor": INK, "axes.labelcolor": MUTED, "axes.edgecolor": EDGE,
-    "axes.spines.top": False, "axes.spines.right": False,
-    "axes.grid": True, "axes.axisbelow": True, "grid.color": GRID, "grid.linewidth": 0.8,
+    "axes.labelcolor": MUTED, "axes.edgecolor": EDGE, "axes.spines.top": False,
+    "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True, "grid.color": GRID,
     "lines.linewidth": 1.8, "lines.solid_capstyle": "round",
 }  # fmt: skip
 styled = matplotlib.style.context(["default", STYLE])
@@ -51,32 +49,24 @@ styled = matplotlib.style.context(["default", STYLE])
 class SelfShowing(Figure):
     """A figure that a notebook shows without pyplot's inline backend."""
 
-    def _repr_png_(self) -> bytes:
-        return png(self, self.dpi)
+    @styled
+    def _repr_png_(self, dpi: int = 100) -> bytes:
+        """Return a PNG file without matplotlib's version: the same picture has the same bytes."""
+        buffer = io.BytesIO()
+        self.savefig(buffer, format="png", dpi=dpi, metadata={"Software": None})
+        return buffer.getvalue()
 
 
-@styled
-def png(figure: Figure, dpi: float) -> bytes:
-    """Return the PNG file, without matplotlib's version: the same picture has the same bytes."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=dpi, metadata={"Software": None})
-    return buffer.getvalue()
-
-
-def save(figure: Figure, path: Path | str, dpi: int = DPI) -> Path:
+def save(figure: SelfShowing, path: Path, dpi: int = DPI) -> Path:
     """Write a PNG, whole or not at all, and return its path. Raise `OSError` if that fails."""
-    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_bytes(png(figure, dpi))
+        temporary.write_bytes(figure._repr_png_(dpi))
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
     return path
-
-
-# --- Text -----------------------------------------------------------------------------------------
 
 
 def clean(text: str, limit: int = 60) -> str:
@@ -110,9 +100,6 @@ def wrapped(text: str, inches: float, size: float) -> str:
     return "\n".join(fitted(line, inches, size) for line in lines)
 
 
-# --- Pictures placed by hand, in inches from the figure's upper left corner -----------------------
-
-
 def new_canvas(height: float, title: str = "") -> Figure:
     """Return a figure for pictures placed by hand, `height` in inches."""
     figure = SelfShowing(figsize=(WIDTH, height))
@@ -144,10 +131,7 @@ def put_picture(
     figure: Figure, left: float, top: float, wide: float, image: np.ndarray,
     high: float | None = None, box: Sequence[int] | None = None, **look: object,
 ) -> Axes:  # fmt: skip
-    """Show an image, as high as wide by default, and return its axes.
-
-    box: a frame around the pixels x0 y0 x1 y1, ends included.
-    """
+    """Show an image, perhaps with a box's pixels (x0 y0 x1 y1) framed, and return its axes."""
     width, height = figure.get_size_inches()
     high = high or wide
     ax = figure.add_axes((left / width, 1 - (top + high) / height, wide / width, high / height))
@@ -182,9 +166,6 @@ def put_names_key(figure: Figure, kinds: Mapping[str, str]) -> None:
         right -= text_width(word, 8.5, "bold") + 0.14
 
 
-# --- Axes -----------------------------------------------------------------------------------------
-
-
 def new_figure(
     height: float, title: str, rows: int = 1, columns: int = 1, **sharing: object
 ) -> tuple[Figure, np.ndarray]:
@@ -204,22 +185,16 @@ def put_footnote(figure: Figure, text: str) -> None:
     figure.supxlabel(text, x=0.008, ha="left", linespacing=1.45, **NOTE)
 
 
-def draw_line(
-    ax: Axes, x: Sequence, y: Sequence, label: str, color: str, dashed: bool = False
-) -> None:
+def draw_line(ax: Axes, x: Sequence, y: Sequence, label: str, **style: object) -> None:
     """Draw a curve through the values there are, its last one a dot; `label_ends` names it."""
     x, y = np.asarray(x, float), np.asarray(y, float)  # None becomes NaN
     known = np.isfinite(y)
-    last = [known.sum() - 1] if known.any() else []
-    look = {"marker": "o", "markersize": 4, "markevery": last} | (DASHED if dashed else {})
-    ax.plot(x[known], y[known], label=label, color=color, **look)
+    dot = {"marker": "o", "markersize": 4, "markevery": slice(-1, None)}
+    ax.plot(x[known], y[known], label=label, **dot, **style)
 
 
 def label_ends(ax: Axes, unit: str) -> None:
-    """Write the name and last value of each `draw_line` right of all lines; limits are final.
-
-    Labels are as high as the lines' last points, in shares of the axes, and pushed apart.
-    """
+    """Write each line's name and last value right of all lines, pushed apart; limits are final."""
     bottom, top = ax.get_ylim()
     lines = [line for line in ax.lines if len(line.get_xdata())]
     ends = [[min((line.get_ydata()[-1] - bottom) / (top - bottom), 1), line] for line in lines]
@@ -231,15 +206,13 @@ def label_ends(ax: Axes, unit: str) -> None:
             lower[0] -= overlap / 2
             upper[0] += overlap / 2
     right = max((line.get_xdata()[-1] for line in lines), default=0)
-    look = {"va": "center", "xycoords": ax.get_xaxis_transform(), "size": 8.5}
+    look = {"va": "center", "ha": "left", "xycoords": ax.get_xaxis_transform(), "size": 8.5}
     for height, line in ends:
         text = f"{line.get_label()} {line.get_ydata()[-1]:.2f}{unit}".replace("-", "−")
-        annotate(ax, text, (right, height), (7, 0), line.get_color(), "left", **look)
+        annotate(ax, text, (right, height), (7, 0), color=line.get_color(), **look)
 
 
-def annotate(
-    ax: Axes, text: str, at: tuple, offset: tuple, color: str, ha: str, **style: object
-) -> None:
+def annotate(ax: Axes, text: str, at: tuple, offset: tuple, **style: object) -> None:
     """Write text `offset` points away from `at`, on white."""
-    look = {"bbox": {"facecolor": "white", "edgecolor": "none", "pad": 0.6}, "color": color} | style
-    ax.annotate(text, at, offset, textcoords="offset points", ha=ha, **look)
+    box = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}
+    ax.annotate(text, at, offset, textcoords="offset points", bbox=box, **style)

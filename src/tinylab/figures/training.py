@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from tinylab.figures.style import (  # isort: skip
-    BLUE, DASHED, EDGE, FONT, MUTED, VERMILION, annotate, draw_line, label_ends, message,
+    BLUE, DASHED, EDGE, MUTED, VERMILION, annotate, draw_line, label_ends, message,
     new_figure, styled,
 )  # fmt: skip
 
@@ -29,19 +29,21 @@ def accuracy_and_loss(
         epochs = [row["epoch"] for row in reference]
         for key, name in (("test_accuracy_pct", "test"), ("train_accuracy_pct", "training")):
             values = [row[key] for row in reference]
-            draw_line(accuracies, epochs, values, f"course run, {name}", MUTED, dashed=True)
+            draw_line(accuracies, epochs, values, f"course run, {name}", color=MUTED, **DASHED)
     names = ("Loss (mean cross-entropy)", "Accuracy (top-1, %)")
     epochs = [row["epoch"] for row in history]
     for ax, kind, name in zip((losses, accuracies), ("loss", "top1"), names, strict=True):
-        draw_line(ax, epochs, [row[f"train_{kind}"] for row in history], "training", VERMILION)
-        draw_line(ax, epochs, [row.get(f"test_{kind}") for row in history], "test", BLUE)
+        draw_line(
+            ax, epochs, [row[f"train_{kind}"] for row in history], "training", color=VERMILION
+        )
+        draw_line(ax, epochs, [row.get(f"test_{kind}") for row in history], "test", color=BLUE)
         ax.set(title=name, xlabel="epoch")
         ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7, min_n_ticks=1))
-        drawn = [line.get_ydata() for line in ax.lines]
-        values = np.concatenate(drawn)
+        values = np.array([y for line in ax.lines for y in line.get_ydata()])
         if ax is losses and len(values) >= 10:  # a few spikes of many values are cut off
-            usual = 2 * np.percentile(values, 90, method="lower")
-            values = values[values <= max(usual, *(each[0] for each in drawn if len(each)))]
+            firsts = [y for line in ax.lines for y in line.get_ydata()[:1]]
+            limit = max(2 * np.percentile(values, 90, method="lower"), *firsts)
+            values = values[values <= limit]
         ax.set_ylim(0, 1.06 * values.max(initial=0) or 1)
         label_ends(ax, unit=" %" if ax is accuracies else "")
     return figure
@@ -49,10 +51,9 @@ def accuracy_and_loss(
 
 @styled
 def learning_rate_curve(
-    learning_rates: Sequence[float],
-    momenta: Sequence[float] | None = None,
+    learning_rates: Sequence[float], momenta: Sequence[float] | None = None,
     steps_per_epoch: int | None = None,
-) -> Figure:
+) -> Figure:  # fmt: skip
     """Draw learning rate, and momentum if given, at every step; x counts epochs if it can."""
     if not len(learning_rates):
         return message("The schedule has no steps: nothing to draw.")
@@ -67,8 +68,8 @@ def learning_rate_curve(
         turn = int(np.argmax(np.abs(np.asarray(values) - values[0])))
         for step in {0, turn, len(values) - 1}:
             ax.plot(x[step], values[step], "o", color=BLUE, markersize=4)
-            offset = (0, -13) if values[step] < np.mean(values) else (0, 6)
-            annotate(ax, f"{values[step]:.2g}", (x[step], values[step]), offset, BLUE, "center")
+            at, offset = (x[step], values[step]), -13 if values[step] < np.mean(values) else 6
+            annotate(ax, f"{values[step]:.2g}", at, (0, offset), color=BLUE, ha="center")
     axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7, min_n_ticks=1))
     axes[-1].set_xlabel("epoch" if steps_per_epoch else "step")
     return figure
@@ -76,11 +77,9 @@ def learning_rate_curve(
 
 @styled
 def learning_rate_test(
-    learning_rates: Sequence[float],
-    losses: Sequence[float],
-    smoothed: Sequence[float],
+    learning_rates: Sequence[float], losses: Sequence[float], smoothed: Sequence[float],
     suggestion: float | None = None,
-) -> Figure:
+) -> Figure:  # fmt: skip
     """Draw the loss while the learning rate grows step by step (Smith 2015), and the suggestion.
 
     One value for each step; losses in nats, of single batches and smoothed. What is not finite is
@@ -91,21 +90,20 @@ def learning_rate_test(
     if not known.any():
         return message("No step has a finite loss: nothing to draw.")
     figure, (ax,) = new_figure(3.8, "Learning-rate range test")
-    ax.set_xscale("log")
+    ax.set(xscale="log", xlabel="learning rate: no suggestion", ylabel="training loss")
     ax.plot(rates[shown], raw[shown], color=EDGE, linewidth=1.0, label="each batch")
     ax.plot(rates[known], smooth[known], color=BLUE, label="smoothed")
     lowest, start = min(smooth[known].min(), *raw[shown]), smooth[known][0]
     room = max(start - lowest, 0.05 * abs(start), 1e-6)
     ax.set_ylim(lowest - 0.1 * room, start + 0.75 * room)
-    ax.set(xlabel="learning rate: no suggestion", ylabel="training loss")
     if suggestion is not None:
         ax.set_xlabel("learning rate")
         ax.axvline(suggestion, color=VERMILION, **(DASHED | {"linewidth": 1.4}))
-        text, look = f"suggestion {suggestion:.2g}", {"xycoords": ax.get_xaxis_transform()}
-        annotate(ax, text, (suggestion, 1), (0, 3), VERMILION, "center", size=8.5, **look)
+        look = {"color": VERMILION, "ha": "center", "xycoords": ax.get_xaxis_transform()}
+        annotate(ax, f"suggestion {suggestion:.2g}", (suggestion, 1), (0, 3), size=8.5, **look)
     decades = np.ptp(np.log10(rates[rates > 0]))
     ax.xaxis.set_major_locator(LogLocator(subs=(1,) if decades > 2 else (1, 2, 5), numticks=12))
     ax.xaxis.set_minor_locator(NullLocator())
     ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    ax.legend(loc="best", frameon=False, labelcolor=MUTED, prop={"family": FONT, "size": 8.5})
+    ax.legend(loc="best", frameon=False, labelcolor=MUTED, fontsize=8.5)
     return figure
