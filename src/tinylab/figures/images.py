@@ -1,6 +1,7 @@
 """Pages of images: samples, mistakes, heat maps. Images are uint8 (n, h, w, 3)."""
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -10,7 +11,7 @@ from matplotlib.patches import Rectangle
 
 from tinylab.figures.style import (  # isort: skip
     BLUE, GRID, HEAT, INK, KINDS, LABEL, MUTED, NOTE, RAMP, WIDTH, clean, fitted, message,
-    new_canvas, put_caption, put_names_key, put_picture, put_text, styled, title_height, wrapped,
+    new_canvas, put_caption, put_names_key, put_picture, put_text, styled, title_height,
 )  # fmt: skip
 
 SCALED = "scaled to itself: it shows where, never how much."
@@ -70,7 +71,7 @@ def label_conflicts(
         # Being right about one is a mistake about the other: neither has the colour of the truth.
         captions.append([(name, remarks[tested], INK) for name, tested in both])
     nothing = "No two identical images have different labels."
-    return gallery(images, captions, columns, title, nothing)
+    return gallery(images, captions, columns, title, nothing, key={})
 
 
 def gradcam_stages(
@@ -161,7 +162,10 @@ def titled(
         return message("No images to show.")
     margin = 0.08
     side = (WIDTH - 2 * margin - indent + gap) / columns - gap
-    captions = [wrapped(name, side, 8) for name in titles]
+    captions = []
+    for name in titles:  # about 15 characters an inch
+        lines = textwrap.wrap(clean(name), int(15 * side), max_lines=2, placeholder="…")
+        captions.append("\n".join(fitted(line, side, 8) for line in lines))
     text = 0.36 if any("\n" in caption for caption in captions) else 0.24
     top, height = title_height(title), text + len(rows) * side + (len(rows) - 1) * gap + below
     figure = new_canvas(top + math.ceil(len(titles) / columns) * height, title)
@@ -194,9 +198,8 @@ def answered(
 
 @styled
 def gallery(
-    images: np.ndarray, captions: Sequence[Sequence[tuple]], columns: int, title: str, nothing: str,
-    key: Mapping[str, str] | None = None,
-) -> Figure:  # fmt: skip
+    images: np.ndarray, captions: Sequence, columns: int, title: str, nothing: str, key: Mapping
+) -> Figure:
     """Draw rows of images, each below its lines (see `put_caption`); without any say `nothing`."""
     if not len(images):
         return message(nothing)
@@ -208,7 +211,7 @@ def gallery(
         left, upper = margin + i % columns * (side + gap), 0.42 + i // columns * height
         put_caption(figure, left, upper, side, lines)
         put_picture(figure, left, upper + text, side, image)
-    put_names_key(figure, key or {})
+    put_names_key(figure, key)
     return figure
 
 
@@ -219,8 +222,7 @@ def map_table(
 ) -> Figure:  # fmt: skip
     """Draw images, each beside heat map and overlay under every heading of `maps`.
 
-    by_class: two images share a row, and the `KINDS` of maps name their classes; otherwise both
-    classes stand above the image.
+    by_class: the maps, not the image, have their classes above them, and two images share a row.
     """
     if not len(images):
         return message("No misclassified image: there is nothing to explain.")

@@ -27,18 +27,17 @@ def class_accuracy(
 ) -> Figure:  # fmt: skip
     """Draw the best and the worst classes (all if they are few) as bars, and the mean of all.
 
-    accuracies in percent, counts test images of each class. The thin lines are 95 % intervals
-    (Wilson 1927) for what more images of the class would show; they do not allow for having picked
-    the extremes.
+    accuracies in percent, counts test images of each class. The thin lines, 95 % intervals, show
+    what more images of a class would; they do not allow for having picked the extremes.
     """
-    known = [i for i in np.argsort(-np.asarray(accuracies, float), kind="stable") if counts[i] > 0]
+    accuracy, count = np.asarray(accuracies, float), np.asarray(counts)
+    known = [i for i in np.argsort(-accuracy, kind="stable") if count[i] > 0]
     if not known:
         return message("No class has test images: nothing to draw.")
     heading = f"Accuracy per class: the {best} best and {worst} worst of {len(known)}"
     if len(known) <= best + worst:
         best, worst, heading = len(known), 0, f"Accuracy per class, all {len(known)}"
     shown = known[:best] + known[len(known) - worst :]
-    accuracy, count = np.asarray(accuracies, float), np.asarray(counts)
     low, high = wilson(accuracy[shown] / 100, count[shown])
     y = np.arange(len(shown))
     y[best:] += 1  # a gap
@@ -185,10 +184,7 @@ def confused_pairs(
 
 @styled
 def reliability(calibration: Mapping) -> Figure:
-    """Draw accuracy against confidence, as trained and after temperature scaling; counts below.
-
-    calibration: of `explain.mistakes`. The thin lines are 95 % intervals (Wilson 1927).
-    """
+    """Draw a `calibration` of `explain.mistakes`: accuracy against confidence, counts below."""
     if not sum(calibration["before"]["count"]):
         return message("No test images: nothing to draw.")
     look = {"sharex": True, "sharey": "row", "height_ratios": (3, 1)}
@@ -212,9 +208,8 @@ def reliability(calibration: Mapping) -> Figure:
         annotate(ax, "overconfident", (97, 5), (0, 0), ha="right", va="bottom", **look)
 
         # ---- counts ----
-        bins = len(counts)
-        middles = 100 * (np.arange(bins) + 0.5) / bins
-        below.bar(middles, counts, width=88 / bins, color=BLUE, alpha=0.85)
+        middles = 100 * (np.arange(len(counts)) + 0.5) / len(counts)
+        below.bar(middles, counts, width=88 / len(counts), color=BLUE, alpha=0.85)
         below.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=3))
         below.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
         below.set_xlabel("confidence in %")
@@ -236,16 +231,12 @@ def reliability(calibration: Mapping) -> Figure:
 
 @styled
 def localisation(summary: Mapping) -> Figure:
-    """Draw, for each group of images, how far the maps look at the object, and the baselines.
-
-    summary: that of `explain.localisation.Localisation`, and `method`.
-    """
+    """Draw the summary of a `Localisation`, and `method`: how far the maps look at the object."""
     if not any(group["images"] for group in summary["groups"]):
         return message("No image was scored: nothing to draw.")
     rows, width = summary["native_size"]
     maps = f"{clean(summary['method'], 24)}, {clean(summary['stage'], 24)} ({width} × {rows})"
-    title = f"Do the maps look at the object? {maps}"
-    figure, axes = new_figure(5.6, title, 2, 2, sharex=True)
+    figure, axes = new_figure(5.6, f"Do the maps look at the object? {maps}", 2, 2, sharex=True)
     measures = (
         ("hit", "Highest point", {"centre_hit": "D", "uniform": "|"}, "hit_minus_centre", "centre"),
         ("energy", "Share of map", {"uniform": "|"}, "energy_minus_uniform", "even map"),

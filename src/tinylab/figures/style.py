@@ -93,13 +93,6 @@ def fitted(text: str, inches: float, size: float, weight: str = "normal") -> str
     return line[: max(fitting - 1, 0)].rstrip() + "…"
 
 
-def wrapped(text: str, inches: float, size: float) -> str:
-    """Return `clean` text on one or two lines of at most `inches`."""
-    characters = int(72 * inches / (0.6 * size))
-    lines = textwrap.wrap(clean(text), characters, max_lines=2, placeholder="…")
-    return "\n".join(fitted(line, inches, size) for line in lines)
-
-
 def new_canvas(height: float, title: str = "") -> Figure:
     """Return a figure for pictures placed by hand, `height` in inches."""
     figure = SelfShowing(figsize=(WIDTH, height))

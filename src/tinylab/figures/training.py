@@ -33,10 +33,9 @@ def accuracy_and_loss(
     names = ("Loss (mean cross-entropy)", "Accuracy (top-1, %)")
     epochs = [row["epoch"] for row in history]
     for ax, kind, name in zip((losses, accuracies), ("loss", "top1"), names, strict=True):
-        draw_line(
-            ax, epochs, [row[f"train_{kind}"] for row in history], "training", color=VERMILION
-        )
-        draw_line(ax, epochs, [row.get(f"test_{kind}") for row in history], "test", color=BLUE)
+        trained, tested = ([row.get(f"{on}_{kind}") for row in history] for on in ("train", "test"))
+        draw_line(ax, epochs, trained, "training", color=VERMILION)
+        draw_line(ax, epochs, tested, "test", color=BLUE)
         ax.set(title=name, xlabel="epoch")
         ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7, min_n_ticks=1))
         values = np.array([y for line in ax.lines for y in line.get_ydata()])
@@ -67,9 +66,9 @@ def learning_rate_curve(
         # Start, turning point and end say it all; short or constant schedules have fewer.
         turn = int(np.argmax(np.abs(np.asarray(values) - values[0])))
         for step in {0, turn, len(values) - 1}:
-            ax.plot(x[step], values[step], "o", color=BLUE, markersize=4)
-            at, offset = (x[step], values[step]), -13 if values[step] < np.mean(values) else 6
-            annotate(ax, f"{values[step]:.2g}", at, (0, offset), color=BLUE, ha="center")
+            at, up = (x[step], values[step]), 6 if values[step] >= np.mean(values) else -13
+            ax.plot(*at, "o", color=BLUE, markersize=4)
+            annotate(ax, f"{values[step]:.2g}", at, (0, up), color=BLUE, ha="center")
     axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7, min_n_ticks=1))
     axes[-1].set_xlabel("epoch" if steps_per_epoch else "step")
     return figure
