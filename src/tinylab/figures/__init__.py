@@ -1,4 +1,5 @@
 """Every figure. Functions return a matplotlib Figure; only this folder imports matplotlib."""
+# ruff: noqa: F401
 
 import contextlib
 import os
@@ -21,12 +22,5 @@ from tinylab.figures.images import (  # isort: skip
 from tinylab.figures.scores import (  # isort: skip
     class_accuracy, confused_pairs, confusion, faithfulness, localisation, reliability,
 )  # fmt: skip
-from tinylab.figures.style import Figure, SelfShowing, clean, message, save
+from tinylab.figures.style import Figure, clean, message, save
 from tinylab.figures.training import accuracy_and_loss, learning_rate_curve, learning_rate_test
-
-__all__ = [
-    "Figure", "SelfShowing", "accuracy_and_loss", "before_after", "class_accuracy", "class_maps",
-    "clean", "confident", "confused_pairs", "confusion", "faithfulness", "gradcam_stages",
-    "image_grid", "label_conflicts", "learning_rate_curve", "learning_rate_test", "localisation",
-    "message", "misclassified", "prediction", "reliability", "save",
-]  # fmt: skip

@@ -1,17 +1,15 @@
 """The look of every figure: sizes, colours, text that fits.
 
 Nothing touches pyplot or global settings, so no figure lingers in memory and nobody else's style
-changes. As the last value of a notebook's cell a figure shows itself. Class names are foreign text:
-they are never read as formulas, lose characters that cannot be printed, and are cut to fit.
+changes. Class names are foreign text: they are never read as formulas, lose characters that cannot
+be printed, and are cut to fit. What is put by hand has its place in inches from the upper left.
 """
 
 import io
-import math
 import os
 import textwrap
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
@@ -19,16 +17,14 @@ from pathlib import Path
 import matplotlib.style
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colors import Colormap
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
 from matplotlib.textpath import TextPath
-from matplotlib.ticker import MaxNLocator
 
-WIDTH = 9.0  # inches: at 100 dpi about the width of a README column on GitHub
 DPI = 200  # of files: sharp on screens of two pixels a point
+WIDTH = 9.0  # inches: at 100 dpi about the width of a README column on GitHub
 FONT = "DejaVu Sans"  # comes with matplotlib: the same picture on every machine
 INK, MUTED, EDGE, GRID = "#1f2328", "#656d76", "#afb8c1", "#e4e7eb"
 BLUE, VERMILION = "#0072b2", "#c2410c"  # stay apart for colour-blind eyes and in grey
@@ -37,54 +33,40 @@ HEAT = "inferno"  # its lightness rises evenly, unlike that of the customary jet
 NOTE = {"color": MUTED, "size": 8}
 LABEL = {"color": MUTED, "size": 8.5}
 HEADING = {"size": 11.5, "weight": "bold"}
+RAMP = {"image": np.linspace(0, 1, 256)[None], "high": 0.12, "interpolation": None}  # all colours
 DASHED = {"linestyle": (0, (3, 1.6)), "linewidth": 1.2}
 STYLE = {
-    "figure.dpi": 100, "figure.facecolor": "white",
     "font.family": FONT, "font.size": 9, "text.color": INK, "text.parse_math": False,
     "axes.titlesize": 10, "axes.titlelocation": "left", "axes.titleweight": "bold",
-    "axes.titlecolor": INK, "axes.labelcolor": MUTED, "axes.edgecolor": EDGE,
-    "axes.spines.top": False, "axes.spines.right": False,
-    "axes.grid": True, "axes.axisbelow": True, "grid.color": GRID, "grid.linewidth": 0.8,
+    "axes.labelcolor": MUTED, "axes.edgecolor": EDGE, "axes.spines.top": False,
+    "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True, "grid.color": GRID,
     "lines.linewidth": 1.8, "lines.solid_capstyle": "round",
 }  # fmt: skip
+styled = matplotlib.style.context(["default", STYLE])
+"""Decorator: what the function makes or draws has this style, whatever the settings around it."""
 
 
 class SelfShowing(Figure):
     """A figure that a notebook shows without pyplot's inline backend."""
 
-    def _repr_png_(self) -> bytes:
-        return png(self, self.dpi)
+    @styled
+    def _repr_png_(self, dpi: int = 100) -> bytes:
+        """Return a PNG file without matplotlib's version: the same picture has the same bytes."""
+        buffer = io.BytesIO()
+        self.savefig(buffer, format="png", dpi=dpi, metadata={"Software": None})
+        return buffer.getvalue()
 
 
-def png(figure: Figure, dpi: float) -> bytes:
-    """Return the PNG file, its bytes given by the picture alone."""
-    buffer = io.BytesIO()
-    with styled():  # without the library's name in the file, which would change with its version
-        figure.savefig(buffer, format="png", dpi=dpi, metadata={"Software": None})
-    return buffer.getvalue()
-
-
-def save(figure: Figure, path: Path | str, dpi: int = DPI) -> Path:
+def save(figure: SelfShowing, path: Path, dpi: int = DPI) -> Path:
     """Write a PNG, whole or not at all, and return its path. Raise `OSError` if that fails."""
-    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_bytes(png(figure, dpi))
+        temporary.write_bytes(figure._repr_png_(dpi))
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
     return path
-
-
-@contextmanager
-def styled() -> Iterator[None]:
-    """Give the house style to what is made inside, whatever the settings around it."""
-    with matplotlib.style.context(["default", STYLE]):
-        yield
-
-
-# --- Text -----------------------------------------------------------------------------------------
 
 
 def clean(text: str, limit: int = 60) -> str:
@@ -104,25 +86,11 @@ def text_width(text: str, size: float, weight: str = "normal") -> float:
 def fitted(text: str, inches: float, size: float, weight: str = "normal") -> str:
     """Return `clean` text, cut until it is at most `inches` wide."""
     line = clean(text, 200)
-    most = max(int(inches * 72 / (0.25 * size)), 0)  # an i is wider than a quarter of the size
-    if len(line) <= most and text_width(line, size, weight) <= inches:
+    if text_width(line, size, weight) <= inches:
         return line
-
-    def width(length: int) -> float:
-        return text_width(line[:length] + "…", size, weight)
-
-    longest = bisect_right(range(min(len(line), most + 1)), inches, key=width) - 1
-    return line[: max(longest, 0)].rstrip() + "…"
-
-
-def wrapped(text: str, inches: float, size: float) -> str:
-    """Return `clean` text on one or two lines of at most `inches`."""
-    characters = int(72 * inches / (0.6 * size))
-    lines = textwrap.wrap(clean(text), characters, max_lines=2, placeholder="…")
-    return "\n".join(fitted(line, inches, size) for line in lines)
-
-
-# --- Pictures placed by hand, in inches from the figure's upper left corner -----------------------
+    cuts = [line[:length] + "…" for length in range(len(line))]
+    fitting = bisect_right(cuts, inches, key=lambda cut: text_width(cut, size, weight))
+    return line[: max(fitting - 1, 0)].rstrip() + "…"
 
 
 def new_canvas(height: float, title: str = "") -> Figure:
@@ -138,50 +106,38 @@ def title_height(title: str) -> float:
     return 0.42 if title else 0.06
 
 
+@styled
 def message(text: str) -> Figure:
     """Return a figure that says why there is nothing to draw."""
-    with styled():
-        figure, look = new_canvas(1.2), {"size": 11, "color": MUTED, "ha": "center", "va": "center"}
-        put_text(figure, WIDTH / 2, 0.6, fitted(text, WIDTH - 0.4, 11), **look)
+    figure, look = new_canvas(1.2), {"size": 11, "color": MUTED, "ha": "center", "va": "center"}
+    put_text(figure, WIDTH / 2, 0.6, fitted(text, WIDTH - 0.4, 11), **look)
     return figure
 
 
-def put_text(
-    figure: Figure, left: float, top: float, text: str, va: str = "baseline", **style: object
-) -> None:
-    """Write text."""
+def put_text(figure: Figure, left: float, top: float, text: str, **style: object) -> None:
+    """Write text, by default on a line at `top`."""
     width, height = figure.get_size_inches()
-    figure.text(left / width, 1 - top / height, text, va=va, **style)
+    figure.text(left / width, 1 - top / height, text, **style)
 
 
-def put_axes(figure: Figure, left: float, top: float, wide: float, high: float) -> Axes:
-    """Return axes for a picture."""
+def put_picture(
+    figure: Figure, left: float, top: float, wide: float, image: np.ndarray,
+    high: float | None = None, box: Sequence[int] | None = None, **look: object,
+) -> Axes:  # fmt: skip
+    """Show an image, perhaps with a box's pixels (x0 y0 x1 y1) framed, and return its axes."""
     width, height = figure.get_size_inches()
+    high = high or wide
     ax = figure.add_axes((left / width, 1 - (top + high) / height, wide / width, high / height))
     ax.set_axis_off()
+    ax.imshow(image, aspect="auto", **({"interpolation": "nearest"} | look))
+    if box is not None:
+        x0, y0, x1, y1 = map(int, box)
+        at, size = (x0 - 0.5, y0 - 0.5), (x1 - x0 + 1, y1 - y0 + 1)
+        frame = Rectangle(at, *size, fill=False, edgecolor="white", linewidth=1.0)
+        # Light on a dark edge shows on any picture.
+        frame.set_path_effects([withStroke(linewidth=2.2, foreground="black", alpha=0.55)])
+        ax.add_patch(frame)
     return ax
-
-
-def put_picture(figure: Figure, left: float, top: float, side: float, image: np.ndarray) -> Axes:
-    """Show a square image, and return its axes."""
-    ax = put_axes(figure, left, top, side, side)
-    ax.imshow(image, interpolation="nearest", aspect="auto")
-    return ax
-
-
-def put_ramp(figure: Figure, left: float, top: float, wide: float, colors: str | Colormap) -> None:
-    """Show all the colours of a scale."""
-    ax = put_axes(figure, left, top, wide, 0.12)
-    ax.imshow(np.linspace(0, 1, 256)[None], cmap=colors, aspect="auto")
-
-
-def put_box(ax: Axes, box: Sequence[int]) -> None:
-    """Frame the pixels x0 y0 x1 y1, ends included: light on a dark edge shows on any picture."""
-    x0, y0, x1, y1 = map(int, box)
-    look = {"fill": False, "edgecolor": "white", "linewidth": 1.0}
-    frame = Rectangle((x0 - 0.5, y0 - 0.5), x1 - x0 + 1, y1 - y0 + 1, **look)
-    frame.set_path_effects([withStroke(linewidth=2.2, foreground="black", alpha=0.55)])
-    ax.add_patch(frame)
 
 
 def put_caption(
@@ -203,25 +159,17 @@ def put_names_key(figure: Figure, kinds: Mapping[str, str]) -> None:
         right -= text_width(word, 8.5, "bold") + 0.14
 
 
-# --- Axes -----------------------------------------------------------------------------------------
-
-
-def new_figure(height: float, title: str = "") -> Figure:
-    """Return a figure for axes, `height` in inches."""
+def new_figure(
+    height: float, title: str, rows: int = 1, columns: int = 1, **sharing: object
+) -> tuple[Figure, np.ndarray]:
+    """Return a figure, `height` in inches, and a flat array of its axes."""
     figure = SelfShowing(figsize=(WIDTH, height), layout="constrained")
     if title:
         figure.suptitle(fitted(title, WIDTH - 0.2, **HEADING), x=0.008, ha="left", **HEADING)
-    return figure
-
-
-def add_axes(figure: Figure, rows: int = 1, columns: int = 1, **sharing: bool | str) -> np.ndarray:
-    """Return a flat array of axes. Ticks are made outside the style, so they get it here."""
     axes = figure.subplots(rows, columns, squeeze=False, **sharing).ravel()
-    look = {"labelsize": 8.5, "labelfontfamily": FONT, "length": 3, "width": 0.8}
     for ax in axes:
-        ax.tick_params(color=EDGE, labelcolor=MUTED, **look)
-        ax.tick_params(grid_color=GRID, grid_linewidth=0.8)
-    return axes
+        ax.tick_params(color=EDGE, labelcolor=MUTED, labelsize=8.5, length=3)
+    return figure, axes
 
 
 def put_footnote(figure: Figure, text: str) -> None:
@@ -230,47 +178,19 @@ def put_footnote(figure: Figure, text: str) -> None:
     figure.supxlabel(text, x=0.008, ha="left", linespacing=1.45, **NOTE)
 
 
-def draw_line(
-    ax: Axes, x: Sequence, y: Sequence, label: str, color: str, dashed: bool = False
-) -> None:
+def draw_line(ax: Axes, x: Sequence, y: Sequence, label: str, **style: object) -> None:
     """Draw a curve through the values there are, its last one a dot; `label_ends` names it."""
-    known = np.isfinite(np.asarray(y, float))
-    x, y = np.asarray(x, float)[known], np.asarray(y, float)[known]
-    dot = {"marker": "o", "markersize": 4, "markevery": [len(x) - 1] if len(x) else []}
-    ax.plot(x, y, label=label, color=color, **dot, **(DASHED if dashed else {}))
-
-
-def whole_numbers(ax: Axes) -> None:
-    """Have no ticks between two epochs or steps."""
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7, min_n_ticks=1))
-
-
-def from_zero(ax: Axes, cut_spikes: bool = False) -> None:
-    """Let the axis reach from 0 to a little above the highest value, or all but a few of many."""
-    values = np.concatenate([line.get_ydata() for line in ax.lines])
-    values = values[np.isfinite(values)]
-    if cut_spikes and len(values) >= 10:
-        usual = 2 * np.percentile(values, 90, method="lower")
-        values = values[
-            values <= max(usual, *(y for line in ax.lines for y in line.get_ydata()[:1]))
-        ]
-    ax.set_ylim(0, 1.06 * values.max(initial=0) or 1)
+    x, y = np.asarray(x, float), np.asarray(y, float)  # None becomes NaN
+    known = np.isfinite(y)
+    dot = {"marker": "o", "markersize": 4, "markevery": slice(-1, None)}
+    ax.plot(x[known], y[known], label=label, **dot, **style)
 
 
 def label_ends(ax: Axes, unit: str) -> None:
-    """Write every line's name and last value to the right of all lines; limits are final.
-
-    Labels are as high as the lines' last points, in shares of the axes, and pushed apart.
-    """
+    """Write each line's name and last value right of all lines, pushed apart; limits are final."""
     bottom, top = ax.get_ylim()
-    ends = []
-    for line in ax.lines:
-        points = np.column_stack(line.get_data())
-        points = points[np.isfinite(points).all(axis=1)]
-        if len(points):
-            x, y = points[-1]
-            text = f"{line.get_label()} {y:.2f}{unit}".replace("-", "−")
-            ends.append([min((y - bottom) / (top - bottom), 1), x, text, line.get_color()])
+    lines = [line for line in ax.lines if len(line.get_xdata())]
+    ends = [[min((line.get_ydata()[-1] - bottom) / (top - bottom), 1), line] for line in lines]
     ends.sort(key=lambda end: end[0])
     apart = 12 / (72 * ax.figure.get_figheight() * ax.get_position().height)  # 12 points
     for lower, upper in [*pairwise(ends)] * 8:  # pushing one pair apart may close another
@@ -278,42 +198,14 @@ def label_ends(ax: Axes, unit: str) -> None:
         if overlap > 0:
             lower[0] -= overlap / 2
             upper[0] += overlap / 2
-    right = max((end[1] for end in ends), default=0)
-    look = {"va": "center", "xycoords": ax.get_xaxis_transform(), "size": 8.5}
-    for height, _, text, color in ends:
-        annotate(ax, text, (right, height), (7, 0), color, "left", **look)
+    right = max((line.get_xdata()[-1] for line in lines), default=0)
+    look = {"va": "center", "ha": "left", "xycoords": ax.get_xaxis_transform(), "size": 8.5}
+    for height, line in ends:
+        text = f"{line.get_label()} {line.get_ydata()[-1]:.2f}{unit}".replace("-", "−")
+        annotate(ax, text, (right, height), (7, 0), color=line.get_color(), **look)
 
 
-def annotate(
-    ax: Axes, text: str, at: tuple, offset: tuple, color: str, ha: str, **style: object
-) -> None:
+def annotate(ax: Axes, text: str, at: tuple, offset: tuple, **style: object) -> None:
     """Write text `offset` points away from `at`, on white."""
-    look = {"va": "baseline", "color": color, "ha": ha} | style
     box = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}
-    ax.annotate(text, at, offset, textcoords="offset points", bbox=box, **look)
-
-
-# --- Numbers --------------------------------------------------------------------------------------
-
-
-def in_percent(estimate: Mapping | None) -> tuple[float, float, float] | None:
-    """Return a share's mean and the ends of its interval in percent; None: not measured."""
-    if not estimate or estimate["mean"] is None:
-        return None
-    mean, low, high = (100 * estimate[key] for key in ("mean", "low", "high"))
-    return mean, low, high
-
-
-def in_points(estimate: Mapping | None) -> str:
-    """Return a difference of shares with its interval, as text."""
-    values = in_percent(estimate)
-    return "{:+.1f} ({:+.1f} to {:+.1f})".format(*values).replace("-", "−") if values else "unknown"
-
-
-def wilson(share: float, count: int) -> tuple[float, float]:
-    """Return the 95 % interval of a share of `count`, in percent (Wilson 1927)."""
-    z = 1.96
-    middle = (share + z * z / (2 * count)) / (1 + z * z / count)
-    root = math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    half = z / (1 + z * z / count) * root
-    return 100 * (middle - half), 100 * (middle + half)
+    ax.annotate(text, at, offset, textcoords="offset points", bbox=box, **style)
