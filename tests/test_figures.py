@@ -21,6 +21,7 @@ from matplotlib.text import Text
 from PIL import Image
 
 from tinylab import figures as plots
+from tinylab.exceptions import UserError
 from tinylab.figures import style
 
 PLAIN = ["one", "two", "three", "four"]
@@ -313,7 +314,7 @@ def test_saved_file_is_whole_or_absent(tmp_path: Path, monkeypatch: pytest.Monke
         raise OSError("no space left")
 
     monkeypatch.setattr(Path, "write_bytes", full_disk)
-    with pytest.raises(OSError, match="no space left"):
+    with pytest.raises(UserError, match="cannot write .*no space left"):
         plots.save(plots.message("second"), path)
     assert path.read_bytes() == before
     assert [file.name for file in path.parent.iterdir()] == ["figure.png"]

@@ -395,7 +395,7 @@ class FindLr(Training):
             self.recipe, open_dataset(self.data), split=self.recipe.split, **rates, **self.options()
         )
         curve = (found.learning_rates, found.losses, found.smoothed, found.suggestion)
-        print(drawn(plots.learning_rate_test(*curve), out))
+        print(plots.save(plots.learning_rate_test(*curve), out))
         if found.suggestion is None:
             print(f"no suggestion: {found.reason}")
             return
@@ -466,17 +466,6 @@ def require_writable(path: Path, run: "Run | None" = None) -> None:
     records = (*FINAL_FILES, *EXPLAINED, CHECKSUMS, "summary.json") if run else ()
     if path.resolve() in {(run.folder / name).resolve() for name in records}:
         raise UserError(f"{path} is a record of the run: choose another name")
-
-
-def drawn(figure: object, path: Path) -> Path:
-    """Save a figure."""
-    from tinylab import figures as plots
-
-    try:
-        return plots.save(figure, path)
-    except OSError as error:
-        reason = error.strerror or error
-        raise UserError(f"cannot write figures to {path.parent}: {reason}") from error
 
 
 def parse(arguments: list[str]) -> object:

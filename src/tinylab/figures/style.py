@@ -5,6 +5,7 @@ changes. Class names are foreign text: they are never read as formulas, lose cha
 be printed, and are cut to fit. What is put by hand has its place in inches from the upper left.
 """
 
+import contextlib
 import io
 import os
 import textwrap
@@ -22,6 +23,8 @@ from matplotlib.font_manager import FontProperties
 from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
 from matplotlib.textpath import TextPath
+
+from tinylab.exceptions import UserError
 
 DPI = 200  # of files: sharp on screens of two pixels a point
 WIDTH = 9.0  # inches: at 100 dpi about the width of a README column on GitHub
@@ -58,14 +61,17 @@ class SelfShowing(Figure):
 
 
 def save(figure: SelfShowing, path: Path, dpi: int = DPI) -> Path:
-    """Write a PNG, whole or not at all, and return its path. Raise `OSError` if that fails."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write a PNG, whole or not at all, and return its path. Raise `UserError` if that fails."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_bytes(figure._repr_png_(dpi))
         os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
     return path
 
 
