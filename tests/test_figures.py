@@ -314,7 +314,7 @@ def test_saved_file_is_whole_or_absent(tmp_path: Path, monkeypatch: pytest.Monke
         raise OSError("no space left")
 
     monkeypatch.setattr(Path, "write_bytes", full_disk)
-    with pytest.raises(UserError, match="cannot write .*no space left"):
+    with pytest.raises(UserError, match=r"cannot write .*no space left"):
         plots.save(plots.message("second"), path)
     assert path.read_bytes() == before
     assert [file.name for file in path.parent.iterdir()] == ["figure.png"]
