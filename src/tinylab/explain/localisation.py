@@ -15,7 +15,8 @@ from tqdm import tqdm
 
 from tinylab.data.dataset import Dataset
 from tinylab.explain.boxes import box_area, centre_hits, energy, hits, usable
-from tinylab.explain.gradcam import RESAMPLES, bootstrap, gradcam, sample
+from tinylab.explain.gradcam import gradcam
+from tinylab.explain.sampling import RESAMPLES, bootstrap, sample
 from tinylab.files import as_csv, write_atomically
 
 BATCH = 256  # images that are held as float32 at a time

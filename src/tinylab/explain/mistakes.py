@@ -5,7 +5,7 @@ number, as in `evaluate.score`.
 """
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations, islice
 from pathlib import Path
@@ -20,9 +20,7 @@ from tinylab.data.dataset import Dataset
 from tinylab.files import as_csv, write_atomically
 
 COLDEST, HOTTEST = 0.05, 20.0  # the best temperature is looked for between these
-
-MOST_PAIRS = 1000
-"""Pairs of identical images listed: Tiny ImageNet has 27, plain pictures may make millions."""
+MOST_PAIRS = 1000  # of identical images: Tiny ImageNet has 27, plain pictures may make millions
 
 
 @dataclass(frozen=True)
@@ -49,9 +47,9 @@ class Errors:
         tested = [each for each in self.classes if each["images"]]
         ranked = sorted(tested, key=lambda each: (-each["top1"], -each["top5"]))
         half = len(ranked) // 2  # so that no class is among both
-        best, worst = ranked[: len(ranked) - half][:10], ranked[::-1][:half][:10]
-        rest = {"pairs": self.pairs, "calibration": self.calibration, "classes": self.classes}
-        return {"best": best, "worst": worst, **rest}
+        found = {"best": ranked[: len(ranked) - half][:10], "worst": ranked[::-1][:half][:10]}
+        found |= {"pairs": self.pairs, "calibration": self.calibration, "classes": self.classes}
+        return found
 
     def write_tables(self, folder: Path) -> list[Path]:
         """Write classes.csv and confusion.csv (a line per actual class), and return their paths."""
@@ -74,39 +72,31 @@ def analyse(
     logits: np.ndarray, labels: np.ndarray, wnids: Sequence[str], names: Sequence[str]
 ) -> Errors:
     """Return all that the logits say about the errors."""
-    # ---- each class ----
     matrix = confusion_matrix(logits, labels)
     five = np.argsort(-logits, axis=1, kind="stable")[:, :5]
     among_five = np.bincount(labels[(five == labels[:, None]).any(axis=1)], minlength=len(matrix))
     hits = np.stack([matrix.diagonal(), among_five], axis=1).tolist()
     mistakes = matrix - np.diag(matrix.diagonal())
-    classes = []
+    kinds, classes = [], []
     for index, answer in enumerate(mistakes.argmax(axis=1).tolist()):
         total, count = int(matrix[index].sum()), int(mistakes[index, answer])
         top1, top5 = (100 * each / total if total else None for each in hits[index])
-        mistaken = {"wnid": wnids[answer], "name": names[answer], "count": count}
-        entry = {"index": index, "wnid": wnids[index], "name": names[index], "images": total}
-        entry |= {"top1": top1, "top5": top5, "mistaken_for": mistaken if count else None}
-        classes.append(entry)
+        mistaken = {"wnid": wnids[answer], "name": names[answer], "count": count} if count else None
+        kinds.append({"index": index, "wnid": wnids[index], "name": names[index], "images": total})
+        classes.append(kinds[-1] | {"top1": top1, "top5": top5, "mistaken_for": mistaken})
 
-    # ---- pairs of classes; equal counts in the order of the classes ----
     both = np.triu(matrix + matrix.T, k=1)
-    first, second = np.nonzero(both)
-    ranked = np.argsort(-both[first, second], kind="stable")[:20]
-    confused = []
-    for i, j in zip(first[ranked].tolist(), second[ranked].tolist(), strict=True):
-        fields = ("index", "wnid", "name", "images")
-        one, other = ({name: classes[k][name] for name in fields} for k in (i, j))
+    ranked = np.argsort(-both[both > 0], kind="stable")[:20]  # stable: ties go by class number
+    pairs = []
+    for i, j in np.argwhere(both)[ranked].tolist():
         counts = {"one_as_other": int(matrix[i, j]), "other_as_one": int(matrix[j, i])}
-        confused.append({"one": one, "other": other, **counts, "count": int(both[i, j])})
+        pairs.append({"one": kinds[i], "other": kinds[j], **counts, "count": int(both[i, j])})
 
-    # ---- single images ----
-    confidence = softmax(logits).max(axis=1)
-    hit = logits.argmax(axis=1) == labels
-    surest, least_sure = (np.argsort(each, kind="stable") for each in (-confidence, confidence))
-    wrong, right = surest[~hit[surest]][:10], least_sure[hit[least_sure]][:10]
+    confidence, hit = softmax(logits).max(axis=1), logits.argmax(axis=1) == labels
+    wrong = np.flatnonzero(~hit)[np.argsort(-confidence[~hit], kind="stable")[:10]]
+    right = np.flatnonzero(hit)[np.argsort(confidence[hit], kind="stable")[:10]]
     order, calibrated = block_order(matrix), calibration(logits, labels)
-    return Errors(classes, matrix, order, confused, wrong, right, calibrated)
+    return Errors(classes, matrix, order, pairs, wrong, right, calibrated)
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
@@ -168,10 +158,9 @@ def calibration(logits: np.ndarray, labels: np.ndarray, bins: int = 15) -> dict:
     shifted -= shifted.max(axis=1, keepdims=True)
     half = halves(labels)
     fitted = [fit_temperature(shifted[half == n], labels[half == n]) for n in (0, 1)]
-    temperatures = [1.0 if each is None else each for each in fitted]
-    note = None
+    temperatures, note = [each or 1.0 for each in fitted], None
     if None in fitted:
-        which = f"{'either' if fitted == [None, None] else 'one'} half of the images"
+        which = f"{'one' if any(fitted) else 'either'} half of the images"
         note = f"no temperature from {COLDEST} to {HOTTEST} is best for {which}: 1 was taken there"
     scaled = shifted / np.array(temperatures)[1 - half][:, None]
     return {
@@ -210,33 +199,21 @@ def reliability(shifted: np.ndarray, labels: np.ndarray, bins: int) -> dict:
     losses = np.log(total) - shifted[np.arange(len(labels)), labels]
     which = np.clip(np.ceil(confidence * bins).astype(np.int64) - 1, 0, bins - 1)
     count = np.bincount(which, minlength=bins)
-    confidences, hits = (np.bincount(which, each, minlength=bins) for each in (confidence, hit))
-
-    def means(sums: np.ndarray) -> list[float | None]:
-        pairs = zip(sums.tolist(), count.tolist(), strict=True)
-        return [value / number if number else None for value, number in pairs]
-
-    ece = float(np.abs(hits - confidences).sum() / len(labels))
+    sums = [np.bincount(which, each, minlength=bins) for each in (confidence, hit)]
+    means = [np.where(count > 0, each / count.clip(1), None).tolist() for each in sums]
     return {
-        "ece": ece, "nll": float(losses.mean()), "mean_confidence": float(confidence.mean()),
-        "accuracy_overall": float(hit.mean()), "confidence": means(confidences),
-        "accuracy": means(hits), "count": count.tolist(),
+        "ece": float(np.abs(sums[1] - sums[0]).sum() / len(labels)), "nll": float(losses.mean()),
+        "mean_confidence": float(confidence.mean()), "accuracy_overall": float(hit.mean()),
+        "confidence": means[0], "accuracy": means[1], "count": count.tolist(),
     }  # fmt: skip
 
 
 def identical_images(images: np.ndarray) -> list[list[int]]:
     """Return the rows, ascending, of each group of images that are equal in every byte."""
-
-    def alike(part: np.ndarray, rows: Iterable[int]) -> list[list[int]]:
-        groups: dict[bytes, list[int]] = {}
-        for row in rows:
-            digest = hashlib.sha256(np.ascontiguousarray(part[row])).digest()
-            groups.setdefault(digest, []).append(row)
-        return [group for group in groups.values() if len(group) > 1]
-
-    # A few lines from the middle tell almost all apart; only the others are read as a whole.
-    candidates = alike(images[:, 32:40], range(len(images)))
-    return sorted(group for rows in candidates for group in alike(images, rows))
+    groups: dict[bytes, list[int]] = {}
+    for row, image in enumerate(images):
+        groups.setdefault(hashlib.sha256(image).digest(), []).append(row)
+    return sorted(group for group in groups.values() if len(group) > 1)
 
 
 def label_conflicts(dataset: Dataset, rows: np.ndarray, logits: np.ndarray) -> dict:

@@ -18,7 +18,8 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from tinylab.data.dataset import Dataset
-from tinylab.explain.gradcam import bootstrap, frozen_copy, gradcam, sample
+from tinylab.explain.gradcam import frozen_copy, gradcam
+from tinylab.explain.sampling import bootstrap, sample
 
 PERCENTILES = (10, 20, 30, 40, 50, 60, 70, 80, 90)  # at 80, a fifth of all pixels goes
 ORDERS = {
