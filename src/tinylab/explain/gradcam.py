@@ -73,9 +73,8 @@ def gradcam(
 ) -> dict[str, np.ndarray]:
     """Return maps float32 (B, h, w) in 0..1 of each stage at its own size (64, 32, 16, 8 a side).
 
-    inputs: float32 (B, 3, H, W), normalised. targets: integer (B,), the class of each map. A map is
-    scaled to itself, so brightness cannot be compared; one that is 0 everywhere found nothing. In
-    fp32 on a copy in eval mode: the model stays as it is, and may be compiled or wrapped.
+    inputs: float32 (B, 3, H, W), normalised. targets: integer (B,), the class of each map. Each map
+    is scaled by its own peak; one that is 0 everywhere found nothing. In fp32, on a copy.
     """
     if unknown := [stage for stage in stages if stage not in STAGES]:
         raise UserError(f"unknown layer '{unknown[0]}'; there are: {', '.join(STAGES)}")
@@ -96,7 +95,6 @@ def gradcam(
             pixels = images.to(device, torch.float32, copy=True)
             batches.append(cam(pixels, [ClassifierOutputTarget(each) for each in wanted.tolist()]))
             cam.outputs = None  # else the graph is kept during the next batch's forward pass
-
     return dict(zip(ordered, map(np.concatenate, zip(*batches, strict=True)), strict=True))
 
 
@@ -120,8 +118,7 @@ def explain(
     """Draw `count` misclassified test images, with what spoke for each of their two classes.
 
     rows (N,): the test images. logits (N, C): the answers. normalise: from uint8 (n, 64, 64, 3) to
-    the network's input. An entry holds what `answers` says; `box`; `box_area`, a share, which a map
-    that knows nothing would score; and for each map `size`, `mean` and `energy_in_box`.
+    the network's input. An entry holds what `answers` says, its box, and how each map meets it.
     """
     labels = dataset.labels[rows].astype(np.int64)
     drawn = misclassified(logits, labels, count, seed)
@@ -134,12 +131,9 @@ def explain(
 
     def against_box(i: int, maps: np.ndarray) -> dict:
         one, box = maps[i : i + 1], boxes[i : i + 1]
-        share = round(float(energy(one, box)[0]), 4) if usable(box)[0] and one.any() else None
-        return {
-            "size": [*one.shape[1:]],
-            "mean": round(float(one.mean()), 4),
-            "energy_in_box": share,
-        }
+        share = round(energy(one, box).item(), 4) if usable(box)[0] and one.any() else None
+        size, mean = list(one.shape[1:]), round(one.mean().item(), 4)
+        return {"size": size, "mean": mean, "energy_in_box": share}
 
     entries = answers(rows[drawn], logits[drawn], dataset)
     for i, (entry, area) in enumerate(zip(entries, box_area(boxes).tolist(), strict=True)):
