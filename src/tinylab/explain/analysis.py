@@ -56,11 +56,11 @@ class Analysis:
             yield self.localisation.write_table(table)
         yield from self.errors.write_tables(run.folder)
 
+        located = self.localisation and self.localisation.summary
         found = {"model_sha256": run.summary["model_sha256"], **self.explanation.to_json()}
         found |= {"errors": self.errors.to_json(), "label_conflicts": self.conflicts}
-        found["localisation"] = self.localisation.summary if self.localisation else None
-        found |= {"faithfulness": self.faithfulness, "figures": sorted(self.figures)}
-        run.write("explain.json", found)
+        found |= {"localisation": located, "faithfulness": self.faithfulness}
+        run.write("explain.json", found | {"figures": sorted(self.figures)})
         yield run.folder / "explain.json"
         if figures:
             note_figures(run, figures)
@@ -85,8 +85,8 @@ def analyse_run(
 ) -> Analysis:
     """Return numbers and figures of a finished run.
 
-    model: its network; None: no map is asked for. count: misclassified images to explain one by
-    one. sample: test images for the box metric, None: all, 0: none. faithful: test images for ROAD.
+    model: None if no map is asked for. count: misclassified images to explain one by one. sample:
+    test images for the box metric, None: all, 0: none. faithful: test images for ROAD.
     """
     predictions, recipe, test = run.predictions, run.recipe, rows.test
     logits, labels = predictions["logits"], dataset.labels[test]

@@ -56,10 +56,9 @@ class NativeGradCAM(GradCAM):
         return None
 
     def aggregate_multi_layers(self, cam_per_target_layer: list[np.ndarray]) -> list[np.ndarray]:
-        # The library adds 1e-7 to its divisor, which dims weak maps. A map of 0 stays one.
-        peaks = [maps.max(axis=(2, 3)) for maps in cam_per_target_layer]
-        divisors = [np.where(peak > 0, peak, 1)[:, :, None] for peak in peaks]
-        return [maps[:, 0] / by for maps, by in zip(cam_per_target_layer, divisors, strict=True)]
+        # The library adds 1e-7 to its divisor, which dims weak maps.
+        tiny, layers = np.finfo(np.float32).tiny, [maps[:, 0] for maps in cam_per_target_layer]
+        return [maps / maps.max(axis=(1, 2), keepdims=True).clip(tiny) for maps in layers]
 
 
 @torch.inference_mode(False)

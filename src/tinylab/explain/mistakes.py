@@ -27,11 +27,10 @@ MOST_PAIRS = 1000  # of identical images: Tiny ImageNet has 27, plain pictures m
 class Errors:
     """Where a network's answers to N test images of C classes are wrong.
 
-    classes: of each, index, wnid, name, images, top1 and top5 (percent; None without images), and
-    mistaken_for, the most frequent wrong answer (wnid, name, count) or None. pairs: at most 20,
-    most confused first, of one and other (index, wnid, name, images), one_as_other and other_as_one
-    (images), count (their sum). confident_mistakes and hesitant_hits: at most ten positions, int64,
-    among the images, from the most and from the least probable answer on.
+    classes: top1 and top5 are percent, None without images; mistaken_for is the most frequent wrong
+    answer or None. pairs: of classes, at most 20, most confused first; counts are of images.
+    confident_mistakes and hesitant_hits: at most ten positions, int64, among the images, from the
+    most and from the least probable answer on.
     """
 
     classes: list[dict]
@@ -61,11 +60,10 @@ class Errors:
         wnids = [each["wnid"] for each in self.classes]
         counts = zip(wnids, self.matrix.tolist(), strict=True)
         confusion = [["actual", *wnids], *([wnid, *row] for wnid, row in counts)]
-
-        paths = [folder / "classes.csv", folder / "confusion.csv"]
-        for path, rows in zip(paths, (classes, confusion), strict=True):
+        tables = {folder / "classes.csv": classes, folder / "confusion.csv": confusion}
+        for path, rows in tables.items():
             write_atomically(path, as_csv(rows))
-        return paths
+        return [*tables]
 
 
 def analyse(
@@ -148,11 +146,10 @@ def block_order(matrix: np.ndarray) -> np.ndarray:
 def calibration(logits: np.ndarray, labels: np.ndarray, bins: int = 15) -> dict:
     """Return how well probabilities tell the accuracy, before and after temperature scaling.
 
-    Guo et al., "On calibration of modern neural networks", 2017. The logits are divided by the
-    temperature of the least mean cross-entropy; each half of the images takes the other's, so that
-    no image is judged by what it helped to fit. `note`: None, or that 1 had to be taken. `ece` is
-    the mean distance between confidence and accuracy in equally wide bins, which include their
-    upper ends; `nll` is in nats; in an empty bin `confidence` and `accuracy` are None.
+    Guo et al., "On calibration of modern neural networks", 2017. Each half of the images takes the
+    other's temperature, so that no image is judged by what it helped to fit. `ece` is the mean
+    distance between confidence and accuracy in equally wide bins, which include their upper ends;
+    `nll` is in nats; in an empty bin `confidence` and `accuracy` are None.
     """
     shifted = logits.astype(np.float64)
     shifted -= shifted.max(axis=1, keepdims=True)
@@ -220,33 +217,26 @@ def label_conflicts(dataset: Dataset, rows: np.ndarray, logits: np.ndarray) -> d
     """Return identical images with different labels, and what share of the errors they explain.
 
     rows (N,): the test images. Twins are looked for in all of the data set: a label is in doubt
-    even if the network does not have the other's class.
-
-    `pairs`: at most 1000, of rows, names and tested of the two images; `found`: how many there are.
-    `tested`: test images with such a twin; `wrong`: those answered wrong; `answered_as_twin`: by a
-    twin's label; `wrong_in_all`: of all test images; `share_of_error`: `wrong` of these, or None.
+    even if the network does not have the other's class. `pairs`: at most `MOST_PAIRS` of those
+    `found`. `tested`: test images with such a twin; `wrong`: those answered wrong;
+    `answered_as_twin`: by a twin's label; `share_of_error`: `wrong` of all wrong answers, or None.
     """
-    labels, names = dataset.labels, dataset.names
-    answers = np.full(len(labels), -1)
+    labels, answers = dataset.labels, np.full(len(dataset), -1)
     answers[rows] = logits.argmax(axis=1)
-    pairs: list[dict] = []
-    counts = dict.fromkeys(("found", "tested", "wrong", "answered_as_twin"), 0)
-    for group in identical_images(dataset.images):
-        own = labels[group]
-        alike = np.unique(own, return_counts=True)[1]
-        if len(alike) == 1:
-            continue
-        counts["found"] += (len(group) ** 2 - int((alike**2).sum())) // 2
-        different = ([a, b] for a, b in combinations(group, 2) if labels[a] != labels[b])
-        for two in islice(different, MOST_PAIRS - len(pairs)):
-            said, known = [names[label] for label in labels[two]], answers[two] >= 0
-            pairs.append({"rows": two, "names": said, "tested": known.tolist()})
-
-        mine = answers[group]
-        missed = mine[(mine >= 0) & (mine != own)]
-        counts["tested"] += int((mine >= 0).sum())
-        counts["wrong"] += len(missed)
-        counts["answered_as_twin"] += int(np.isin(missed, own).sum())
-    wrong = int((answers[rows] != labels[rows]).sum())
-    share = counts["wrong"] / wrong if wrong else None
-    return {"pairs": pairs, **counts, "wrong_in_all": wrong, "share_of_error": share}
+    tested, wrong = answers >= 0, (answers >= 0) & (answers != labels)
+    groups = [each for each in identical_images(dataset.images) if len(set(labels[each])) > 1]
+    pairs = (list(two) for group in groups for two in combinations(group, 2))
+    different = (two for two in pairs if labels[two[0]] != labels[two[1]])
+    listed = []
+    for two in islice(different, MOST_PAIRS):
+        said = [dataset.names[label] for label in labels[two]]
+        listed.append({"rows": two, "names": said, "tested": tested[two].tolist()})
+    alike = [np.bincount(labels[group]) for group in groups]
+    as_twin = [np.isin(answers[each], labels[each]) & wrong[each] for each in groups]
+    missed, total = sum(int(wrong[group].sum()) for group in groups), int(wrong.sum())
+    return {
+        "pairs": listed, "found": sum(int(n.sum() ** 2 - (n**2).sum()) // 2 for n in alike),
+        "tested": sum(int(tested[group].sum()) for group in groups), "wrong": missed,
+        "answered_as_twin": sum(int(each.sum()) for each in as_twin),
+        "wrong_in_all": total, "share_of_error": missed / total if total else None,
+    }  # fmt: skip
