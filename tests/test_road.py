@@ -14,8 +14,9 @@ from torch.nn import functional
 
 from tinylab.data.dataset import Dataset
 from tinylab.exceptions import UserError
-from tinylab.explain.gradcam import gradcam, sample
+from tinylab.explain.gradcam import gradcam
 from tinylab.explain.road import ORDERS, faithfulness, ranks
+from tinylab.explain.sampling import sample
 
 
 class CornerNetwork(nn.Module):

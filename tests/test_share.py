@@ -16,12 +16,13 @@ from tinylab.data.archive import CONTENT_SHA256, SAMPLE_SHA256
 from tinylab.data.split import make_split
 from tinylab.exceptions import UserError
 from tinylab.explain.analysis import analyse_run
+from tinylab.figures.style import wilson
 from tinylab.run.folder import Run
 from tinylab.run.weights import normalised
 from tinylab.share.card import MARK, model_card, write_hand_over
 from tinylab.share.onnx import export_onnx
 from tinylab.share.predict import load, predict
-from tinylab.share.report import page, wilson
+from tinylab.share.report import page
 
 HOSTILE = "<script>alert(1)</script> | [x](http://evil.example) \n# heading \u202e\x1b[31m{{ 7 }}"
 

@@ -199,14 +199,14 @@ class Evaluate(Finished):
     """Number format; with the one of training come the numbers of training."""
 
     def run(self) -> None:
-        from tinylab.share.predict import open_finished, trained_model
+        from tinylab.share.predict import load, open_finished
 
         finished, dataset, rows = open_finished(self.run_folder, self.data)
         from tinylab.run.environment import choose
         from tinylab.training.evaluate import score, test_logits, with_flip
 
         compute = choose(self.device, self.precision)
-        network = trained_model(finished, dataset).to(compute.device)
+        network = load(finished.folder)[0].to(compute.device)
         view = with_flip if self.tta == "flip" else None
         tested = test_logits(network, dataset, rows.test, finished.recipe, compute, view=view)
         print(f"{len(rows.test):,} test images of {finished.folder}, {compute}")
@@ -236,7 +236,7 @@ class Explain(Finished):
             raise UserError(f"count must be from 0 to {MOST_EXPLAINED}, not {self.count}")
         if self.sample < 0 or self.faithfulness < 0:
             raise UserError("sample and faithfulness must be 0 or more")
-        from tinylab.share.predict import open_finished, trained_model
+        from tinylab.share.predict import load, open_finished
 
         finished, dataset, rows = open_finished(self.run_folder, self.data)
         for folder in filter(None, (self.figures, finished.figures)):
@@ -246,7 +246,7 @@ class Explain(Finished):
 
         compute = choose(self.device, "fp32")
         maps = self.count or self.sample or self.all or self.faithfulness
-        network = trained_model(finished, dataset).to(compute.device) if maps else None
+        network = load(finished.folder)[0].to(compute.device) if maps else None
         sample = None if self.all else self.sample
         how = {"count": self.count, "stage": self.stage, "faithful": self.faithfulness}
         how |= {"sample": sample, "progress": True}

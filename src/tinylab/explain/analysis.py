@@ -21,8 +21,12 @@ from tinylab.explain.road import faithfulness
 from tinylab.files import interactive
 from tinylab.run.folder import Run, note_figures
 from tinylab.run.weights import normalised
-from tinylab.training.evaluate import per_class
 from tinylab.training.optim import schedule
+
+WITH_MAPS = (
+    "misclassified", "class_maps", "gradcam", "gradcam_short", "localisation", "faithfulness",
+)  # fmt: skip
+"""Figures that not every analysis makes."""
 
 
 @dataclass(frozen=True)
@@ -41,30 +45,22 @@ class Analysis:
 
         figures: a folder that gets the figures, too, and a note of which run they show.
         """
+        # What an earlier analysis made and this one did not would be taken for this one's.
+        table = run.folder / "localisation.csv"
+        for stale in (table, *(run.figures / f"{name}.png" for name in WITH_MAPS)):
+            stale.unlink(missing_ok=True)
         for target in filter(None, (run.figures, figures)):
             for name, figure in self.figures.items():
                 yield plots.save(figure, target / f"{name}.png")
-        # What an earlier analysis made and this one did not would be taken for this one's.
-        for name in (
-            "misclassified",
-            "class_maps",
-            "gradcam",
-            "gradcam_short",
-            "localisation",
-            "faithfulness",
-        ):
-            if name not in self.figures:
-                (run.figures / f"{name}.png").unlink(missing_ok=True)
-        (run.folder / "localisation.csv").unlink(missing_ok=True)
         if self.localisation:
-            yield self.localisation.write_table(run.folder / "localisation.csv")
+            yield self.localisation.write_table(table)
         yield from self.errors.write_tables(run.folder)
 
+        located = self.localisation and self.localisation.summary
         found = {"model_sha256": run.summary["model_sha256"], **self.explanation.to_json()}
         found |= {"errors": self.errors.to_json(), "label_conflicts": self.conflicts}
-        found["localisation"] = self.localisation.summary if self.localisation else None
-        found |= {"faithfulness": self.faithfulness, "figures": sorted(self.figures)}
-        run.write("explain.json", found)
+        found |= {"localisation": located, "faithfulness": self.faithfulness}
+        run.write("explain.json", found | {"figures": sorted(self.figures)})
         yield run.folder / "explain.json"
         if figures:
             note_figures(run, figures)
@@ -89,22 +85,22 @@ def analyse_run(
 ) -> Analysis:
     """Return numbers and figures of a finished run.
 
-    model: its network; None: no map is asked for. count: misclassified images to explain one by
-    one. sample: test images for the box metric, None: all, 0: none. faithful: test images for ROAD.
+    model: None if no map is asked for. count: misclassified images to explain one by one. sample:
+    test images for the box metric, None: all, 0: none. faithful: test images for ROAD.
     """
     predictions, recipe, test = run.predictions, run.recipe, rows.test
     logits, labels = predictions["logits"], dataset.labels[test]
-    shaped = logits.shape == (len(test), rows.classes)
-    if not (shaped and np.array_equal(predictions["rows"], test) and np.isfinite(logits).all()):
+    fits = logits.shape == (len(test), rows.classes) and np.isfinite(logits).all()
+    if not (fits and np.array_equal(predictions["rows"], test)):
         raise UserError(f"{run.folder}/predictions.npz does not fit the run: train it again")
     names, wnids = dataset.names[: rows.classes], dataset.wnids[: rows.classes]
 
     # ---- numbers ----
     what = {"rows": test, "logits": logits, "normalise": network_input(recipe)}
-    choice = what | {"stage": stage, "progress": progress and interactive()}
-    located = localise(model, dataset, **choice, count=sample) if sample != 0 else None
-    faith = faithfulness(model, dataset, **choice, count=faithful) if faithful else None
     explanation = explain(model, dataset, **what, count=count)
+    what |= {"stage": stage, "progress": progress and interactive()}
+    located = localise(model, dataset, **what, count=sample) if sample != 0 else None
+    faith = faithfulness(model, dataset, **what, count=faithful) if faithful else None
     errors = analyse(logits, labels, wnids, names)
     conflicts = label_conflicts(dataset, test, logits)
 
@@ -115,7 +111,7 @@ def analyse_run(
     augmented = loader.batch(1, 0).images[:16].numpy()
     _, *rates = zip(*schedule(recipe, len(rows.train)), strict=True)
     steps = recipe.steps_per_epoch(len(rows.train))
-    correct, total = per_class(logits, labels)
+    correct, total = errors.matrix.diagonal(), errors.matrix.sum(axis=1)
     figures = {
         "samples": plots.image_grid(images, titles, dataset.boxes[first], title="Training images"),
         "augmentation": plots.before_after(images, augmented, titles, title="Augmentation"),
@@ -129,39 +125,34 @@ def analyse_run(
         found = test[(labels == actual) & (logits.argmax(axis=1) == predicted)]
         return dataset.images[found[:3]]
 
-    def single(positions: np.ndarray, title: str) -> plots.Figure:
+    def single(title: str, positions: np.ndarray) -> plots.Figure:
         told = answers(test[positions], logits[positions], dataset)
         return plots.confident(dataset.images[test[positions]], told, title=title)
 
     both = [(pair["one"]["index"], pair["other"]["index"]) for pair in errors.pairs[:6]]
     thumbnails = [(confused(one, other), confused(other, one)) for one, other in both]
     twins = dataset.images[[pair["rows"][0] for pair in conflicts["pairs"]]]
+    wrong, right = errors.confident_mistakes, errors.hesitant_hits
     figures |= {
         "confusion": plots.confusion(errors.matrix, names, errors.order),
         "confused_pairs": plots.confused_pairs(errors.pairs[:6], thumbnails),
-        "confident_mistakes": single(
-            errors.confident_mistakes, "Mistakes with the highest probability"
-        ),
-        "hesitant_hits": single(
-            errors.hesitant_hits, "Right predictions with the lowest probability"
-        ),
+        "confident_mistakes": single("Mistakes with the highest probability", wrong),
+        "hesitant_hits": single("Right predictions with the lowest probability", right),
         "reliability": plots.reliability(errors.calibration),
         "label_conflicts": plots.label_conflicts(twins, conflicts["pairs"]),
     }
 
     # ---- maps: the mistakes, four stages for the predicted class, the last one for both ----
-    entries, own = explanation.entries, explanation.actual_maps
+    entries, seen = explanation.entries, explanation.images
     if entries or not explanation.wrong:  # else none was asked for, not that there is none
-        seen = explanation.images
+        own, title = explanation.actual_maps, "Mistakes, drawn at random"
+        figures["misclassified"] = plots.misclassified(seen, entries, title=title)
         last, title = explanation.maps.get("layer4", own), "Grad-CAM of both classes"
-        figures["misclassified"] = plots.misclassified(
-            seen, entries, title="Mistakes, drawn at random"
-        )
         figures["class_maps"] = plots.class_maps(seen, last, own, entries, title=title)
         for name, some in (("gradcam", slice(None)), ("gradcam_short", slice(4))):
             maps = {stage: values[some] for stage, values in explanation.maps.items()}
-            title = "Grad-CAM of every stage"
-            figures[name] = plots.gradcam_stages(seen[some], maps, entries[some], title)
+            drawn = seen[some], maps, entries[some]
+            figures[name] = plots.gradcam_stages(*drawn, "Grad-CAM of every stage")
     if located:
         figures["localisation"] = plots.localisation(located.summary | {"method": "Grad-CAM"})
     if faith:

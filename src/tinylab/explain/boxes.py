@@ -15,8 +15,7 @@ from tinylab.recipe import SIZE
 
 def usable(boxes: np.ndarray) -> np.ndarray:
     """Return which boxes have an inside, which some of the published ones do not."""
-    x0, y0, x1, y1 = boxes.T
-    return (x1 > x0) & (y1 > y0)
+    return (boxes[:, 2:] > boxes[:, :2]).all(axis=1)
 
 
 def box_area(boxes: np.ndarray) -> np.ndarray:
@@ -37,16 +36,14 @@ def hits(maps: np.ndarray, boxes: np.ndarray) -> np.ndarray:
     same everywhere, or 0, scores its box's area.
     """
     large = enlarged(maps)
-    peaks = large >= large.max(axis=(1, 2), keepdims=True) * (1 - 1e-6)
-    return (peaks & inside(boxes)).sum(axis=(1, 2)) / peaks.sum(axis=(1, 2))
+    return energy(large >= large.max(axis=(1, 2), keepdims=True) * (1 - 1e-6), boxes)
 
 
 def energy(maps: np.ndarray, boxes: np.ndarray) -> np.ndarray:
     """Return the share of each map that lies in its box; of a map that is 0, the box's area."""
     large = enlarged(maps)
-    total = large.sum(axis=(1, 2))
-    within = (large * inside(boxes)).sum(axis=(1, 2))
-    return np.where(total > 0, within / np.where(total > 0, total, 1), box_area(boxes))
+    large[~large.any(axis=(1, 2))] = 1
+    return (large * inside(boxes)).sum(axis=(1, 2)) / large.sum(axis=(1, 2))
 
 
 def inside(boxes: np.ndarray) -> np.ndarray:

@@ -5,7 +5,7 @@ gradient of a class's logit: what of their sum is above zero is where the stage 
 """
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,9 +18,9 @@ from tinylab.data.dataset import Dataset
 from tinylab.exceptions import UserError
 from tinylab.explain.boxes import box_area, energy, usable
 from tinylab.explain.mistakes import answers
+from tinylab.explain.sampling import sample
 
 STAGES = ("layer1", "layer2", "layer3", "layer4")  # in the order of execution
-RESAMPLES = 2000  # the ends of an interval then wobble by a few percent of its width
 
 
 @dataclass(frozen=True)
@@ -37,16 +37,10 @@ class Explanation:
 
     def to_json(self) -> dict:
         """Return how the images were chosen and explained, and an object for each."""
-        counts = {"tested": self.tested, "wrong": self.wrong, "seed": self.seed}
-        method = {"method": "gradcam", "explained_class": "predicted"}
-        return counts | method | {"images": self.entries}
-
-
-def sample(tested: int, count: int | None, seed: int = 0) -> np.ndarray:
-    """Return the first `count` of a permutation by `seed`, int64; None: all."""
-    if count is not None and count < 0:
-        raise UserError(f"count must be 0 or more, not {count}")
-    return np.random.default_rng(seed).permutation(tested)[:count]
+        return {
+            "tested": self.tested, "wrong": self.wrong, "seed": self.seed, "method": "gradcam",
+            "explained_class": "predicted", "images": self.entries,
+        }  # fmt: skip
 
 
 def misclassified(logits: np.ndarray, labels: np.ndarray, count: int, seed: int = 0) -> np.ndarray:
@@ -56,13 +50,15 @@ def misclassified(logits: np.ndarray, labels: np.ndarray, count: int, seed: int 
 
 
 class NativeGradCAM(GradCAM):
-    """The library's Grad-CAM as one (B, h, w) array per layer: not enlarged, not averaged."""
+    """The library's Grad-CAM as one (B, h, w) array in 0..1 per layer, not enlarged or averaged."""
 
     def get_target_width_height(self, input_tensor: Tensor) -> None:
         return None
 
     def aggregate_multi_layers(self, cam_per_target_layer: list[np.ndarray]) -> list[np.ndarray]:
-        return [maps[:, 0] for maps in cam_per_target_layer]
+        # The library adds 1e-7 to its divisor, which dims weak maps.
+        tiny, layers = np.finfo(np.float32).tiny, [maps[:, 0] for maps in cam_per_target_layer]
+        return [maps / maps.max(axis=(1, 2), keepdims=True).clip(tiny) for maps in layers]
 
 
 @torch.inference_mode(False)
@@ -76,14 +72,12 @@ def gradcam(
 ) -> dict[str, np.ndarray]:
     """Return maps float32 (B, h, w) in 0..1 of each stage at its own size (64, 32, 16, 8 a side).
 
-    inputs: float32 (B, 3, H, W), normalised. targets: integer (B,), the class of each map. A map is
-    scaled to itself, so brightness cannot be compared; one that is 0 everywhere found nothing. In
-    fp32 on a copy in eval mode: the model stays as it is, and may be compiled or wrapped.
+    inputs: float32 (B, 3, H, W), normalised. targets: integer (B,), the class of each map. Each map
+    is scaled by its own peak; one that is 0 everywhere found nothing. In fp32, on a copy.
     """
-    for stage in stages:
-        if stage not in STAGES:
-            raise UserError(f"unknown layer '{stage}'; there are: {', '.join(STAGES)}")
-    network = frozen_copy(model)
+    if unknown := [stage for stage in stages if stage not in STAGES]:
+        raise UserError(f"unknown layer '{unknown[0]}'; there are: {', '.join(STAGES)}")
+    network, device = frozen_copy(model), next(model.parameters()).device
     last = network.fc.out_features - 1
     # The library gives an image without a target zeros, and swallows an index out of range.
     if targets.shape != inputs.shape[:1] or targets.min() < 0 or targets.max() > last:
@@ -94,20 +88,13 @@ def gradcam(
     layers = [getattr(network, stage) for stage in ordered]
     # The copy's weights ask for no gradient; the first stage's output does.
     layers[0].register_forward_hook(lambda _module, _inputs, output: output.requires_grad_())
-    device, batches = next(model.parameters()).device, []
+    batches = []
     with torch.autocast(device.type, enabled=False), NativeGradCAM(network, layers) as cam:
         for images, wanted in zip(inputs.split(batch_size), targets.split(batch_size), strict=True):
             pixels = images.to(device, torch.float32, copy=True)
             batches.append(cam(pixels, [ClassifierOutputTarget(each) for each in wanted.tolist()]))
             cam.outputs = None  # else the graph is kept during the next batch's forward pass
-
-    found = {}
-    for stage, parts in zip(ordered, zip(*batches, strict=True), strict=True):
-        maps = np.concatenate(parts)
-        peak = maps.max(axis=(1, 2), keepdims=True)
-        # The library adds 1e-7 to its divisor, which dims weak maps.
-        found[stage] = maps / np.where(peak > 0, peak, 1)
-    return found
+    return dict(zip(ordered, map(np.concatenate, zip(*batches, strict=True)), strict=True))
 
 
 def frozen_copy(model: nn.Module) -> nn.Module:
@@ -130,51 +117,29 @@ def explain(
     """Draw `count` misclassified test images, with what spoke for each of their two classes.
 
     rows (N,): the test images. logits (N, C): the answers. normalise: from uint8 (n, 64, 64, 3) to
-    the network's input. An entry holds what `answers` says; `box`; `box_area`, a share, which a map
-    that knows nothing would score; and for each map `size`, `mean` and `energy_in_box`.
+    the network's input. An entry holds what `answers` says, its box, and how each map meets it.
     """
-    chosen = rows[drawn := misclassified(logits, dataset.labels[rows], count, seed)]
-    images, boxes = dataset.images[chosen], dataset.boxes[chosen]
+    labels = dataset.labels[rows].astype(np.int64)
+    drawn = misclassified(logits, labels, count, seed)
+    images, boxes = (each[rows[drawn]] for each in (dataset.images, dataset.boxes))
     maps, actual_maps = {}, np.empty((0, 8, 8), np.float32)
     if len(drawn):
         inputs = normalise(torch.from_numpy(images))
         maps = gradcam(model, inputs, torch.from_numpy(logits[drawn].argmax(axis=1)))
-        actual = torch.from_numpy(dataset.labels[chosen].astype(np.int64))
-        actual_maps = gradcam(model, inputs, actual, ("layer4",))["layer4"]
+        actual_maps = gradcam(model, inputs, torch.from_numpy(labels[drawn]), ("layer4",))["layer4"]
 
     def against_box(i: int, maps: np.ndarray) -> dict:
         one, box = maps[i : i + 1], boxes[i : i + 1]
-        share = round(float(energy(one, box)[0]), 4) if usable(box)[0] and one.any() else None
-        size, mean = list(one.shape[1:]), round(float(one.mean()), 4)
+        share = round(energy(one, box).item(), 4) if usable(box)[0] and one.any() else None
+        size, mean = list(one.shape[1:]), round(one.mean().item(), 4)
         return {"size": size, "mean": mean, "energy_in_box": share}
 
-    entries, areas = answers(chosen, logits[drawn], dataset), box_area(boxes)
-    for i, entry in enumerate(entries):
+    entries = answers(rows[drawn], logits[drawn], dataset)
+    for i, (entry, area) in enumerate(zip(entries, box_area(boxes).tolist(), strict=True)):
         for answer in (entry["predicted"], entry["actual"]):
             answer["probability"] = round(answer["probability"], 6)
-        entry |= {"box": boxes[i].tolist(), "box_area": round(float(areas[i]), 4)}
+        entry |= {"box": boxes[i].tolist(), "box_area": round(area, 4)}
         entry["stages"] = {stage: against_box(i, each) for stage, each in maps.items()}
         entry["actual_map"] = against_box(i, actual_maps)
-    wrong = int((logits.argmax(axis=1) != dataset.labels[rows]).sum())
+    wrong = int((logits.argmax(axis=1) != labels).sum())
     return Explanation(images, maps, actual_maps, entries, len(rows), wrong, seed)
-
-
-def bootstrap(measures: Mapping[str, np.ndarray], seed: int = 0) -> dict[str, dict | None]:
-    """Return mean, low and high (95 %) of each measure float (n,); None where there are no values.
-
-    Percentiles of the means of 2,000 samples with replacement (Efron and Tibshirani 1993, section
-    13.3). All measures see the same samples, so differences of two belong to the same images.
-    """
-    values = np.stack(list(measures.values()), axis=1).astype(np.float64)
-    if (count := len(values)) == 0:
-        return dict.fromkeys(measures)
-    rng = np.random.default_rng(seed)
-    # One sample at a time: all samples of 33,000 images would take half a gigabyte.
-    drawn = (rng.integers(count, size=count) for _ in range(RESAMPLES))
-    samples = np.stack([np.bincount(each, minlength=count) @ values for each in drawn]) / count
-    means = values.mean(axis=0)
-    low, high = np.quantile(samples, (0.025, 0.975), axis=0)
-    # Of equal values, rounding alone could put the mean outside.
-    ends = np.stack([means, np.minimum(low, means), np.maximum(high, means)], axis=1).tolist()
-    named = (dict(zip(("mean", "low", "high"), row, strict=True)) for row in ends)
-    return dict(zip(measures, named, strict=True))

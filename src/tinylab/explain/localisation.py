@@ -15,7 +15,8 @@ from tqdm import tqdm
 
 from tinylab.data.dataset import Dataset
 from tinylab.explain.boxes import box_area, centre_hits, energy, hits, usable
-from tinylab.explain.gradcam import RESAMPLES, bootstrap, gradcam, sample
+from tinylab.explain.gradcam import gradcam
+from tinylab.explain.sampling import RESAMPLES, bootstrap, sample
 from tinylab.files import as_csv, write_atomically
 
 BATCH = 256  # images that are held as float32 at a time
@@ -37,9 +38,8 @@ class Localisation:
     """How well the maps of a sample of test images meet the boxes.
 
     summary: native_size is the height and width of the maps, degenerate counts boxes without an
-    inside, which are left out, scored the rest. A group has `boxes` ("all", or "below half" of the
-    image's area), `answers`, `class` (see `GROUPS`), `images`, and of each of `MEASURES` mean, low
-    and high, shares of 1 with the 95 % interval, or None without images.
+    inside, which are left out. A group has boxes ("all", or "below half" of the image's area),
+    answers, class (see `GROUPS`), images, and each of `MEASURES` as `bootstrap` gives it.
     table: `COLUMNS` of each scored image; centre is `boxes.centre_hits`, empty: the map is 0.
     """
 
@@ -60,8 +60,7 @@ class Localisation:
 
     def write_table(self, path: Path) -> Path:
         """Write the table as CSV, every number in full, and return its path."""
-        lines = ([line[name] for name in COLUMNS] for line in self.table)
-        write_atomically(path, as_csv([COLUMNS, *lines]))
+        write_atomically(path, as_csv([COLUMNS, *(line.values() for line in self.table)]))
         return path
 
 
@@ -84,8 +83,7 @@ def localise(
     """
     order = sample(len(rows), count, seed)
     good = order[usable(dataset.boxes[rows[order]])]
-    table: list[dict] = []
-    size: list[int] = []
+    table, size = [], []
     for first in tqdm(range(0, len(good), BATCH), desc="maps", leave=False, disable=not progress):
         chosen = good[first : first + BATCH]
         own, boxes = rows[chosen], dataset.boxes[rows[chosen]]

@@ -5,7 +5,7 @@ number, as in `evaluate.score`.
 """
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations, islice
 from pathlib import Path
@@ -20,20 +20,17 @@ from tinylab.data.dataset import Dataset
 from tinylab.files import as_csv, write_atomically
 
 COLDEST, HOTTEST = 0.05, 20.0  # the best temperature is looked for between these
-
-MOST_PAIRS = 1000
-"""Pairs of identical images listed: Tiny ImageNet has 27, plain pictures may make millions."""
+MOST_PAIRS = 1000  # of identical images: Tiny ImageNet has 27, plain pictures may make millions
 
 
 @dataclass(frozen=True)
 class Errors:
     """Where a network's answers to N test images of C classes are wrong.
 
-    classes: of each, index, wnid, name, images, top1 and top5 (percent; None without images), and
-    mistaken_for, the most frequent wrong answer (wnid, name, count) or None. pairs: at most 20,
-    most confused first, of one and other (index, wnid, name, images), one_as_other and other_as_one
-    (images), count (their sum). confident_mistakes and hesitant_hits: at most ten positions, int64,
-    among the images, from the most and from the least probable answer on.
+    classes: top1 and top5 are percent, None without images; mistaken_for is the most frequent wrong
+    answer or None. pairs: of classes, at most 20, most confused first; counts are of images.
+    confident_mistakes and hesitant_hits: at most ten positions, int64, among the images, from the
+    most and from the least probable answer on.
     """
 
     classes: list[dict]
@@ -49,9 +46,9 @@ class Errors:
         tested = [each for each in self.classes if each["images"]]
         ranked = sorted(tested, key=lambda each: (-each["top1"], -each["top5"]))
         half = len(ranked) // 2  # so that no class is among both
-        best, worst = ranked[: len(ranked) - half][:10], ranked[::-1][:half][:10]
-        rest = {"pairs": self.pairs, "calibration": self.calibration, "classes": self.classes}
-        return {"best": best, "worst": worst, **rest}
+        found = {"best": ranked[: len(ranked) - half][:10], "worst": ranked[::-1][:half][:10]}
+        found |= {"pairs": self.pairs, "calibration": self.calibration, "classes": self.classes}
+        return found
 
     def write_tables(self, folder: Path) -> list[Path]:
         """Write classes.csv and confusion.csv (a line per actual class), and return their paths."""
@@ -63,50 +60,41 @@ class Errors:
         wnids = [each["wnid"] for each in self.classes]
         counts = zip(wnids, self.matrix.tolist(), strict=True)
         confusion = [["actual", *wnids], *([wnid, *row] for wnid, row in counts)]
-
-        paths = [folder / "classes.csv", folder / "confusion.csv"]
-        for path, rows in zip(paths, (classes, confusion), strict=True):
+        tables = {folder / "classes.csv": classes, folder / "confusion.csv": confusion}
+        for path, rows in tables.items():
             write_atomically(path, as_csv(rows))
-        return paths
+        return [*tables]
 
 
 def analyse(
     logits: np.ndarray, labels: np.ndarray, wnids: Sequence[str], names: Sequence[str]
 ) -> Errors:
     """Return all that the logits say about the errors."""
-    # ---- each class ----
     matrix = confusion_matrix(logits, labels)
     five = np.argsort(-logits, axis=1, kind="stable")[:, :5]
     among_five = np.bincount(labels[(five == labels[:, None]).any(axis=1)], minlength=len(matrix))
     hits = np.stack([matrix.diagonal(), among_five], axis=1).tolist()
     mistakes = matrix - np.diag(matrix.diagonal())
-    classes = []
+    kinds, classes = [], []
     for index, answer in enumerate(mistakes.argmax(axis=1).tolist()):
         total, count = int(matrix[index].sum()), int(mistakes[index, answer])
         top1, top5 = (100 * each / total if total else None for each in hits[index])
-        mistaken = {"wnid": wnids[answer], "name": names[answer], "count": count}
-        entry = {"index": index, "wnid": wnids[index], "name": names[index], "images": total}
-        entry |= {"top1": top1, "top5": top5, "mistaken_for": mistaken if count else None}
-        classes.append(entry)
+        mistaken = {"wnid": wnids[answer], "name": names[answer], "count": count} if count else None
+        kinds.append({"index": index, "wnid": wnids[index], "name": names[index], "images": total})
+        classes.append(kinds[-1] | {"top1": top1, "top5": top5, "mistaken_for": mistaken})
 
-    # ---- pairs of classes; equal counts in the order of the classes ----
     both = np.triu(matrix + matrix.T, k=1)
-    first, second = np.nonzero(both)
-    ranked = np.argsort(-both[first, second], kind="stable")[:20]
-    confused = []
-    for i, j in zip(first[ranked].tolist(), second[ranked].tolist(), strict=True):
-        fields = ("index", "wnid", "name", "images")
-        one, other = ({name: classes[k][name] for name in fields} for k in (i, j))
+    ranked = np.argsort(-both[both > 0], kind="stable")[:20]  # stable: ties go by class number
+    pairs = []
+    for i, j in np.argwhere(both)[ranked].tolist():
         counts = {"one_as_other": int(matrix[i, j]), "other_as_one": int(matrix[j, i])}
-        confused.append({"one": one, "other": other, **counts, "count": int(both[i, j])})
+        pairs.append({"one": kinds[i], "other": kinds[j], **counts, "count": int(both[i, j])})
 
-    # ---- single images ----
-    confidence = softmax(logits).max(axis=1)
-    hit = logits.argmax(axis=1) == labels
-    surest, least_sure = (np.argsort(each, kind="stable") for each in (-confidence, confidence))
-    wrong, right = surest[~hit[surest]][:10], least_sure[hit[least_sure]][:10]
+    confidence, hit = softmax(logits).max(axis=1), logits.argmax(axis=1) == labels
+    wrong = np.flatnonzero(~hit)[np.argsort(-confidence[~hit], kind="stable")[:10]]
+    right = np.flatnonzero(hit)[np.argsort(confidence[hit], kind="stable")[:10]]
     order, calibrated = block_order(matrix), calibration(logits, labels)
-    return Errors(classes, matrix, order, confused, wrong, right, calibrated)
+    return Errors(classes, matrix, order, pairs, wrong, right, calibrated)
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
@@ -158,20 +146,18 @@ def block_order(matrix: np.ndarray) -> np.ndarray:
 def calibration(logits: np.ndarray, labels: np.ndarray, bins: int = 15) -> dict:
     """Return how well probabilities tell the accuracy, before and after temperature scaling.
 
-    Guo et al., "On calibration of modern neural networks", 2017. The logits are divided by the
-    temperature of the least mean cross-entropy; each half of the images takes the other's, so that
-    no image is judged by what it helped to fit. `note`: None, or that 1 had to be taken. `ece` is
-    the mean distance between confidence and accuracy in equally wide bins, which include their
-    upper ends; `nll` is in nats; in an empty bin `confidence` and `accuracy` are None.
+    Guo et al., "On calibration of modern neural networks", 2017. Each half of the images takes the
+    other's temperature, so that no image is judged by what it helped to fit. `ece` is the mean
+    distance between confidence and accuracy in equally wide bins, which include their upper ends;
+    `nll` is in nats; in an empty bin `confidence` and `accuracy` are None.
     """
     shifted = logits.astype(np.float64)
     shifted -= shifted.max(axis=1, keepdims=True)
     half = halves(labels)
     fitted = [fit_temperature(shifted[half == n], labels[half == n]) for n in (0, 1)]
-    temperatures = [1.0 if each is None else each for each in fitted]
-    note = None
+    temperatures, note = [each or 1.0 for each in fitted], None
     if None in fitted:
-        which = f"{'either' if fitted == [None, None] else 'one'} half of the images"
+        which = f"{'one' if any(fitted) else 'either'} half of the images"
         note = f"no temperature from {COLDEST} to {HOTTEST} is best for {which}: 1 was taken there"
     scaled = shifted / np.array(temperatures)[1 - half][:, None]
     return {
@@ -210,66 +196,47 @@ def reliability(shifted: np.ndarray, labels: np.ndarray, bins: int) -> dict:
     losses = np.log(total) - shifted[np.arange(len(labels)), labels]
     which = np.clip(np.ceil(confidence * bins).astype(np.int64) - 1, 0, bins - 1)
     count = np.bincount(which, minlength=bins)
-    confidences, hits = (np.bincount(which, each, minlength=bins) for each in (confidence, hit))
-
-    def means(sums: np.ndarray) -> list[float | None]:
-        pairs = zip(sums.tolist(), count.tolist(), strict=True)
-        return [value / number if number else None for value, number in pairs]
-
-    ece = float(np.abs(hits - confidences).sum() / len(labels))
+    sums = [np.bincount(which, each, minlength=bins) for each in (confidence, hit)]
+    means = [np.where(count > 0, each / count.clip(1), None).tolist() for each in sums]
     return {
-        "ece": ece, "nll": float(losses.mean()), "mean_confidence": float(confidence.mean()),
-        "accuracy_overall": float(hit.mean()), "confidence": means(confidences),
-        "accuracy": means(hits), "count": count.tolist(),
+        "ece": float(np.abs(sums[1] - sums[0]).sum() / len(labels)), "nll": float(losses.mean()),
+        "mean_confidence": float(confidence.mean()), "accuracy_overall": float(hit.mean()),
+        "confidence": means[0], "accuracy": means[1], "count": count.tolist(),
     }  # fmt: skip
 
 
 def identical_images(images: np.ndarray) -> list[list[int]]:
     """Return the rows, ascending, of each group of images that are equal in every byte."""
-
-    def alike(part: np.ndarray, rows: Iterable[int]) -> list[list[int]]:
-        groups: dict[bytes, list[int]] = {}
-        for row in rows:
-            digest = hashlib.sha256(np.ascontiguousarray(part[row])).digest()
-            groups.setdefault(digest, []).append(row)
-        return [group for group in groups.values() if len(group) > 1]
-
-    # A few lines from the middle tell almost all apart; only the others are read as a whole.
-    candidates = alike(images[:, 32:40], range(len(images)))
-    return sorted(group for rows in candidates for group in alike(images, rows))
+    groups: dict[bytes, list[int]] = {}
+    for row, image in enumerate(images):
+        groups.setdefault(hashlib.sha256(image).digest(), []).append(row)
+    return sorted(group for group in groups.values() if len(group) > 1)
 
 
 def label_conflicts(dataset: Dataset, rows: np.ndarray, logits: np.ndarray) -> dict:
     """Return identical images with different labels, and what share of the errors they explain.
 
     rows (N,): the test images. Twins are looked for in all of the data set: a label is in doubt
-    even if the network does not have the other's class.
-
-    `pairs`: at most 1000, of rows, names and tested of the two images; `found`: how many there are.
-    `tested`: test images with such a twin; `wrong`: those answered wrong; `answered_as_twin`: by a
-    twin's label; `wrong_in_all`: of all test images; `share_of_error`: `wrong` of these, or None.
+    even if the network does not have the other's class. `pairs`: at most `MOST_PAIRS` of those
+    `found`. `tested`: test images with such a twin; `wrong`: those answered wrong;
+    `answered_as_twin`: by a twin's label; `share_of_error`: `wrong` of all wrong answers, or None.
     """
-    labels, names = dataset.labels, dataset.names
-    answers = np.full(len(labels), -1)
+    labels, answers = dataset.labels, np.full(len(dataset), -1)
     answers[rows] = logits.argmax(axis=1)
-    pairs: list[dict] = []
-    counts = dict.fromkeys(("found", "tested", "wrong", "answered_as_twin"), 0)
-    for group in identical_images(dataset.images):
-        own = labels[group]
-        alike = np.unique(own, return_counts=True)[1]
-        if len(alike) == 1:
-            continue
-        counts["found"] += (len(group) ** 2 - int((alike**2).sum())) // 2
-        different = ([a, b] for a, b in combinations(group, 2) if labels[a] != labels[b])
-        for two in islice(different, MOST_PAIRS - len(pairs)):
-            said, known = [names[label] for label in labels[two]], answers[two] >= 0
-            pairs.append({"rows": two, "names": said, "tested": known.tolist()})
-
-        mine = answers[group]
-        missed = mine[(mine >= 0) & (mine != own)]
-        counts["tested"] += int((mine >= 0).sum())
-        counts["wrong"] += len(missed)
-        counts["answered_as_twin"] += int(np.isin(missed, own).sum())
-    wrong = int((answers[rows] != labels[rows]).sum())
-    share = counts["wrong"] / wrong if wrong else None
-    return {"pairs": pairs, **counts, "wrong_in_all": wrong, "share_of_error": share}
+    tested, wrong = answers >= 0, (answers >= 0) & (answers != labels)
+    groups = [each for each in identical_images(dataset.images) if len(set(labels[each])) > 1]
+    pairs = (list(two) for group in groups for two in combinations(group, 2))
+    different = (two for two in pairs if labels[two[0]] != labels[two[1]])
+    listed = []
+    for two in islice(different, MOST_PAIRS):
+        said = [dataset.names[label] for label in labels[two]]
+        listed.append({"rows": two, "names": said, "tested": tested[two].tolist()})
+    alike = [np.bincount(labels[group]) for group in groups]
+    as_twin = [np.isin(answers[each], labels[each]) & wrong[each] for each in groups]
+    missed, total = sum(int(wrong[group].sum()) for group in groups), int(wrong.sum())
+    return {
+        "pairs": listed, "found": sum(int(n.sum() ** 2 - (n**2).sum()) // 2 for n in alike),
+        "tested": sum(int(tested[group].sum()) for group in groups), "wrong": missed,
+        "answered_as_twin": sum(int(each.sum()) for each in as_twin),
+        "wrong_in_all": total, "share_of_error": missed / total if total else None,
+    }  # fmt: skip

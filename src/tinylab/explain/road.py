@@ -18,13 +18,13 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from tinylab.data.dataset import Dataset
-from tinylab.explain.gradcam import bootstrap, frozen_copy, gradcam, sample
+from tinylab.explain.gradcam import frozen_copy, gradcam
+from tinylab.explain.sampling import bootstrap, sample
 
 PERCENTILES = (10, 20, 30, 40, 50, 60, 70, 80, 90)  # at 80, a fifth of all pixels goes
 ORDERS = {
-    "most_relevant_first": ROADMostRelevantFirst,
-    "least_relevant_first": ROADLeastRelevantFirst,
-}
+    "most_relevant_first": ROADMostRelevantFirst, "least_relevant_first": ROADLeastRelevantFirst,
+}  # fmt: skip
 BATCH = 32  # images that are held as float32 at a time, and fit a CPU's cache
 
 
@@ -44,15 +44,13 @@ def faithfulness(
 ) -> dict:
     """Return ROAD of the maps for the predicted class, and of random maps as coarse and smooth.
 
-    The arguments are those of `gradcam.explain`. About a second per image on one core. `map` and
-    `random` hold for each of `ORDERS` the mean change of the answer's probability at each of the
-    percentiles; `combined` and `random_combined` mean, low and high of half the difference of the
-    two orders (higher is better, about 0 is what knows nothing); then their `difference`.
+    The arguments are those of `gradcam.explain`. `map` and `random` hold for each of `ORDERS` the
+    mean change of the answer's probability at each percentile; `combined` and `random_combined`
+    half the difference of the two orders (higher is better); then their `difference`.
     """
     started = time.perf_counter()
     chosen = sample(len(rows), count, seed)
-    generator = torch.Generator().manual_seed(seed)
-    device = next(model.parameters()).device
+    generator, device = torch.Generator().manual_seed(seed), next(model.parameters()).device
     batches = [np.empty((2, len(ORDERS), len(PERCENTILES), 0))]
     starts = tqdm(range(0, len(chosen), BATCH), desc="ROAD", leave=False, disable=not progress)
     with torch.autocast(device.type, enabled=False), torch.random.fork_rng(devices=()):
@@ -82,13 +80,12 @@ def faithfulness(
 def changes(
     network: nn.Module, inputs: Tensor, classes: Tensor, maps: Tensor, ties: Tensor, seed: int
 ) -> np.ndarray:
-    """Return the change of the classes' probabilities, float64 (2, percentiles, B).
+    """Return the change of the classes' probabilities, float64 (orders, percentiles, B).
 
-    Pixels go in the order of maps (B, h, w) and, where equal, of ties: most, least relevant first.
+    Pixels go in the order of maps (B, h, w) and, where equal, of ties.
     """
-    both = torch.stack([maps, ties], dim=1)
-    large = functional.interpolate(both, size=inputs.shape[2:], mode="bilinear").numpy()
-    order = ranks(large[:, 0], large[:, 1])
+    both = torch.stack([maps, ties])
+    order = ranks(*functional.interpolate(both, inputs.shape[2:], mode="bilinear").numpy())
     targets = [ClassifierOutputSoftmaxTarget(index) for index in classes.tolist()]
     before = network(inputs).softmax(dim=1).cpu()[torch.arange(len(classes)), classes].numpy()
     # The library fills in with noise: the same for maps and random maps, on whatever device.
@@ -104,8 +101,8 @@ def changes(
 def ranks(maps: np.ndarray, ties: np.ndarray) -> np.ndarray:
     """Return the rank of each pixel within its map, float32 (B, H, W) in 0..1.
 
-    The library removes whatever is not below a percentile, and many maps are 0 in most of their
-    pixels: asked for nine tenths it would remove everything. Such pixels go in the order of `ties`.
+    The library removes whatever is not below a percentile: of a map that is 0 in most pixels, all.
+    Equal pixels therefore go in the order of `ties`.
     """
     order = np.lexsort((ties.reshape(len(ties), -1), maps.reshape(len(maps), -1)))
     places = order.argsort(axis=1).astype(np.float32) / order.shape[1]

@@ -14,19 +14,10 @@ from tinylab.exceptions import UserError
 from tinylab.files import as_csv, plain_text, printable, write_atomically
 from tinylab.run.folder import Run
 from tinylab.run.weights import load_weights
+from tinylab.share.template import render
 
 MARK = "<!-- model card written by tinylab -->"  # so that no other README is ever replaced
 FILES = ("model.safetensors", "classes.csv", "README.md")
-PROTOCOLS = {
-    "merged": "training and validation images pooled, 70 % / 30 % of every class",
-    "official": "the data set's own training and validation images",
-    "select": "held-out training images, on which settings may be chosen: not a final number",
-}
-CIRCUMSTANCES = {
-    "device": "device", "precision": "number format", "torch": "torch",
-    "torchvision": "torchvision", "platform": "platform", "commit": "commit of tinylab",
-    "date": "date",
-}  # fmt: skip
 
 
 def write_hand_over(run: Run, folder: Path) -> list[Path]:
@@ -62,47 +53,20 @@ def model_card(run: Run, explanation: dict | None = None, names: Iterable[str] =
 
     explanation: what explain.json holds. names: of the classes, in the order of the logits.
     """
-    import jinja2
-
-    summary, recipe, explanation = run.summary, run.recipe, explanation or {}
-    known = run.data == "Tiny ImageNet"
-    data_set = run.data if run.data != "other images" else "images that are not Tiny ImageNet"
-    classes = summary["classes"]
-    first = f"first {classes} classes of " if known and classes < 200 else ""
-    share, images = summary["test_top1"] / 100, summary["test_images"]
+    explanation, recipe = explanation or {}, run.recipe
     errors = explanation.get("errors")
-
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent), undefined=jinja2.StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
-    )  # fmt: skip
-    environment.filters |= {"plain": plain_text, "yaml": lambda text: json.dumps(printable(text))}
-    try:
-        return environment.get_template("card.md.j2").render(
-            mark=MARK,
-            title=f"ResNet-18, {first}{data_set}, recipe {plain_text(recipe.name)}",
-            data_set=data_set,
-            known=known,
-            made_up=run.data == "made-up shapes",
-            split=f"{summary['protocol']}, test images, {classes} classes",
-            summary={"parameters": None, "test_loss": None, "flip_tta_top1": None} | summary,
-            identity=run.identity,
-            environment=run.environment,
-            recipe=recipe,
-            recipe_json=json.dumps(dataclasses.asdict(recipe), indent=1),
-            mean=f"({', '.join(f'{value:g}' for value in recipe.mean)})",
-            std=f"({', '.join(f'{value:g}' for value in recipe.std)})",
-            error=100 * math.sqrt(share * (1 - share) / images),
-            protocols=PROTOCOLS,
-            circumstances=CIRCUMSTANCES,
-            names=list(names),
-            errors=errors,
-            conflicts=explanation.get("label_conflicts"),
-            calibration=errors and errors.get("calibration"),
-            boxes=explanation.get("localisation"),
-        )
-    except (jinja2.UndefinedError, KeyError, TypeError, ValueError) as error:
-        raise UserError(
-            f"explain.json is not what this version of tinylab writes ({printable(error)}): "
-            "`tinylab explain` makes it anew"
-        ) from error
+    share = run.summary["test_top1"] / 100
+    filters = {
+        "plain": plain_text, "yaml": lambda text: json.dumps(printable(text)),
+        "numbers": lambda values: ", ".join(f"{value:g}" for value in values),
+    }  # fmt: skip
+    values = {
+        "mark": MARK, "data": run.data, "identity": run.identity, "environment": run.environment,
+        "summary": {"parameters": None, "test_loss": None, "flip_tta_top1": None} | run.summary,
+        "recipe": recipe, "recipe_json": json.dumps(dataclasses.asdict(recipe), indent=1),
+        "error": 100 * math.sqrt(share * (1 - share) / run.summary["test_images"]),
+        "names": list(names), "errors": errors, "conflicts": explanation.get("label_conflicts"),
+        "calibration": errors and errors.get("calibration"),
+        "boxes": explanation.get("localisation"),
+    }  # fmt: skip
+    return render("card.md.j2", filters, values, keep_trailing_newline=True)

@@ -1,13 +1,13 @@
 """The network as one ONNX file."""
 
-import contextlib
 import copy
 import importlib.util
 import io
 import json
 import logging
-import warnings
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from warnings import catch_warnings
 
 import numpy as np
 import torch
@@ -27,39 +27,29 @@ def export_onnx(model: nn.Module, metadata: dict, path: Path, opset: int = 18) -
     """Write the network, after its logits in onnxruntime were compared with torch's.
 
     Input "images": float32 (batch, 3, R, R), normalised; output "logits": float32 (batch, classes).
-    The file's metadata_props hold, as JSON, what `model.safetensors` holds.
-    Return file, bytes, opset, batches, largest_difference, largest_logit, same_top1. Raise
-    `UserError` if a package is missing or a logit differs; then no file is written.
+    The file's metadata_props hold, as JSON, what `model.safetensors` holds. Raise `UserError` if a
+    package is missing or a logit differs; then no file is written.
     """
     if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
         raise UserError(f"the export needs {', '.join(missing)}: pip install {' '.join(missing)}")
-    path = Path(path)
     if path.is_dir():
         raise UserError(f"{printable(path)} is a folder: name the ONNX file to write in it")
     network = copy.deepcopy(model).cpu().float().eval()
 
     # ---- export: two images, as of one alone the batch size would become a constant ----
     side = recipe_of(metadata).test_resolution
+    options = {
+        "input_names": ["images"], "output_names": ["logits"], "opset_version": opset,
+        "dynamic_shapes": {"x": {0: torch.export.Dim("batch")}}, "dynamo": True, "verbose": False,
+    }  # fmt: skip
     disabled, silent = logging.root.manager.disable, io.StringIO()
     logging.disable(logging.WARNING)  # the exporter prints its progress, and warns of versions
     try:
-        with (
-            contextlib.redirect_stdout(silent),
-            contextlib.redirect_stderr(silent),
-            warnings.catch_warnings(action="ignore"),
-        ):
-            program = torch.onnx.export(
-                network,
-                (torch.zeros(2, 3, side, side),),
-                input_names=["images"],
-                output_names=["logits"],
-                dynamic_shapes={"x": {0: torch.export.Dim("batch")}},
-                opset_version=opset,
-                dynamo=True,
-                verbose=False,
-            ).model_proto
+        with redirect_stdout(silent), redirect_stderr(silent), catch_warnings(action="ignore"):
+            exported = torch.onnx.export(network, (torch.zeros(2, 3, side, side),), **options)
     finally:
         logging.disable(disabled)
+    program = exported.model_proto
     # Every node names its source lines, with the folders of whoever exports.
     graph = program.graph
     for part in (graph, *graph.node, *graph.value_info, *graph.initializer):
@@ -89,18 +79,11 @@ def export_onnx(model: nn.Module, metadata: dict, path: Path, opset: int = 18) -
         largest.append(float(np.abs(expected).max()))
         same &= bool((logits.argmax(axis=1) == expected.argmax(axis=1)).all())
     if not max(differences) <= TOLERANCE * max(largest):
-        raise UserError(
-            f"{printable(path)} is not written: in onnxruntime its logits differ by up to "
-            f"{max(differences):.2g}"
-        )
+        by = f"in onnxruntime its logits differ by up to {max(differences):.2g}"
+        raise UserError(f"{printable(path)} is not written: {by}")
 
     write_atomically(path, content)
     return {
-        "file": str(path),
-        "bytes": len(content),
-        "opset": opset,
-        "batches": list(CHECKED_BATCHES),
-        "largest_difference": max(differences),
-        "largest_logit": max(largest),
-        "same_top1": same,
-    }
+        "file": str(path), "bytes": len(content), "opset": opset, "batches": list(CHECKED_BATCHES),
+        "largest_difference": max(differences), "largest_logit": max(largest), "same_top1": same,
+    }  # fmt: skip

@@ -19,25 +19,15 @@ MOST_BYTES = 256 * 1024 * 1024
 MOST_PIXELS = 128_000_000  # of any picture: phones make JPEGs of 108 million
 MOST_HELD = 64_000_000  # pixels decoded into memory; a plain JPEG is shrunk in decoding
 
-UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
+KNOWN = {
+    "a HEIC picture": (b"ftypheic", b"ftypheix", b"ftyphevc", b"ftypmif1", b"ftypmsf1"),
+    "an AVIF picture": (b"ftypavif", b"ftypavis"),
+    "a TIFF picture": (b"II*\0", b"MM\0*"),
+    "a PDF document": (b"%PDF",),
+    "a drawing or a text (SVG, XML), not pixels": (b"<svg", b"<?xml", b"<!DOCTYPE svg"),
+    "a web page": (b"<!DOCTYPE html", b"<!doctype html", b"<html"),
 }
-"""What turns a picture upright, by its EXIF orientation."""
-KNOWN = (
-    (4, (b"ftypheic", b"ftypheix", b"ftyphevc", b"ftypmif1", b"ftypmsf1"), "a HEIC picture"),
-    (4, (b"ftypavif", b"ftypavis"), "an AVIF picture"),
-    (0, (b"II*\0", b"MM\0*"), "a TIFF picture"),
-    (0, (b"%PDF",), "a PDF document"),
-    (0, (b"<svg", b"<?xml", b"<!DOCTYPE svg"), "a drawing or a text (SVG, XML), not pixels"),
-    (0, (b"<!DOCTYPE html", b"<!doctype html", b"<html"), "a web page"),
-)
-"""Where, and with what, files begin that people take for pictures that can be read."""
+"""How files begin that people take for pictures that can be read; ftyp after four bytes of size."""
 
 
 def read_image(path: Path) -> np.ndarray:
@@ -55,13 +45,14 @@ def read_image(path: Path) -> np.ndarray:
     shrunk while it is decoded, to no less than 512 pixels on its shorter side. Of a JPEG that is
     cut short the rest is grey, as browsers show it; that is a `UserWarning`.
     """
-    path, name = Path(path), printable(path)
+    name = printable(path)
     if not path.is_file():
         problem = "is a folder: name the pictures in it" if path.is_dir() else "does not exist"
         raise UserError(f"{name} {problem}")
-    if not 0 < path.stat().st_size <= MOST_BYTES:
-        large = f"has more than {MOST_BYTES:,} bytes: make it smaller"
-        raise UserError(f"{name} {large if path.stat().st_size else 'is empty: get a whole copy'}")
+    if (size := path.stat().st_size) == 0:
+        raise UserError(f"{name} is empty: get a whole copy")
+    if size > MOST_BYTES:
+        raise UserError(f"{name} has more than {MOST_BYTES:,} bytes: make it smaller")
     most = f"more than {MOST_HELD // 10**6} million pixels"
     too_large = f"{name} is too large: {most}; make it smaller"
     try:
@@ -77,12 +68,12 @@ def read_image(path: Path) -> np.ndarray:
             if every > MOST_PIXELS or held > MOST_HELD:
                 raise UserError(too_large)
             try:
-                return np.asarray(prepared(image))
+                return upright_square(image)
             except OSError as error:
                 if image.format not in ("JPEG", "MPO") or "truncated" not in str(error):
                     raise
         with Image.open(path, formats=FORMATS) as image, completed():
-            whole = np.asarray(prepared(image))
+            whole = upright_square(image)
         warnings.warn(f"{name} is cut short: what is missing is grey", stacklevel=2)
         return whole
     except UserError:
@@ -107,26 +98,23 @@ def completed() -> Iterator[None]:
         ImageFile.LOAD_TRUNCATED_IMAGES = before
 
 
-def prepared(image: Image.Image) -> Image.Image:
-    """Return the opened picture upright, its middle square, 64 x 64, RGB."""
+def upright_square(image: Image.Image) -> np.ndarray:
+    """Return the opened picture upright, its middle square, uint8 (64, 64, 3) RGB."""
     hidden = image.info.get("transparency")  # a PNG's transparent colour, or a palette's opacities
     coded = re.search(r";(\d+)", str(image.tile[0][3])) if image.format == "PNG" else None
     bits = int(coded[1]) if coded else 8
     image.load()
-    try:
+    orientation = 1
+    with contextlib.suppress(Exception):  # the EXIF is damaged; the picture may be sound
         orientation = image.getexif().get(0x0112, 1)
-    except Exception:  # the EXIF is damaged; the picture may be sound
-        orientation = 1
+    mirrored, upside_down = orientation in (2, 3, 7, 8), orientation in (3, 4, 6, 7)
+    transposed = orientation in (5, 6, 7, 8)
 
     # Of an odd rest the larger half is cut off at the right or below once the picture is upright,
     # so that equal pictures stay equal whichever way they are stored.
     width, height = image.size
     side = min(width, height)
-    left, upper = (width - side) // 2, (height - side) // 2
-    if orientation in (2, 3, 7, 8):  # stored with its left and right exchanged
-        left = width - side - left
-    if orientation in (3, 4, 6, 7):
-        upper = height - side - upper
+    left, upper = (width - side + mirrored) // 2, (height - side + upside_down) // 2
     square = (left, upper, left + side, upper + side)
 
     # Pillow compares that colour, as the file has it, with pixels that it has made 8 bits of.
@@ -147,15 +135,17 @@ def prepared(image: Image.Image) -> Image.Image:
         image = image.resize((SIZE, SIZE), way, square)
     if image.mode == "RGBA":
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    image = image.convert("RGB")
-    return image.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else image
+
+    pixels = np.asarray(image.convert("RGB"))
+    pixels = pixels[:: -1 if upside_down else 1, :: -1 if mirrored else 1]
+    return np.ascontiguousarray(pixels.swapaxes(0, 1) if transposed else pixels)
 
 
 def what_it_is(path: Path) -> str:
     """Return what the first bytes of a file say that Pillow does not know."""
     with open(path, "rb") as file:
         head = file.read(64).removeprefix(b"\xef\xbb\xbf")
-    for offset, beginnings, kind in KNOWN:
-        if head[offset:].lstrip().startswith(beginnings):
+    for kind, beginnings in KNOWN.items():
+        if head.lstrip().startswith(beginnings) or head[4:].startswith(beginnings):
             return f"is {kind}, which cannot be read"
     return "is not a picture, or of a kind that cannot be read, or damaged"

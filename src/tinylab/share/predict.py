@@ -1,5 +1,6 @@
 """A finished run's network, and what it says of pictures."""
 
+from itertools import chain, count
 from pathlib import Path
 
 import numpy as np
@@ -47,31 +48,21 @@ def load(path: Path) -> tuple[ResNet18, dict]:
 def predict(model: nn.Module, metadata: dict, images: np.ndarray, top: int = 5) -> list[list[dict]]:
     """Return the `top` most probable classes of each image uint8 (n, 64, 64, 3), best first.
 
-    Each is wnid, name and probability (softmax, not calibrated). In fp32, on the model's device, in
-    eval mode; equal logits rank by class number.
+    Each is wnid, name and probability (softmax, not calibrated). In fp32, on the model's device;
+    the model is put in eval mode. Equal logits rank by class number.
     """
     if images.dtype != np.uint8 or images.shape[1:] != (SIZE, SIZE, 3) or top < 1:
         raise ValueError(f"images {images.dtype} {images.shape}, top {top}")
-    device, to_input = next(model.parameters()).device, normalised(metadata)
-    logits = [np.empty((0, len(metadata["wnids"])), np.float32)]
-    training = model.training
-    model.eval()
-    try:
-        with torch.inference_mode(), torch.autocast(device.type, enabled=False):
-            for first in range(0, len(images), 64):
-                batch = torch.from_numpy(np.array(images[first : first + 64]))
-                logits.append(model(to_input(batch.to(device))).float().cpu().numpy())
-    finally:
-        model.train(training)
-    scores = np.concatenate(logits)
-
-    def answer(index: int, shares: np.ndarray) -> dict:
-        wnid, name = metadata["wnids"][index], metadata["names"][index]
-        return {"wnid": wnid, "name": name, "probability": float(shares[index])}
-
-    ranked = np.argsort(-scores, axis=1, kind="stable")[:, :top].tolist()
-    shares = [softmax(each[None])[0] for each in scores]
-    return [[answer(i, of) for i in row] for row, of in zip(ranked, shares, strict=True)]
+    device = next(model.parameters()).device
+    with torch.inference_mode(), torch.autocast(device.type, enabled=False):
+        inputs = normalised(metadata)(torch.from_numpy(images.copy()).to(device))
+        logits = model.eval()(inputs).float().cpu().numpy()
+    ranked, shares = np.argsort(-logits, axis=1, kind="stable")[:, :top], softmax(logits)
+    wnids, names = metadata["wnids"], metadata["names"]
+    return [
+        [{"wnid": wnids[i], "name": names[i], "probability": row[i]} for i in order]
+        for order, row in zip(ranked.tolist(), shares.tolist(), strict=True)
+    ]
 
 
 def open_finished(folder: Path, data: Path | None) -> tuple[Run, Dataset, Split]:
@@ -93,14 +84,6 @@ def open_finished(folder: Path, data: Path | None) -> tuple[Run, Dataset, Split]
     return run, dataset, rows
 
 
-def trained_model(run: Run, dataset: Dataset) -> ResNet18:
-    """Return the run's network on the CPU; its classes are the data set's."""
-    model, metadata = load(run.folder)
-    if tuple(metadata["wnids"]) != dataset.wnids[: len(metadata["wnids"])]:
-        raise UserError(f"{run.weights} was trained on other classes, or in another order")
-    return model
-
-
 def draw_answers(
     model: nn.Module,
     metadata: dict,
@@ -109,19 +92,14 @@ def draw_answers(
     names: list[str],
     folder: Path,
 ) -> list[Path]:
-    """Draw into `folder`, for each picture, what spoke for its first answer; return the paths."""
+    """Draw into `folder`, for each picture, Grad-CAM of its first prediction; return the paths."""
     maps = explain_answers(model, metadata, np.stack(pictures), answers)
     paths: list[Path] = []
     for name, picture, answer, heat in zip(names, pictures, answers, maps, strict=True):
-        stem, number = Path(name).stem, 1
+        stem = Path(name).stem
         taken = {path.name.casefold() for path in paths}  # some disks do not tell A from a
-        file = f"{stem}.png"
-        while file.casefold() in taken:
-            number += 1
-            file = f"{stem}-{number}.png"
+        possible = chain([f"{stem}.png"], (f"{stem}-{number}.png" for number in count(2)))
+        file = next(each for each in possible if each.casefold() not in taken)
         figure = plots.prediction(picture, answer, heat, title=name)
-        try:
-            paths.append(plots.save(figure, folder / file))
-        except OSError as error:
-            raise UserError(f"cannot write {folder / file}: {error.strerror or error}") from error
+        paths.append(plots.save(figure, folder / file))
     return paths

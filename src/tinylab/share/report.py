@@ -13,35 +13,15 @@ import struct
 from collections.abc import Mapping
 from pathlib import Path
 
-from tinylab.exceptions import UserError
+from markupsafe import Markup
+
+from tinylab.figures.style import wilson
 from tinylab.files import printable
 from tinylab.recipes import RECIPES, named
 from tinylab.run.folder import Run
+from tinylab.share.template import render
 
 LONGEST = 160  # characters of a class name that are shown; Tiny ImageNet's longest has 121
-METHOD_NAMES = {
-    "gradcam": "Grad-CAM", "gradcam++": "Grad-CAM++", "hirescam": "HiResCAM",
-    "layercam": "LayerCAM", "eigencam": "Eigen-CAM",
-}  # fmt: skip
-"""What the page calls the methods that older records may hold."""
-FILES = {
-    "model.safetensors": "the weights, with class list, normalisation, recipe and metrics inside",
-    "summary.json": "the final numbers",
-    "recipe.json": "every field of the recipe",
-    "run.json": "what else decides the result: split, seed, classes, hashes",
-    "environment.json": "device and versions",
-    "metrics.jsonl": "one line per epoch",
-    "predictions.npz": "the logits of every test image",
-    "SHA256SUMS": "hashes of the above, for sha256sum -c",
-    "explain.json": "the numbers of this page",
-    "classes.csv": "accuracy per class",
-    "confusion.csv": "how often each class was predicted as each",
-    "localisation.csv": "map against box, image by image",
-    "figures": "the figures of this page",
-    "tensorboard": "the curves, for TensorBoard",
-    "export": "weights, model card and class list, to share",
-}
-"""What a run folder may hold, for the reader of the page."""
 
 
 def page(run: Run, explanation: Mapping, figures: Mapping[str, bytes]) -> str:
@@ -50,35 +30,21 @@ def page(run: Run, explanation: Mapping, figures: Mapping[str, bytes]) -> str:
     explanation: what explain.json holds. figures: PNG files by name. The page says what is missing
     and which command makes it.
     """
-    import jinja2
-    from markupsafe import Markup
-
-    folder = Path(__file__).parent
-    style = (folder / "report.css").read_text(encoding="utf-8")
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(folder), autoescape=True, undefined=jinja2.StrictUndefined,
-        finalize=finalize, trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
-    environment.filters |= {
+    style = (Path(__file__).parent / "report.css").read_text(encoding="utf-8")
+    filters = {
         "number": number, "count": lambda value: number(value, 0), "percent": percent,
         "points": points, "duration": duration, "interval": interval, "words": in_words,
         "shortened": shortened,
     }  # fmt: skip
 
-    # ---- what the run holds ----
-    summary = run.summary
-    usual = dataclasses.asdict(named(run.recipe.name)) if run.recipe.name in RECIPES else {}
+    summary, recipe = run.summary, run.recipe
+    usual = dataclasses.asdict(named(recipe.name)) if recipe.name in RECIPES else {}
     fields = []
-    for name, value in dataclasses.asdict(run.recipe).items():
+    for name, value in dataclasses.asdict(recipe).items():
         other = None if usual.get(name, value) == value else in_words(usual[name])
         fields.append({"name": name, "value": in_words(value), "usual": other})
-    files = []
-    for name, what in FILES.items():
-        path = run.folder / name
-        if path.is_file():
-            files.append({"name": name, "bytes": path.stat().st_size, "what": what})
-        elif path.is_dir():
-            files.append({"name": f"{name}/", "bytes": None, "what": what})
+    files = {path.name: path.stat().st_size for path in run.folder.iterdir() if path.is_file()}
+    files |= {path.name: None for path in run.folder.iterdir() if path.is_dir()}
     pictures = {}
     for name, data in figures.items():
         if data[:8] == b"\x89PNG\r\n\x1a\n" and len(data) >= 24:
@@ -86,42 +52,19 @@ def page(run: Run, explanation: Mapping, figures: Mapping[str, bytes]) -> str:
             width, height = struct.unpack(">II", data[16:24])
             uri = Markup("data:image/png;base64," + base64.b64encode(data).decode("ascii"))
             pictures[name] = {"uri": uri, "width": width // 2, "height": height // 2}  # 200 dpi
-    optional = ("errors", "label_conflicts", "localisation", "faithfulness")
+    optional = dict.fromkeys(("errors", "label_conflicts", "localisation", "faithfulness"))
 
-    # ---- the page ----
-    try:
-        text = environment.get_template("report.html.j2").render(
-            style=Markup(style),
-            style_hash=base64.b64encode(hashlib.sha256(style.encode()).digest()).decode(),
-            title=run.title,
-            summary=summary,
-            identity={name: each for name, each in run.identity.items() if name != "data_folder"},
-            environment=run.environment,
-            history=run.history,
-            interval95=wilson(summary["test_top1"] / 100, summary["test_images"]),
-            recipe=fields,
-            recipe_name=run.recipe.name,
-            data=run.data,
-            course_run=run.course_run[-1] if run.course_run else None,
-            files=files,
-            methods=METHOD_NAMES,
-            pictures=pictures,
-            explanation=dict.fromkeys(optional) | dict(explanation),
-        )
-    except (jinja2.UndefinedError, KeyError, TypeError, ValueError) as error:
-        raise UserError(
-            f"explain.json is not what this version of tinylab writes ({printable(error)}): "
-            "`tinylab explain` makes it anew"
-        ) from error
+    values = {
+        "style": Markup(style), "title": run.title, "summary": summary, "history": run.history,
+        "style_hash": base64.b64encode(hashlib.sha256(style.encode()).digest()).decode(),
+        "identity": {name: each for name, each in run.identity.items() if name != "data_folder"},
+        "environment": run.environment, "data": run.data, "recipe": fields,
+        "interval95": wilson(summary["test_top1"] / 100, summary["test_images"]),
+        "course_run": run.course_run[-1] if run.course_run else None, "recipe_name": recipe.name,
+        "files": files, "pictures": pictures, "explanation": optional | dict(explanation),
+    }  # fmt: skip
+    text = render("report.html.j2", filters, values, autoescape=True, finalize=finalize)
     return text.lstrip()  # what stands between the template's macros
-
-
-def wilson(share: float, count: int) -> tuple[float, float]:
-    """Return Wilson's 95 % interval, in percent, of a share in 0..1 of so many images."""
-    from scipy.stats import binomtest
-
-    interval = binomtest(round(share * count), count).proportion_ci(method="wilson")
-    return 100 * interval.low, 100 * interval.high
 
 
 # --- How values are shown -------------------------------------------------------------------------
@@ -174,8 +117,6 @@ def points(share: float | None) -> str:
 
 def interval(estimate: Mapping | None, kind: str = "percent") -> str:
     """Return an estimate as HTML, its 95 % interval below it: `mean`, `low` and `high`, shares."""
-    from markupsafe import Markup
-
     if estimate is None:
         return "–"
     show = points if kind == "points" else lambda share: f"{100 * share:.1f}"
