@@ -16,7 +16,7 @@ from tinylab.data.archive import CONTENT_SHA256, SAMPLE_SHA256
 from tinylab.data.split import make_split
 from tinylab.exceptions import UserError
 from tinylab.explain.analysis import analyse_run
-from tinylab.figures.style import wilson
+from tinylab.figures.scores import wilson
 from tinylab.run.folder import Run
 from tinylab.run.weights import normalised
 from tinylab.share.card import MARK, model_card, write_hand_over

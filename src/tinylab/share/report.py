@@ -15,7 +15,7 @@ from pathlib import Path
 
 from markupsafe import Markup
 
-from tinylab.figures.style import wilson
+from tinylab.figures.scores import wilson
 from tinylab.files import printable
 from tinylab.recipes import RECIPES, named
 from tinylab.run.folder import Run
