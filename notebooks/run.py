@@ -116,7 +116,7 @@ def lighten(output: nbformat.NotebookNode) -> None:
     if len(png) <= LARGEST_PNG:
         return
     jpeg = io.BytesIO()
-    Image.open(io.BytesIO(png)).convert("RGB").save(jpeg, "JPEG", quality=90, subsampling=0)
+    Image.open(io.BytesIO(png)).convert("RGB").save(jpeg, "JPEG", quality=80)
     del output["data"]["image/png"]
     output["data"]["image/jpeg"] = base64.b64encode(jpeg.getvalue()).decode()
     if "image/png" in output.metadata:
