@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import tyro
 from tyro.conf import Positional
@@ -27,9 +27,6 @@ from tinylab.files import printable
 from tinylab.options import describe, refuse_unknown
 from tinylab.recipe import Recipe
 from tinylab.recipes import RECIPES, named
-
-if TYPE_CHECKING:
-    from tinylab.run.folder import Run
 
 DATA = Path("data/tiny-imagenet")
 # What the operating system refuses and the user can change.
@@ -239,6 +236,8 @@ class Explain(Finished):
         from tinylab.share.predict import load, open_finished
 
         finished, dataset, rows = open_finished(self.run_folder, self.data)
+        from tinylab.run.folder import require_writable
+
         for folder in filter(None, (self.figures, finished.figures)):
             require_writable(folder / "curves.png")
         from tinylab.explain.analysis import analyse_run
@@ -265,7 +264,7 @@ class Report(Finished):
 
     def run(self) -> None:
         from tinylab.files import write_atomically
-        from tinylab.run.folder import Run
+        from tinylab.run.folder import Run, require_writable
 
         finished = Run(self.run_folder)
         _ = finished.identity, finished.recipe, finished.summary  # refuses what is no finished run
@@ -305,6 +304,8 @@ class Predict:
             raise UserError(f"top must be from 1 to 1,000, not {self.top}")
         if not self.images:
             raise UserError("which images? `tinylab predict RUN IMAGE...`")
+        from tinylab.run.folder import require_writable
+
         if self.gradcam:
             require_writable(self.gradcam / "x.png")
         from tinylab.share.picture import read_image
@@ -346,7 +347,7 @@ class Export:
     """An ONNX file to write, whose outputs are compared with the network's in onnxruntime."""
 
     def run(self) -> None:
-        from tinylab.run.folder import Run
+        from tinylab.run.folder import Run, require_writable
 
         finished = Run(self.run_folder)
         _ = finished.identity, finished.recipe, finished.summary  # refuses what is no finished run
@@ -385,6 +386,8 @@ class FindLr(Training):
     def run(self) -> None:
         name = f"find-lr-{self.recipe.name}-{self.recipe.split}-s{self.seed}.png"
         out = self.figure or Path("runs") / name
+        from tinylab.run.folder import require_writable
+
         require_writable(out)
         from tinylab import figures as plots
         from tinylab.data.dataset import open_dataset
@@ -447,25 +450,6 @@ COMMANDS = {
     "schedule": Schedule, "find-lr": FindLr, "summary": Summary, "verify": Verify,
 }  # fmt: skip
 WITH_RECIPE = ("train", "schedule", "find-lr")
-
-
-def require_writable(path: Path, run: "Run | None" = None) -> None:
-    """Raise `UserError` for a path that cannot be made, before anything is computed for it.
-
-    run: none of its records may be replaced.
-    """
-    from tinylab.run.folder import CHECKSUMS, EXPLAINED, FINAL_FILES
-
-    above = [path.parent, *path.absolute().parents]
-    nearest = next(each for each in above if each.exists())
-    if not nearest.is_dir():
-        raise UserError(f"cannot write {path}: {nearest} is no folder")
-    for folder in (path, *above):
-        if (folder / "meta.json").exists() and (folder / "images.npy").exists():
-            raise UserError(f"cannot write {path}: {folder} is a data folder")
-    records = (*FINAL_FILES, *EXPLAINED, CHECKSUMS, "summary.json") if run else ()
-    if path.resolve() in {(run.folder / name).resolve() for name in records}:
-        raise UserError(f"{path} is a record of the run: choose another name")
 
 
 def parse(arguments: list[str]) -> object:

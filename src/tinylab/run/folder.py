@@ -328,6 +328,23 @@ def refuse_foreign(run: Run) -> None:
         raise UserError(f"{run.folder} is not empty and no run; choose another --run")
 
 
+def require_writable(path: Path, run: Run | None = None) -> None:
+    """Raise `UserError` for a path that cannot be made, before anything is computed for it.
+
+    run: none of its records may be replaced.
+    """
+    above = [path.parent, *path.absolute().parents]
+    nearest = next(each for each in above if each.exists())
+    if not nearest.is_dir():
+        raise UserError(f"cannot write {path}: {nearest} is no folder")
+    for folder in (path, *above):
+        if (folder / "meta.json").exists() and (folder / "images.npy").exists():
+            raise UserError(f"cannot write {path}: {folder} is a data folder")
+    records = (*FINAL_FILES, *EXPLAINED, CHECKSUMS, "summary.json") if run else ()
+    if path.resolve() in {(run.folder / name).resolve() for name in records}:
+        raise UserError(f"{path} is a record of the run: choose another name")
+
+
 def refuse_another(run: Run, now: dict, saved: dict | None = None) -> None:
     """Raise `UserError`, naming what differs, if the folder or the checkpoint is another run's.
 
