@@ -4,7 +4,6 @@ The first group always learns at `max_learning_rate`: logs and `tinylab schedule
 """
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -20,33 +19,32 @@ NEWTON_SCHULZ_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
 
 def make_optimizer(
-    model: nn.Module, recipe: Recipe, total_steps: int, fused: bool = False
+    model: nn.Module, recipe: Recipe, total_steps: int
 ) -> tuple[torch.optim.SGD, OneCycleLR]:
-    """Return SGD or `Muon` and its schedule (Smith, Topin, "Super-Convergence", 2018).
-
-    fused: one kernel per group, which on CUDA spares loss scaling a wait in every step. Without it
-    PyTorch's foreach, whose results are a plain loop's to the last bit.
-    """
+    """Return SGD or `Muon` and its schedule (Smith, Topin, "Super-Convergence", 2018)."""
     # ---- parameters by what happens to them, in the model's order ----
     muon = recipe.optimizer == "muon"
-    groups: dict[str, list[nn.Parameter]] = {"decayed": [], "flat": [], "orthogonal": []}
+    decayed, flat, convolutions = [], [], []
     for each in model.parameters():
-        # By ndim, not by name: a shortcut's batch norm has no "bn" in its name.
-        flat = each.ndim <= 1 and not recipe.decay_1d
-        groups["orthogonal" if muon and each.ndim == 4 else "flat" if flat else "decayed"] += [each]
-    settings = {
-        "decayed": {},
-        "flat": {"weight_decay": 0.0},
-        "orthogonal": {"lr": recipe.muon_learning_rate, "weight_decay": recipe.muon_weight_decay},
-    }
+        if muon and each.ndim == 4:
+            convolutions.append(each)
+        elif each.ndim <= 1 and not recipe.decay_1d:  # by name a shortcut's batch norm is missed
+            flat.append(each)
+        else:
+            decayed.append(each)
+    own = {"lr": recipe.muon_learning_rate, "weight_decay": recipe.muon_weight_decay}
+    groups = [{"params": decayed}, {"params": flat, "weight_decay": 0.0}]
+    groups += [{"params": convolutions} | own]
     if muon:
-        for kind, own in settings.items():
-            own["orthogonal"] = kind == "orthogonal"
+        for group in groups:
+            group["orthogonal"] = group["params"] is convolutions
 
     # ---- optimiser ----
-    fused = fused and not muon
+    # On CUDA one kernel per group, which spares loss scaling a wait in every step; elsewhere
+    # PyTorch's foreach, whose results are a plain loop's to the last bit.
+    fused = not muon and next(model.parameters()).is_cuda
     optimizer = (Muon if muon else torch.optim.SGD)(
-        [{"params": groups[kind], **own} for kind, own in settings.items() if groups[kind]],
+        [group for group in groups if group["params"]],
         lr=recipe.max_learning_rate,  # the schedule sets the real one
         momentum=recipe.max_momentum,
         nesterov=recipe.nesterov,
@@ -95,48 +93,41 @@ def schedule(recipe: Recipe, images: int) -> list[tuple[int, float, float]]:
 
 
 class Muon(torch.optim.SGD):
-    """SGD that orthogonalises the momentum of the groups marked `orthogonal`.
+    """SGD that orthogonalises the momentum of the groups marked `orthogonal`: convolution weights.
 
-    Their parameters are convolution weights (out, in, height, width), each taken as one matrix
-    (out, in x height x width). Momentum accumulates as in SGD and is then replaced by the nearest
-    matrix whose singular values are all about one, so that rare directions move as far as frequent
-    ones. Weight decay is decoupled: weights shrink by learning rate x `muon_weight_decay`. All
-    other groups move exactly as SGD moves them.
+    Each (out, in, height, width) is one matrix (out, in x height x width). Momentum accumulates as
+    in SGD and is then replaced by the nearest matrix whose singular values are all about one, so
+    that rare directions move as far as frequent ones. Weight decay is decoupled: weights shrink by
+    learning rate x `muon_weight_decay`.
 
     Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024; for
     convolutions, airbench94_muon.py (github.com/KellerJordan/cifar10-airbench). PyTorch's own, from
     2.9 on, takes matrices only.
     """
 
-    def step(self, closure: Callable[[], torch.Tensor] | None = None) -> torch.Tensor | None:
-        """Update all groups. closure: as in every optimiser of PyTorch."""
+    def step(self) -> None:
+        """Update all groups."""
         groups = self.param_groups
         self.param_groups = [group for group in groups if not group["orthogonal"]]
-        try:
-            loss = super().step(closure)
-        finally:
-            self.param_groups = groups
+        super().step()
+        self.param_groups = groups
         for group in groups:
             if group["orthogonal"]:
                 self.orthogonal_step(group)
-        return loss
 
     @torch.no_grad()
     def orthogonal_step(self, group: dict) -> None:
         """Move parameters of one shape together: on a GPU small kernels cost their start."""
         by_shape: dict[torch.Size, list[nn.Parameter]] = {}
         for parameter in group["params"]:
-            if parameter.grad is not None:
-                by_shape.setdefault(parameter.shape, []).append(parameter)
+            by_shape.setdefault(parameter.shape, []).append(parameter)
         for parameters in by_shape.values():
-            moves = [parameter.grad for parameter in parameters]
-            momenta = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
-            torch._foreach_mul_(momenta, group["momentum"])
-            torch._foreach_add_(momenta, moves)
+            gradients = [parameter.grad for parameter in parameters]
+            moves = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
+            torch._foreach_mul_(moves, group["momentum"])
+            torch._foreach_add_(moves, gradients)
             if group["nesterov"]:
-                moves = torch._foreach_add(moves, momenta, alpha=group["momentum"])
-            else:
-                moves = momenta
+                moves = torch._foreach_add(gradients, moves, alpha=group["momentum"])
             directions = orthogonalise(torch.stack([move.flatten(1) for move in moves]))
             rows, columns = directions.shape[1:]
             # A tall matrix has fewer singular values than rows: this keeps its entries as large.
@@ -148,11 +139,10 @@ class Muon(torch.optim.SGD):
 
 def muon_petaflop(model: nn.Module, steps: int) -> float:
     """Return PFLOP of orthogonalising the convolution weights of `model` in `steps` steps."""
-    flop = 0
+    flop, square_products = 0, NEWTON_SCHULZ_STEPS + 3 * (NEWTON_SCHULZ_STEPS - 1)
     for parameter in model.parameters():
         if parameter.ndim == 4:
             short, long = sorted((parameter.shape[0], parameter[0].numel()))
-            square_products = NEWTON_SCHULZ_STEPS + 3 * (NEWTON_SCHULZ_STEPS - 1)
             flop += 2 * short**2 * (2 * long + square_products * short)
     return float(f"{flop * steps / 1e15:.4g}")
 
@@ -171,11 +161,9 @@ def orthogonalise(matrices: torch.Tensor) -> torch.Tensor:
     a, b, c = NEWTON_SCHULZ_COEFFICIENTS
     tall = matrices.shape[1] > matrices.shape[2]
     x = (matrices.mT if tall else matrices).float()
-    # The iteration needs singular values up to 1.
-    x = x / (torch.linalg.matrix_norm(x)[:, None, None] + 1e-7)
+    x = x / (torch.linalg.matrix_norm(x)[:, None, None] + 1e-7)  # singular values up to 1
 
-    def quintic(gram: torch.Tensor) -> torch.Tensor:
-        """Return a I + b G + c G^2, which times X is Jordan's step."""
+    def quintic(gram: torch.Tensor) -> torch.Tensor:  # a I + b G + c G^2: times X Jordan's step
         polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         polynomial.diagonal(dim1=1, dim2=2).add_(a)
         return polynomial

@@ -21,7 +21,10 @@ from tinylab.training.average import make_average
 from tinylab.training.distributed import ALONE, Ranks, wrap
 from tinylab.training.optim import make_optimizer
 
-COUNTS = ("epoch", "step", "epoch_learning_rate", "epoch_seconds", "set_up_seconds", "stops")
+PLAIN = (
+    "epoch", "step", "epoch_learning_rate", "epoch_seconds", "epoch_cpu_seconds", "set_up_seconds",
+    "stops", "history",
+)  # fmt: skip
 
 
 @dataclass
@@ -67,14 +70,14 @@ class TrainState:
 
     def to_checkpoint(self) -> dict:
         """Return tensors and plain values. The schedule is its step count."""
-        plain = (*COUNTS, "epoch_cpu_seconds", "history", "run", "environment", "totals", "skipped")
+        values = (*PLAIN, "run", "environment", "totals", "skipped")
         return {
             "model": self.model.state_dict(),
             "average": None if self.average is None else self.average.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scheduler_step": self.scheduler.last_epoch,
             "scaler": self.scaler.state_dict(),
-            **{name: getattr(self, name) for name in plain},
+            **{name: getattr(self, name) for name in values},
         }
 
     def load_checkpoint(self, saved: dict) -> None:
@@ -90,8 +93,8 @@ class TrainState:
         # steps, and no processor time.
         self.totals.copy_(saved["totals"].reshape(-1, 4).sum(dim=0))
         self.skipped.copy_(saved["skipped"] if "skipped" in saved else saved["skips"][0])
-        self.epoch_cpu_seconds = saved.get("epoch_cpu_seconds", math.nan)
-        for name in (*COUNTS, "history"):
+        saved = {"epoch_cpu_seconds": math.nan} | saved
+        for name in PLAIN:
             setattr(self, name, saved[name])
 
     def require_finite(self, weights: bool = False) -> None:
@@ -100,16 +103,15 @@ class TrainState:
         Waits for the device.
         """
         scaled = self.scaler.is_enabled()
-        finite = self.totals[0].isfinite().item() and not (scaled and self.scaler.get_scale() < 1)
+        finite = self.totals[0].isfinite() and not (scaled and self.scaler.get_scale() < 1)
         if weights and finite:
-            averaged = [] if self.average is None else self.average.module.state_dict().values()
-            finite = bool(all_finite([*self.model.state_dict().values(), *averaged]))
+            both = (self.model.state_dict(), self.tested.state_dict())
+            finite = all_finite([tensor for state in both for tensor in state.values()])
         if not finite:
-            fp32 = " or --precision fp32" if scaled else ""
             raise RecipeFailed(
                 f"loss or weights are not finite in epoch {self.epoch}, up to "
                 f"step {self.step}: the run has diverged; what is saved is finite; start another "
-                f"run with a lower max-learning-rate{fp32}"
+                f"run with a lower max-learning-rate{' or --precision fp32' if scaled else ''}"
             )
 
 
@@ -134,22 +136,19 @@ def new_state(
     seed: int,
     steps_per_epoch: int,
     compute: Compute,
-    *,
     ranks: Ranks = ALONE,
     compiled: bool = False,
 ) -> TrainState:
     """Return the state before the first step: weights from `seed`, schedule over the whole run."""
     model = build_model(recipe, classes, seed).to(compute.device)
-    average = make_average(model, recipe)
-    fused = compute.device.type == "cuda"
-    optimizer, scheduler = make_optimizer(model, recipe, recipe.epochs * steps_per_epoch, fused)
+    average, scaler = make_average(model, recipe), compute.grad_scaler()
+    optimizer, scheduler = make_optimizer(model, recipe, recipe.epochs * steps_per_epoch)
     if compiled:
         torch.compiler.reset()  # an earlier run's graphs would count against the compiler's limit
     # One graph per shape: a graph for any shape is slower, and a run has few.
     network = torch.compile(model, dynamic=False) if compiled else wrap(model, ranks)
     totals = torch.zeros(4, device=compute.device)
     skipped = torch.zeros((), dtype=torch.int64, device=compute.device)
-    scaler = compute.grad_scaler()
     return TrainState(model, network, average, optimizer, scheduler, scaler, totals, skipped)
 
 
@@ -161,7 +160,7 @@ def train_step(
     The gradient is that of the mean loss over the whole batch, however it is cut into pieces.
     """
     resolution = recipe.resolution_at(state.epoch)
-    state.optimizer.zero_grad(set_to_none=True)
+    state.optimizer.zero_grad()
 
     # ---- forward and backward, piece by piece ----
     pieces = pieces_of(batch, recipe.micro_batch, ranks.size)
@@ -192,8 +191,6 @@ def pieces_of(batch: Batch, micro_batch: int | None, processes: int) -> list[Bat
     """Cut the batch into pieces of at most `micro_batch` images, equally many in every process."""
     largest = math.ceil(batch.size / processes)
     pieces = math.ceil(largest / (micro_batch or largest))
-    if pieces == 1:
-        return [batch]
     tensors = (batch.images, batch.labels, batch.partners)
     cut = [[None] * pieces if tensor is None else tensor.tensor_split(pieces) for tensor in tensors]
     return [Batch(*parts, batch.share, batch.size) for parts in zip(*cut, strict=True)]
@@ -201,13 +198,11 @@ def pieces_of(batch: Batch, micro_batch: int | None, processes: int) -> list[Bat
 
 def batch_loss(logits: torch.Tensor, batch: Batch, label_smoothing: float) -> torch.Tensor:
     """Return the sum over images of the cross-entropy, in nats; mixed images have two labels."""
-
-    def against(labels: torch.Tensor) -> torch.Tensor:
-        return F.cross_entropy(logits, labels, reduction="sum", label_smoothing=label_smoothing)
-
+    how = {"reduction": "sum", "label_smoothing": label_smoothing}
+    loss = F.cross_entropy(logits, batch.labels, **how)
     if batch.partners is None:
-        return against(batch.labels)
-    return batch.share * against(batch.labels) + (1 - batch.share) * against(batch.partners)
+        return loss
+    return batch.share * loss + (1 - batch.share) * F.cross_entropy(logits, batch.partners, **how)
 
 
 @torch.no_grad()
