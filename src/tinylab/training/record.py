@@ -61,7 +61,7 @@ def restore(
         refuse_another(run, state.run)  # says more than a checkpoint does
     else:
         refuse_foreign(run)
-    if saved is not None:
+    if saved:
         refuse_another(run, state.run, saved.get("run", {}))
         begun = run.environment if run.begun else saved.get("environment", {})
         before, now = begun.get("source_sha256"), state.environment["source_sha256"]
@@ -97,12 +97,23 @@ def epoch_row(state: TrainState, totals: torch.Tensor) -> dict:
     return row
 
 
-def summarise(state: TrainState, recipe: Recipe, rows: Split, steps: int) -> dict:
-    """Return the contents of summary.json but for the file's hash and the mirror images' top-1.
+def finish(
+    run: Run, state: TrainState, recipe: Recipe, dataset: Dataset, rows: Split, steps: int,
+    logits: torch.Tensor, of_mirror_images: torch.Tensor, labels: torch.Tensor,
+) -> None:  # fmt: skip
+    """Write predictions, weights, checksums and, last, the summary that says the run is finished.
 
-    Time to accuracy is all training and the one last test, warm; cold has the set-up, too.
-    steps: of an epoch.
+    steps: of an epoch. logits, of_mirror_images: fp32 (N, classes) of the test images; labels:
+    int64 (N,). Time to accuracy is all training and the one last test, warm; cold has the set-up,
+    too.
     """
+    # ---- predictions ----
+    final, flipped = score(logits, labels), score((logits + of_mirror_images) / 2, labels)
+    predictions = io.BytesIO()
+    np.savez_compressed(predictions, rows=rows.test, labels=final.labels, logits=final.logits)
+    write_atomically(run.folder / "predictions.npz", predictions.getvalue())
+
+    # ---- the numbers ----
     last = state.history[-1]
     train_seconds = sum(row["train_seconds"] for row in state.history)
     cpu_seconds = sum(row.get("train_cpu_seconds", math.nan) for row in state.history)
@@ -110,7 +121,7 @@ def summarise(state: TrainState, recipe: Recipe, rows: Split, steps: int) -> dic
     warm = train_seconds + last["eval_seconds"]
     muon = muon_petaflop(state.model, steps * recipe.epochs)
     tested = ("train_loss", "train_top1", "test_loss", "test_top1", "test_top5", "test_correct")
-    return {
+    summary = {
         "recipe": recipe.name,
         "protocol": rows.protocol,
         "classes": rows.classes,
@@ -131,30 +142,10 @@ def summarise(state: TrainState, recipe: Recipe, rows: Split, steps: int) -> dic
         "images_per_second": round(images * recipe.epochs / train_seconds, 1),
         "skipped_steps": sum(row["skipped_steps"] for row in state.history),
         "stops": state.stops,
+        "flip_tta_top1": flipped.numbers()["test_top1"],
     }
 
-
-def finish(
-    run: Run,
-    state: TrainState,
-    recipe: Recipe,
-    dataset: Dataset,
-    rows: Split,
-    steps: int,
-    logits: torch.Tensor,
-    of_mirror_images: torch.Tensor,
-    labels: torch.Tensor,
-) -> None:
-    """Write predictions, weights, checksums and, last, the summary that says the run is finished.
-
-    logits, of_mirror_images: fp32 (N, classes) of the test images; labels: int64 (N,).
-    """
-    final, flipped = score(logits, labels), score((logits + of_mirror_images) / 2, labels)
-    predictions = io.BytesIO()
-    np.savez_compressed(predictions, rows=rows.test, labels=final.labels, logits=final.logits)
-    write_atomically(run.folder / "predictions.npz", predictions.getvalue())
-
-    summary = summarise(state, recipe, rows, steps) | {"flip_tta_top1": flipped.top1}
+    # ---- weights, and what says that all is there ----
     classes = (dataset.wnids[: rows.classes], dataset.names[: rows.classes])
     weights = weights_file(state.tested, recipe, *classes, summary, dataset.content_sha256)
     write_atomically(run.weights, weights)

@@ -21,11 +21,6 @@ from tinylab.training.average import make_average
 from tinylab.training.distributed import ALONE, Ranks, wrap
 from tinylab.training.optim import make_optimizer
 
-PLAIN = (
-    "epoch", "step", "epoch_learning_rate", "epoch_seconds", "epoch_cpu_seconds", "set_up_seconds",
-    "stops", "history",
-)  # fmt: skip
-
 
 @dataclass
 class TrainState:
@@ -70,32 +65,25 @@ class TrainState:
 
     def to_checkpoint(self) -> dict:
         """Return tensors and plain values. The schedule is its step count."""
-        values = (*PLAIN, "run", "environment", "totals", "skipped")
-        return {
-            "model": self.model.state_dict(),
-            "average": None if self.average is None else self.average.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scheduler_step": self.scheduler.last_epoch,
-            "scaler": self.scaler.state_dict(),
-            **{name: getattr(self, name) for name in values},
-        }
+        saved = {"scheduler_step": self.scheduler.last_epoch}
+        for name, value in vars(self).items():
+            if name not in ("network", "scheduler"):
+                saved[name] = value.state_dict() if hasattr(value, "state_dict") else value
+        return saved
 
     def load_checkpoint(self, saved: dict) -> None:
         """Put everything back but `run` and `environment`, which are those of now."""
-        self.model.load_state_dict(saved["model"])
-        if self.average is not None:
-            self.average.load_state_dict(saved["average"])
-        self.scheduler.last_epoch = saved["scheduler_step"]
-        self.scaler.load_state_dict(saved["scaler"])
-        # After the schedule, which would overwrite its learning rate.
-        self.optimizer.load_state_dict(saved["optimizer"])
         # Older checkpoints hold a row of totals for each process, count three kinds of skipped
         # steps, and no processor time.
         self.totals.copy_(saved["totals"].reshape(-1, 4).sum(dim=0))
         self.skipped.copy_(saved["skipped"] if "skipped" in saved else saved["skips"][0])
         saved = {"epoch_cpu_seconds": math.nan} | saved
-        for name in PLAIN:
-            setattr(self, name, saved[name])
+        self.scheduler.last_epoch = saved["scheduler_step"]
+        for name, value in vars(self).items():
+            if isinstance(value, int | float | list):
+                setattr(self, name, saved[name])
+            elif name not in ("network", "scheduler") and hasattr(value, "load_state_dict"):
+                value.load_state_dict(saved[name])
 
     def require_finite(self, weights: bool = False) -> None:
         """Raise `RecipeFailed` if the epoch's loss, or a weight if asked, is not finite.

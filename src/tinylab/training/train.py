@@ -35,23 +35,12 @@ _RUNS = itertools.count()  # only a process's first run has a cold clock
 
 
 def train(
-    recipe: Recipe,
-    dataset: Dataset,
-    *,
-    split: str | None = None,
-    folder: Path | None = None,
-    seed: int = 0,
-    limit_classes: int | None = None,
-    device: str = "auto",
-    precision: str = "auto",
-    compiled: bool = False,
-    workers: int | None = None,
-    mirror: Path | None = None,
-    test_every: int = 1,
-    continue_anyway: bool = False,
-    track: Literal["tensorboard"] | None = None,
+    recipe: Recipe, dataset: Dataset, *, split: str | None = None, folder: Path | None = None,
+    seed: int = 0, limit_classes: int | None = None, device: str = "auto", precision: str = "auto",
+    compiled: bool = False, workers: int | None = None, mirror: Path | None = None,
+    test_every: int = 1, continue_anyway: bool = False, track: Literal["tensorboard"] | None = None,
     quiet: bool = False,
-) -> Run:
+) -> Run:  # fmt: skip
     """Train `recipe` and return the finished run. A stopped run continues bit for bit.
 
     split: None is the recipe's. folder: None is runs/<recipe>-<split>-s<seed>. limit_classes: only
@@ -96,14 +85,12 @@ def train(
         if writes:
             stack.enter_context(run.lock())
             stack.enter_context(lock(mirror) if mirror else contextlib.nullcontext())
-        how = {"ranks": ranks, "compiled": compiled}
-        state = new_state(recipe, rows.classes, seed, loader.steps, compute, **how)
+        state = new_state(recipe, rows.classes, seed, loader.steps, compute, ranks, compiled)
         identity = identity_of(dataset, rows, seed, compute, compiled)
         state.run = dataclasses.asdict(recipe) | identity
         state.environment = environment.describe_environment(compute, ranks.size) | hashes(identity)
         found = restore(run, mirror, state, continue_anyway) if writes else None
         finished, saved, note = ranks.gather(found)[0]
-        history = run.history if finished else saved["history"] if saved else []
         if not finished:
             say(f"device: {compute}{', compiled' if compiled else ''}")
             say(f"split: {split_in_words(recipe)}")
@@ -111,6 +98,11 @@ def train(
             say(f"{size}, {loader.steps} steps an epoch")
             if compiled or (compute.device.type == "cuda" and not several):
                 warm_up(state, recipe, compute, counts)  # before the folder is this run's
+        if saved:
+            state.load_checkpoint(saved)
+            state.totals *= writes  # saved as the sum over all processes
+            state.stops += 1
+        history = run.history if finished else state.history
         if writes:
             here, elsewhere = state.environment | timing, saved and saved.get("environment")
             for line in enter_run(run, recipe, identity, here, elsewhere):
@@ -127,13 +119,10 @@ def train(
             say(log_lines(row, recipe.epochs))
         if finished:
             return run
-        if saved is not None:
-            state.load_checkpoint(saved)
-            state.totals *= writes  # saved as the sum over all processes
-            state.stops += 1
+        if saved:
             say(f"continuing {run.folder} in epoch {state.epoch} after {state.step} of its steps")
             if writes:
-                run.write_history(state.history)  # without a line whose checkpoint was lost
+                run.write_history(history)  # without a line whose checkpoint was lost
         stop = stack.enter_context(StopRequest(say, patient=several))
         state.set_up_seconds += time.perf_counter() - started
 
@@ -148,8 +137,8 @@ def train(
         def stop_if_asked() -> None:
             if ranks.any(stop.received is not None):
                 save()
-                where = f"in epoch {state.epoch} after {state.step} steps"
-                text = f"stopped {where}; the same command continues {run.folder}"
+                where = f"stopped in epoch {state.epoch} after {state.step} steps"
+                text = f"{where}; the same command continues {run.folder}"
                 raise Stopped(text, stop.received or signal.SIGTERM)
 
         def watch(batches, title, total=None):
@@ -162,8 +151,7 @@ def train(
             how = {"view": view, "images": images, "ranks": ranks, "watch": watch, "title": title}
             return test_logits(state.tested, dataset, rows.test, recipe, compute, **how)
 
-        epochs = range(1, recipe.epochs + 1)
-        tested = [each for each in epochs if each % test_every == 0 or each == recipe.epochs]
+        tested = {*range(test_every, recipe.epochs, test_every), recipe.epochs}
         forecast = compute.device.type == "cpu" and not several
         progress = Progress(state, recipe, loader.steps, counts, tested, say, forecast)
         logits = None
