@@ -65,9 +65,6 @@ def test_logits(
     return tuple(torch.cat([each.to(compute.device) for each in one]) for one in both)
 
 
-test_logits.__test__ = False  # pytest takes the name for a test's
-
-
 def compute_logits(
     forward: Forward, batches: Iterable[tuple[torch.Tensor, torch.Tensor]], count: int
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -45,31 +45,22 @@ def make_optimizer(
     fused = not muon and next(model.parameters()).is_cuda
     optimizer = (Muon if muon else torch.optim.SGD)(
         [group for group in groups if group["params"]],
-        lr=recipe.max_learning_rate,  # the schedule sets the real one
-        momentum=recipe.max_momentum,
-        nesterov=recipe.nesterov,
-        weight_decay=recipe.weight_decay,
-        foreach=not fused,
-        fused=fused,
-    )
+        lr=recipe.max_learning_rate, momentum=recipe.max_momentum,  # both until the schedule begins
+        nesterov=recipe.nesterov, weight_decay=recipe.weight_decay, foreach=not fused, fused=fused,
+    )  # fmt: skip
     for parameter in model.parameters():
         # A fused step that loss scaling skips would leave the first momentum uninitialised.
         optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
     # ---- schedule ----
     one_step = recipe.warmup_share * total_steps == 1  # OneCycleLR would divide by zero
+    rise = recipe.warmup_share * (1 + 1e-9 if one_step else 1)
     scheduler = OneCycleLR(
-        optimizer,
-        max_lr=[group["lr"] for group in optimizer.param_groups],
-        total_steps=total_steps,
-        pct_start=recipe.warmup_share * (1 + 1e-9 if one_step else 1),
-        anneal_strategy=recipe.anneal,
-        cycle_momentum=True,
-        base_momentum=recipe.base_momentum,
-        max_momentum=recipe.max_momentum,
-        div_factor=recipe.start_divisor,
+        optimizer, [group["lr"] for group in optimizer.param_groups], total_steps, pct_start=rise,
+        anneal_strategy=recipe.anneal, base_momentum=recipe.base_momentum,
+        max_momentum=recipe.max_momentum, div_factor=recipe.start_divisor,
         final_div_factor=recipe.final_divisor,
-    )
+    )  # fmt: skip
     return optimizer, scheduler
 
 
@@ -135,16 +126,6 @@ class Muon(torch.optim.SGD):
             torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
             for parameter, direction in zip(parameters, directions, strict=True):
                 parameter.add_(direction.view_as(parameter), alpha=-reach)
-
-
-def muon_petaflop(model: nn.Module, steps: int) -> float:
-    """Return PFLOP of orthogonalising the convolution weights of `model` in `steps` steps."""
-    flop, square_products = 0, NEWTON_SCHULZ_STEPS + 3 * (NEWTON_SCHULZ_STEPS - 1)
-    for parameter in model.parameters():
-        if parameter.ndim == 4:
-            short, long = sorted((parameter.shape[0], parameter[0].numel()))
-            flop += 2 * short**2 * (2 * long + square_products * short)
-    return float(f"{flop * steps / 1e15:.4g}")
 
 
 def orthogonalise(matrices: torch.Tensor) -> torch.Tensor:

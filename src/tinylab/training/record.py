@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 
 from tinylab.data.archive import class_order_sha256
 from tinylab.data.dataset import Dataset
@@ -25,7 +26,7 @@ from tinylab.run.folder import (
 )  # fmt: skip
 from tinylab.run.weights import weights_file
 from tinylab.training.evaluate import score
-from tinylab.training.optim import muon_petaflop
+from tinylab.training.optim import NEWTON_SCHULZ_STEPS
 from tinylab.training.progress import means
 from tinylab.training.step import TrainState
 
@@ -95,6 +96,16 @@ def epoch_row(state: TrainState, totals: torch.Tensor) -> dict:
     if math.isnan(state.epoch_cpu_seconds):  # an older version did not count them
         del row["train_cpu_seconds"]
     return row
+
+
+def muon_petaflop(model: nn.Module, steps: int) -> float:
+    """Return PFLOP of orthogonalising the convolution weights of `model` in `steps` steps."""
+    flop, square_products = 0, NEWTON_SCHULZ_STEPS + 3 * (NEWTON_SCHULZ_STEPS - 1)
+    for parameter in model.parameters():
+        if parameter.ndim == 4:
+            short, long = sorted((parameter.shape[0], parameter[0].numel()))
+            flop += 2 * short**2 * (2 * long + square_products * short)
+    return float(f"{flop * steps / 1e15:.4g}")
 
 
 def finish(

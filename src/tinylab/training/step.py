@@ -82,14 +82,11 @@ class TrainState:
         for name, value in vars(self).items():
             if isinstance(value, int | float | list):
                 setattr(self, name, saved[name])
-            elif name not in ("network", "scheduler") and hasattr(value, "load_state_dict"):
+            elif name in ("model", "average", "optimizer", "scaler") and value is not None:
                 value.load_state_dict(saved[name])
 
     def require_finite(self, weights: bool = False) -> None:
-        """Raise `RecipeFailed` if the epoch's loss, or a weight if asked, is not finite.
-
-        Waits for the device.
-        """
+        """Wait for the loss; raise `RecipeFailed` if it, or a weight if asked, is not finite."""
         scaled = self.scaler.is_enabled()
         finite = self.totals[0].isfinite() and not (scaled and self.scaler.get_scale() < 1)
         if weights and finite:
@@ -103,12 +100,8 @@ class TrainState:
             )
 
 
-def require_batches(
-    recipe: Recipe, images: int, ranks: Ranks = ALONE, compiled: bool = False
-) -> None:
+def require_batches(recipe: Recipe, images: int, ranks: Ranks = ALONE) -> None:
     """Raise `UserError` if a batch has more images than there are, or too few for the processes."""
-    if compiled and ranks.size > 1:
-        raise UserError("--compile serves a single process")
     if recipe.batch_size > images:
         few = f"the {images} training images of this split"
         raise UserError(f"batch-size {recipe.batch_size} is more than {few}; lower it")
@@ -119,14 +112,9 @@ def require_batches(
 
 
 def new_state(
-    recipe: Recipe,
-    classes: int,
-    seed: int,
-    steps_per_epoch: int,
-    compute: Compute,
-    ranks: Ranks = ALONE,
-    compiled: bool = False,
-) -> TrainState:
+    recipe: Recipe, classes: int, seed: int, steps_per_epoch: int, compute: Compute,
+    ranks: Ranks = ALONE, compiled: bool = False,
+) -> TrainState:  # fmt: skip
     """Return the state before the first step: weights from `seed`, schedule over the whole run."""
     model = build_model(recipe, classes, seed).to(compute.device)
     average, scaler = make_average(model, recipe), compute.grad_scaler()
@@ -165,8 +153,7 @@ def train_step(
 
     # ---- update ----
     if state.scaler.is_enabled():
-        gradients = [each.grad for each in state.model.parameters() if each.grad is not None]
-        state.skipped += ~all_finite(gradients)
+        state.skipped += ~all_finite(each.grad for each in state.model.parameters())
     state.scaler.step(state.optimizer)
     state.scaler.update()
     if state.average is not None:
@@ -198,8 +185,7 @@ def count(state: TrainState, loss: torch.Tensor, logits: torch.Tensor, batch: Ba
     """Add a piece to the totals. A hit on a mixed image is one on the label that weighs more."""
     labels = batch.labels if batch.partners is None or batch.share >= 0.5 else batch.partners
     hits = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
-    # Filled, not made from a number: copying that to a GPU would wait for it.
-    images = torch.full_like(loss, len(labels))
+    images = torch.full_like(loss, len(labels))  # a number's copy to a GPU would wait for it
     counted = torch.stack([loss, hits[:, 0].sum(), hits.sum(), images])
     if state.scaler.is_enabled():  # a step that overflowed is skipped, and so is not counted
         counted = counted.masked_fill(~torch.isfinite(loss), 0)

@@ -8,10 +8,10 @@ import dataclasses
 import itertools
 import signal
 import time
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from tinylab.data.augment import normalise, resize
 from tinylab.data.dataset import Dataset, refuse_inside
 from tinylab.data.loader import Images, make_loader, statistics_batches
 from tinylab.data.split import make_split
@@ -23,7 +23,7 @@ from tinylab.run import checkpoint, environment
 from tinylab.run.folder import Run, default_folder, enter_run, hashes
 from tinylab.training.average import reestimate_batch_norm
 from tinylab.training.distributed import join
-from tinylab.training.evaluate import mirrored, score, test_logits
+from tinylab.training.evaluate import make_forward, mirrored, score, test_logits
 from tinylab.training.progress import Progress, StopRequest, log_lines, print_line, silent, watched
 from tinylab.training.record import epoch_row, finish, identity_of, restore
 from tinylab.training.step import new_state, require_batches, train_step
@@ -73,7 +73,9 @@ def train(
         ranks = stack.enter_context(join(compute.device))
         writes, several = ranks.rank == 0, ranks.size > 1
         say = silent if quiet or not writes else print_line
-        require_batches(recipe, counts[0], ranks, compiled)
+        if compiled and several:
+            raise UserError("--compile serves a single process")
+        require_batches(recipe, counts[0], ranks)
         stack.enter_context(environment.fastest_convolutions(compute))
         stack.enter_context(memory_hint(recipe, compute))
 
@@ -137,9 +139,8 @@ def train(
         def stop_if_asked() -> None:
             if ranks.any(stop.received is not None):
                 save()
-                where = f"stopped in epoch {state.epoch} after {state.step} steps"
-                text = f"{where}; the same command continues {run.folder}"
-                raise Stopped(text, stop.received or signal.SIGTERM)
+                text = f"stopped in epoch {state.epoch} after {state.step} steps; the same command"
+                raise Stopped(f"{text} continues {run.folder}", stop.received or signal.SIGTERM)
 
         def watch(batches, title, total=None):
             for batch in watched(batches, title, total, say):
@@ -147,10 +148,8 @@ def train(
                     stop_if_asked()
                 yield batch
 
-        def test(title, view=None):
-            how = {"view": view, "images": images, "ranks": ranks, "watch": watch, "title": title}
-            return test_logits(state.tested, dataset, rows.test, recipe, compute, **how)
-
+        how = {"images": images, "ranks": ranks, "watch": watch}
+        test = partial(test_logits, state.tested, dataset, rows.test, recipe, compute, **how)
         tested = {*range(test_every, recipe.epochs, test_every), recipe.epochs}
         forecast = compute.device.type == "cpu" and not several
         progress = Progress(state, recipe, loader.steps, counts, tested, say, forecast)
@@ -182,11 +181,10 @@ def train(
                 began = time.perf_counter()
                 if state.average is not None:
                     plain = statistics_batches(images, rows.train, recipe, seed, state.epoch)
-                    side = recipe.test_resolution
-                    inputs = (normalise(resize(each, side), recipe) for each in plain)
-                    with compute.autocast():
-                        reestimate_batch_norm(state.tested, watch(inputs, "batch-norm statistics"))
-                logits, labels = test("test")
+                    plain = watch(plain, "batch-norm statistics")
+                    forward = make_forward(state.tested, recipe, compute)
+                    reestimate_batch_norm(state.tested, plain, forward)
+                logits, labels = test()
                 row |= score(logits, labels).numbers()
                 row["eval_seconds"] = round(time.perf_counter() - began, 3)
 
@@ -202,9 +200,8 @@ def train(
 
         # ---- finish ----
         if logits is None:  # stopped after the last epoch was saved, its statistics with it
-            logits, labels = test("test")
-        logits_of_mirror_images, _ = test("test of mirror images", mirrored)
+            logits, labels = test()
+        flipped, _ = test(title="test of mirror images", view=mirrored)
         if writes:
-            outputs = (logits, logits_of_mirror_images, labels)
-            finish(run, state, recipe, dataset, rows, loader.steps, *outputs)
+            finish(run, state, recipe, dataset, rows, loader.steps, logits, flipped, labels)
     return run

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 
 import torch
 
-from tinylab.data.augment import normalise, resize
 from tinylab.data.loader import Batch, evaluation_batch_size
 from tinylab.exceptions import RecipeFailed, UserError
 from tinylab.recipe import SIZE, Recipe
@@ -61,9 +60,7 @@ def warm_up(state: TrainState, recipe: Recipe, compute: Compute, images: tuple[i
         forward = make_forward(state.tested, recipe, compute)
         if state.average is not None:
             plain = made_up(min(recipe.batch_size, largest)).images
-            with compute.autocast():
-                inputs = normalise(resize(plain, recipe.test_resolution), recipe)
-                reestimate_batch_norm(state.tested, [inputs])
+            reestimate_batch_norm(state.tested, [plain], forward)
         with torch.inference_mode():
             for size in {min(largest, test_images), test_images % largest} - {0}:
                 forward(made_up(size).images)
