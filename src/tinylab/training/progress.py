@@ -21,36 +21,43 @@ Item = TypeVar("Item")
 Say = Callable[[str], None]
 
 
-class StopRequest:
-    """Note SIGINT and SIGTERM while entered; the loop stops after its step.
+def print_line(line: str) -> None:
+    """Print a line at once."""
+    print(line, flush=True)
+
+
+def silent(_line: str) -> None:
+    """Say nothing."""
+
+
+@contextlib.contextmanager
+def stop_signal(say: Say, patient: bool) -> Iterator[list[int]]:
+    """Give a list into which SIGINT and SIGTERM go; the loop stops after its step.
 
     A second signal takes its usual effect at once, unless `patient`: torchrun forwards a signal
     that each process has received already.
     """
+    received, before = [], {}
 
-    def __init__(self, say: Say, patient: bool = False) -> None:
-        self.received: int | None = None
-        self.say, self.patient = say, patient
-        self.before: dict[int, object] = {}
-
-    def __enter__(self) -> "StopRequest":
-        if threading.current_thread() is threading.main_thread():  # handlers are allowed only there
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self.before[number] = signal.signal(number, self.note)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self.before.items():
+    def restore() -> None:
+        for number, handler in before.items():
             signal.signal(number, handler)
 
-    def note(self, number: int, _frame: object) -> None:
-        """Handle a signal."""
-        if self.received is None:
-            self.received = number
+    def note(number: int, _frame: object) -> None:
+        received.append(number)
+        if len(received) == 1:
             with contextlib.suppress(RuntimeError):  # the signal came in the middle of a print
-                self.say("stopping after this step")
-        if not self.patient:
-            self.__exit__()
+                say("stopping after this step")
+        if not patient:
+            restore()
+
+    if threading.current_thread() is threading.main_thread():  # handlers are allowed only there
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.signal(number, note)
+    try:
+        yield received
+    finally:
+        restore()
 
 
 class Progress:
@@ -58,29 +65,27 @@ class Progress:
 
     def __init__(
         self, state: TrainState, recipe: Recipe, steps: int, images: tuple[int, int],
-        tested: list[int], say: Say, forecast: bool,
+        tested: set[int], say: Say, forecast: bool,
     ) -> None:  # fmt: skip
         self.state, self.recipe, self.steps, self.images = state, recipe, steps, images
         self.say, self.tested, self.forecast = say, tested, forecast
         self.second_step: tuple[float, float] | None = None
-        self.since_saved = 0.0
 
     def begin(self) -> None:
         """Begin the state's epoch, or what is left of it."""
         self.title = f"epoch {self.state.epoch}/{self.recipe.epochs}"
         self.bar = make_bar(self.say, self.title, self.steps, self.state.step, "step")
-        self.looked, self.since_saved = time.perf_counter(), 0.0
+        self.clocks, self.since_saved = (time.perf_counter(), time.process_time()), 0.0
+        self.looked = self.clocks[0]
         self.line = (self.looked, self.state.step, self.left())
-        self.clocks = (self.looked, time.process_time())
 
     def tick(self) -> float:
         """Add the time since the last tick to the epoch's, and return what the clock says."""
-        now, cpu = time.perf_counter(), time.process_time()
         before, cpu_before = self.clocks
+        now, cpu = self.clocks = time.perf_counter(), time.process_time()
         self.state.epoch_seconds += now - before
         self.state.epoch_cpu_seconds += cpu - cpu_before
         self.since_saved += now - before
-        self.clocks = (now, cpu)
         return now
 
     def step(self) -> None:
@@ -91,16 +96,13 @@ class Progress:
         # ---- once: what the run takes, from the steps after the second ----
         if self.forecast and self.second_step is None and step >= 2:
             self.second_step = (now, self.left())
-        elif self.forecast and self.second_step is not None:
-            seconds, done = now - self.second_step[0], self.second_step[1] - self.left()
-            if seconds >= 1 and done > 0:
-                self.forecast = False
-                rest = self.left() / done * seconds
-                less = "; a GPU is far faster, and --limit-classes, --epochs and --width make it "
-                words = f"{duration(rest)}{f'{less}less' if rest > 600 else ''}"
-                self.say(
-                    f"this CPU trains {done / seconds:,.0f} images/s of 64 x 64 pixels: {words}"
-                )
+        elif self.forecast and self.second_step and now - self.second_step[0] >= 1:
+            self.forecast = False
+            rate = (self.second_step[1] - self.left()) / (now - self.second_step[0])
+            rest = self.left() / rate
+            words = f"this CPU trains {rate:,.0f} images/s of 64 x 64 pixels: {duration(rest)}"
+            less = "; a GPU is far faster, and --limit-classes, --epochs and --width make it less"
+            self.say(words + less if rest > 600 else words)
 
         # ---- the loss ----
         if now - self.looked <= min(LOOK_SECONDS, LINE_SECONDS):
@@ -120,8 +122,7 @@ class Progress:
 
     def left(self) -> float:
         """Return what is left to compute, in training images of 64 x 64 pixels."""
-        recipe, state = self.recipe, self.state
-        train_images, test_images = self.images
+        recipe, state, (train_images, test_images) = self.recipe, self.state, self.images
         epochs = range(state.epoch, recipe.epochs + 1)
         areas = [(recipe.resolution_at(epoch) / SIZE) ** 2 for epoch in epochs]
         trained = sum(areas) * train_images - areas[0] * state.step * recipe.batch_size
@@ -133,10 +134,10 @@ class Progress:
 
 
 def watched(
-    batches: Iterable[Item], title: str, total: int | None = None, say: Say | None = None
+    batches: Iterable[Item], title: str, total: int | None = None, say: Say = print_line
 ) -> Iterator[Item]:
     """Yield the batches of a test, with a bar or a line a minute."""
-    say, line = say or print_line, time.perf_counter()
+    line = time.perf_counter()
     with make_bar(say, title, total) as bar:
         for number, batch in enumerate(batches):
             if bar.disable and time.perf_counter() - line > LINE_SECONDS:
@@ -173,25 +174,14 @@ def log_lines(row: dict, epochs: int) -> str:
     bar = "#" * filled + "." * (20 - filled)
     count = row.get("skipped_steps")
     skipped = f", {count} steps skipped by loss scaling" if count else ""
-    training = (
+    lines = (
         f"epoch {row['epoch']:>{len(str(epochs))}}/{epochs}  "
         f"learning rate {row['learning_rate']:.6f}  loss {row['train_loss']:.4f}  "
         f"accuracy {row['train_top1']:5.2f} % [{bar}]  "
         f"{row['train_seconds']:.0f} s, {row['images_per_second']:.0f} images/s{skipped}"
     )
-    if "test_top1" not in row:
-        return training
-    return (
-        f"{training}\n  test: average loss {row['test_loss']:.4f}, "
-        f"accuracy {row['test_correct']}/{row['test_total']} ({row['test_top1']:.2f} %), "
-        f"top-5 {row['test_top5']:.2f} %"
-    )
-
-
-def print_line(line: str) -> None:
-    """Print a line at once."""
-    print(line, flush=True)
-
-
-def silent(_line: str) -> None:
-    """Say nothing."""
+    if "test_top1" in row:
+        correct = f"{row['test_correct']}/{row['test_total']} ({row['test_top1']:.2f} %)"
+        lines += f"\n  test: average loss {row['test_loss']:.4f}, accuracy {correct}, "
+        lines += f"top-5 {row['test_top5']:.2f} %"
+    return lines

@@ -24,7 +24,7 @@ from tinylab.run.folder import Run, default_folder, enter_run, hashes
 from tinylab.training.average import reestimate_batch_norm
 from tinylab.training.distributed import join
 from tinylab.training.evaluate import make_forward, mirrored, score, test_logits
-from tinylab.training.progress import Progress, StopRequest, log_lines, print_line, silent, watched
+from tinylab.training.progress import Progress, log_lines, print_line, silent, stop_signal, watched
 from tinylab.training.record import epoch_row, finish, identity_of, restore
 from tinylab.training.step import new_state, require_batches, train_step
 from tinylab.training.track import Tracker
@@ -125,7 +125,7 @@ def train(
             say(f"continuing {run.folder} in epoch {state.epoch} after {state.step} of its steps")
             if writes:
                 run.write_history(history)  # without a line whose checkpoint was lost
-        stop = stack.enter_context(StopRequest(say, patient=several))
+        stops = stack.enter_context(stop_signal(say, patient=several))
         state.set_up_seconds += time.perf_counter() - started
 
         # ---- what the loop below does in several places ----
@@ -137,10 +137,10 @@ def train(
             progress.since_saved = 0.0
 
         def stop_if_asked() -> None:
-            if ranks.any(stop.received is not None):
+            if ranks.any(bool(stops)):
                 save()
                 text = f"stopped in epoch {state.epoch} after {state.step} steps; the same command"
-                raise Stopped(f"{text} continues {run.folder}", stop.received or signal.SIGTERM)
+                raise Stopped(f"{text} continues {run.folder}", [*stops, signal.SIGTERM][0])
 
         def watch(batches, title, total=None):
             for batch in watched(batches, title, total, say):
