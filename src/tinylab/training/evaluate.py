@@ -18,8 +18,8 @@ from tinylab.run.environment import Compute
 from tinylab.training.distributed import ALONE, Ranks
 from tinylab.training.progress import watched
 
+# From images uint8 (B, 64, 64, 3) to logits fp32 (B, classes).
 Forward = Callable[[torch.Tensor], torch.Tensor]
-"""From images uint8 (B, 64, 64, 3) to logits fp32 (B, classes)."""
 
 
 def make_forward(network: nn.Module, recipe: Recipe, compute: Compute) -> Forward:
@@ -84,15 +84,11 @@ def compute_logits(
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Counts over all test images.
+    """Counts over all test images, from the logits as they are stored, rounded to float16."""
 
-    logits: float16 (N, classes), labels: int64 (N,), as they are stored; every number comes from
-    the rounded logits, so that it can be had again from the file. loss: nats per image.
-    """
-
-    logits: np.ndarray
-    labels: np.ndarray
-    loss: float
+    logits: np.ndarray  # float16 (N, classes)
+    labels: np.ndarray  # int64 (N,)
+    loss: float  # nats per image
     correct: int
     correct_top5: int
 

@@ -32,16 +32,14 @@ def make_optimizer(
             flat.append(each)
         else:
             decayed.append(each)
-    own = {"lr": recipe.muon_learning_rate, "weight_decay": recipe.muon_weight_decay}
     groups = [{"params": decayed}, {"params": flat, "weight_decay": 0.0}]
-    groups += [{"params": convolutions} | own]
     if muon:
-        for group in groups:
-            group["orthogonal"] = group["params"] is convolutions
+        own = {"lr": recipe.muon_learning_rate, "weight_decay": recipe.muon_weight_decay}
+        groups = [group | {"orthogonal": False} for group in groups]
+        groups.append({"params": convolutions, "orthogonal": True} | own)
 
     # ---- optimiser ----
-    # On CUDA one kernel per group, which spares loss scaling a wait in every step; elsewhere
-    # PyTorch's foreach, whose results are a plain loop's to the last bit.
+    # Fused, a step on CUDA spares loss scaling a wait. PyTorch's foreach gives a plain loop's bits.
     fused = not muon and next(model.parameters()).is_cuda
     optimizer = (Muon if muon else torch.optim.SGD)(
         [group for group in groups if group["params"]],
@@ -89,11 +87,8 @@ class Muon(torch.optim.SGD):
     Each (out, in, height, width) is one matrix (out, in x height x width). Momentum accumulates as
     in SGD and is then replaced by the nearest matrix whose singular values are all about one, so
     that rare directions move as far as frequent ones. Weight decay is decoupled: weights shrink by
-    learning rate x `muon_weight_decay`.
-
-    Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024; for
-    convolutions, airbench94_muon.py (github.com/KellerJordan/cifar10-airbench). PyTorch's own, from
-    2.9 on, takes matrices only.
+    learning rate x `muon_weight_decay`. For convolutions as in airbench94_muon.py
+    (github.com/KellerJordan/cifar10-airbench); PyTorch's own takes matrices only.
     """
 
     def step(self) -> None:
@@ -135,9 +130,9 @@ def orthogonalise(matrices: torch.Tensor) -> torch.Tensor:
     between about 0.7 and 1.2, or lower if they were next to nothing; zeros stay zeros.
 
     Five Newton-Schulz steps with Jordan's quintic polynomial, which is steep at 0 and therefore
-    quick, not exact. It is applied to X X', the small square matrix: the long side of X (4,608 in
-    the last stage) takes part in two products, not eleven. Known as Gram Newton-Schulz. In fp32 on
-    every device: of 16 bits the error grows twelvefold a step where a singular value is near zero.
+    quick, not exact; on X X' (Gram Newton-Schulz), so that the long side of X (4,608 in the last
+    stage) takes part in two products, not eleven. In fp32 on every device: of 16 bits the error
+    grows twelvefold a step where a singular value is near zero.
     """
     a, b, c = NEWTON_SCHULZ_COEFFICIENTS
     tall = matrices.shape[1] > matrices.shape[2]

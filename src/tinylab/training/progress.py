@@ -163,9 +163,8 @@ def means(totals: torch.Tensor) -> tuple[float, float, float]:
 
 def duration(seconds: float) -> str:
     """Return a time in words."""
-    if seconds >= 5400:
-        return f"about {seconds / 3600:.1f} hours"
-    return f"about {max(1, round(seconds / 60))} min"
+    minutes = f"about {max(1, round(seconds / 60))} min"
+    return minutes if seconds < 5400 else f"about {seconds / 3600:.1f} hours"
 
 
 def log_lines(row: dict, epochs: int) -> str:

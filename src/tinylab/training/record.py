@@ -55,9 +55,8 @@ def restore(
     state: of the run that is to be. Raise `UserError` if the folder or the checkpoint is another
     run's, or was begun with other code.
     """
-    saved = note = None
-    if not run.finished:
-        saved, note = checkpoint.load(run.checkpoints, mirror)
+    finished = run.finished
+    saved, note = (None, None) if finished else checkpoint.load(run.checkpoints, mirror)
     if run.begun:
         refuse_another(run, state.run)  # says more than a checkpoint does
     else:
@@ -69,10 +68,10 @@ def restore(
         if before and before != now and not continue_anyway:
             raise UserError(
                 f"{run.folder} was begun with other code ({before[:12]} -> {now[:12]}): choose "
-                "another --run, or continue it all the same with --continue-anyway (in the "
-                "notebook: RUN, CONTINUE_ANYWAY)"
+                "another --run, or continue it with --continue-anyway (in the notebook: RUN, "
+                "CONTINUE_ANYWAY)"
             )
-    return run.finished, saved, note
+    return finished, saved, note
 
 
 def epoch_row(state: TrainState, totals: torch.Tensor) -> dict:
@@ -101,10 +100,9 @@ def epoch_row(state: TrainState, totals: torch.Tensor) -> dict:
 def muon_petaflop(model: nn.Module, steps: int) -> float:
     """Return PFLOP of orthogonalising the convolution weights of `model` in `steps` steps."""
     flop, square_products = 0, NEWTON_SCHULZ_STEPS + 3 * (NEWTON_SCHULZ_STEPS - 1)
-    for parameter in model.parameters():
-        if parameter.ndim == 4:
-            short, long = sorted((parameter.shape[0], parameter[0].numel()))
-            flop += 2 * short**2 * (2 * long + square_products * short)
+    for each in (parameter for parameter in model.parameters() if parameter.ndim == 4):
+        short, long = sorted((each.shape[0], each[0].numel()))
+        flop += 2 * short**2 * (2 * long + square_products * short)
     return float(f"{flop * steps / 1e15:.4g}")
 
 
@@ -114,9 +112,8 @@ def finish(
 ) -> None:  # fmt: skip
     """Write predictions, weights, checksums and, last, the summary that says the run is finished.
 
-    steps: of an epoch. logits, of_mirror_images: fp32 (N, classes) of the test images; labels:
-    int64 (N,). Time to accuracy is all training and the one last test, warm; cold has the set-up,
-    too.
+    steps: of an epoch. logits, of_mirror_images: fp32 (N, classes). Time to accuracy is all
+    training and the one last test, warm; cold has the set-up, too.
     """
     # ---- predictions ----
     final, flipped = score(logits, labels), score((logits + of_mirror_images) / 2, labels)

@@ -27,9 +27,8 @@ class TrainState:
     """All state of a run; a checkpoint stores exactly this.
 
     No generator's state: random draws depend on (seed, epoch, position) alone.
-    totals: float32 (4,) on the device, over the epoch so far, of this process: sum of losses in
-    nats, top-1 hits, top-5 hits, images. skipped: int64 (), the epoch's steps that loss scaling
-    skipped.
+    totals: float32 (4,), of the epoch so far in this process: sum of losses in nats, top-1 hits,
+    top-5 hits, images. skipped: int64 (), the epoch's steps that loss scaling skipped.
     """
 
     model: nn.Module
@@ -180,7 +179,6 @@ def batch_loss(logits: torch.Tensor, batch: Batch, label_smoothing: float) -> to
     return batch.share * loss + (1 - batch.share) * F.cross_entropy(logits, batch.partners, **how)
 
 
-@torch.no_grad()
 def count(state: TrainState, loss: torch.Tensor, logits: torch.Tensor, batch: Batch) -> None:
     """Add a piece to the totals. A hit on a mixed image is one on the label that weighs more."""
     labels = batch.labels if batch.partners is None or batch.share >= 0.5 else batch.partners

@@ -86,7 +86,8 @@ def train(
         stack.enter_context(contextlib.closing(loader))
         if writes:
             stack.enter_context(run.lock())
-            stack.enter_context(lock(mirror) if mirror else contextlib.nullcontext())
+        if writes and mirror:
+            stack.enter_context(lock(mirror))
         state = new_state(recipe, rows.classes, seed, loader.steps, compute, ranks, compiled)
         identity = identity_of(dataset, rows, seed, compute, compiled)
         state.run = dataclasses.asdict(recipe) | identity
