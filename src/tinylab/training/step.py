@@ -134,10 +134,9 @@ def train_step(
 
     The gradient is that of the mean loss over the whole batch, however it is cut into pieces.
     """
+    # ---- forward and backward, piece by piece ----
     resolution = recipe.resolution_at(state.epoch)
     state.optimizer.zero_grad()
-
-    # ---- forward and backward, piece by piece ----
     pieces = pieces_of(batch, recipe.micro_batch, ranks.size)
     for number, piece in enumerate(pieces, start=1):
         waits = ranks.size > 1 and number < len(pieces)  # gradients are exchanged once a batch

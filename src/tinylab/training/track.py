@@ -7,15 +7,12 @@ from pathlib import Path
 from tinylab.exceptions import UserError
 
 TAGS = {
-    "loss/train": "train_loss",
-    "loss/test": "test_loss",
-    "top1/train": "train_top1",
-    "top1/test": "test_top1",
-    "top5/train": "train_top5",
-    "top5/test": "test_top5",
-    "training/learning_rate": "learning_rate",
-    "training/images_per_second": "images_per_second",
-}  # TensorBoard's tags, a chart for each, and the history's fields
+    "loss/train": "train_loss", "loss/test": "test_loss",
+    "top1/train": "train_top1", "top1/test": "test_top1",
+    "top5/train": "train_top5", "top5/test": "test_top5",
+    "training/learning_rate": "learning_rate", "training/images_per_second": "images_per_second",
+}  # fmt: skip
+"""TensorBoard's tags, a chart for each, and the history's fields."""
 
 
 class Tracker:
