@@ -86,11 +86,10 @@ def range_test(
     with rehearsal(state):
         for rate, batch in zip(rates.tolist(), batches, strict=False):
             state.totals.zero_()
-            # The schedule's own step comes after each update, and is overwritten here.
+            # The schedule's own step comes after each update, is overwritten here, and never ends.
             for group, share in zip(state.optimizer.param_groups, shares, strict=True):
                 group["lr"], group["momentum"] = rate * share, recipe.base_momentum
-            if state.scheduler.last_epoch >= state.scheduler.total_steps - 1:
-                state.scheduler.last_epoch = 0
+            state.scheduler.last_epoch = 0
             train_step(state, recipe, compute, batch)
             total, images = state.totals[[0, 3]].tolist()
             if images == 0 or not math.isfinite(total):
