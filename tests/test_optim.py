@@ -13,7 +13,8 @@ from tinylab.exceptions import UserError
 from tinylab.model import ResNet18
 from tinylab.recipe import Recipe
 from tinylab.recipes import accurate, official, published, speedrun
-from tinylab.training.optim import make_optimizer, muon_petaflop, orthogonalise, schedule
+from tinylab.training.optim import make_optimizer, orthogonalise, schedule
+from tinylab.training.record import muon_petaflop
 
 STEPS = 8
 

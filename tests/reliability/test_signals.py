@@ -40,7 +40,7 @@ pytestmark = [
     pytest.mark.promise("signals"),
     pytest.mark.skipif(sys.platform != "linux", reason="signals, and forks of this process"),
 ]
-SET_UP = ("make_split", "make_loader", "new_state", "restore", "enter_run", "StopRequest")
+SET_UP = ("make_split", "make_loader", "new_state", "restore", "enter_run", "stop_signal")
 """What the set-up calls, in its order."""
 
 

@@ -26,7 +26,7 @@ class Ranks:
 
     def any(self, flag: bool) -> bool:
         """Return whether the flag is set in any process, so that all of them act alike."""
-        return bool(self.sum(torch.tensor(int(flag)))) if self.size > 1 else flag
+        return flag if self.size == 1 else bool(self.sum(torch.tensor(int(flag))))
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return the sum of all processes' tensors."""

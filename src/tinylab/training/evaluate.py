@@ -1,5 +1,6 @@
 """From a network and test images to logits, and from logits to the numbers that are reported."""
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -17,12 +18,12 @@ from tinylab.run.environment import Compute
 from tinylab.training.distributed import ALONE, Ranks
 from tinylab.training.progress import watched
 
+# From images uint8 (B, 64, 64, 3) to logits fp32 (B, classes).
 Forward = Callable[[torch.Tensor], torch.Tensor]
-"""From images uint8 (B, 64, 64, 3) to logits fp32 (B, classes)."""
 
 
 def make_forward(network: nn.Module, recipe: Recipe, compute: Compute) -> Forward:
-    """Put the network in eval mode, and return it from images to logits."""
+    """Return the network, put in eval mode, from images to logits."""
     network.eval()
 
     def forward(images: torch.Tensor) -> torch.Tensor:
@@ -43,18 +44,10 @@ def with_flip(forward: Forward) -> Forward:
 
 
 def test_logits(
-    network: nn.Module,
-    dataset: Dataset,
-    rows: np.ndarray,
-    recipe: Recipe,
-    compute: Compute,
-    *,
-    view: Callable[[Forward], Forward] | None = None,
-    images: Images | None = None,
-    ranks: Ranks = ALONE,
-    watch: Callable = watched,
-    title: str = "test",
-) -> tuple[torch.Tensor, torch.Tensor]:
+    network: nn.Module, dataset: Dataset, rows: np.ndarray, recipe: Recipe, compute: Compute, *,
+    view: Callable[[Forward], Forward] | None = None, images: Images | None = None,
+    ranks: Ranks = ALONE, watch: Callable = watched, title: str = "test",
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Return logits fp32 (N, classes) and labels int64 (N,) of the images `rows`.
 
     Each of several processes tests its share of the batches, and all of them get everything.
@@ -63,30 +56,24 @@ def test_logits(
     size = evaluation_batch_size(compute.device, recipe.micro_batch)
     forward = make_forward(network, recipe, compute)
     forward = view(forward) if view else forward
-    mine = share(-(-len(rows) // size), ranks.rank, ranks.size)
+    mine = share(math.ceil(len(rows) / size), ranks.rank, ranks.size)
     part = rows[mine.start * size : mine.stop * size]
     batches = evaluation_batches(dataset, part, compute.device, size, images)
     batches = watch(batches, title, len(mine))
     parts = ranks.gather(compute_logits(forward, batches, len(part)) if len(mine) else ())
-    logits, labels = zip(*(each for each in parts if each), strict=True)
-    return tuple(torch.cat([part.to(compute.device) for part in each]) for each in (logits, labels))
-
-
-test_logits.__test__ = False  # pytest takes the name for a test's
+    both = zip(*filter(None, parts), strict=True)
+    return tuple(torch.cat([each.to(compute.device) for each in one]) for one in both)
 
 
 def compute_logits(
     forward: Forward, batches: Iterable[tuple[torch.Tensor, torch.Tensor]], count: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return logits fp32 (count, classes) and labels int64 (count,) of all batches, in order."""
-    logits = labels = None
     done = 0
     with torch.inference_mode():
         for images, own in batches:
             outputs, end = forward(images), done + len(images)
-            if logits is None:
-                # At once: small results between large temporaries would keep memory from being
-                # given back.
+            if done == 0:  # at once: small results between large temporaries would hold memory
                 logits = outputs.new_empty((count, outputs.shape[1]), dtype=torch.float32)
                 labels = own.new_empty(count)
             logits[done:end], labels[done:end], done = outputs, own, end
@@ -97,31 +84,23 @@ def compute_logits(
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Counts over all test images.
+    """Counts over all test images, from the logits as they are stored, rounded to float16."""
 
-    logits: float16 (N, classes), labels: int64 (N,), as they are stored; every number comes from
-    the rounded logits, so that it can be had again from the file. loss: nats per image.
-    """
-
-    logits: np.ndarray
-    labels: np.ndarray
-    loss: float
+    logits: np.ndarray  # float16 (N, classes)
+    labels: np.ndarray  # int64 (N,)
+    loss: float  # nats per image
     correct: int
     correct_top5: int
 
-    @property
-    def top1(self) -> float:
-        """Percent of images whose highest logit is the true class."""
-        return 100 * self.correct / len(self.labels)
-
     def numbers(self) -> dict:
         """Return what metrics.jsonl holds."""
+        total = len(self.labels)
         return {
             "test_loss": self.loss,
-            "test_top1": self.top1,
-            "test_top5": 100 * self.correct_top5 / len(self.labels),
+            "test_top1": 100 * self.correct / total,
+            "test_top5": 100 * self.correct_top5 / total,
             "test_correct": self.correct,
-            "test_total": len(self.labels),
+            "test_total": total,
         }
 
 
@@ -135,15 +114,11 @@ def score(logits: torch.Tensor, labels: torch.Tensor) -> Evaluation:
         raise RecipeFailed("the network's outputs are not finite: lower max-learning-rate")
     logits = stored.float()
     own = logits.gather(1, labels[:, None])
-    earlier = torch.arange(logits.shape[1], device=labels.device)[None, :] < labels[:, None]
+    earlier = torch.arange(logits.shape[1], device=labels.device) < labels[:, None]
     rank = ((logits > own) | ((logits == own) & earlier)).sum(dim=1)
-    return Evaluation(
-        logits=stored.cpu().numpy(),
-        labels=labels.cpu().numpy(),
-        loss=F.cross_entropy(logits, labels).item(),
-        correct=int((rank == 0).sum()),
-        correct_top5=int((rank < 5).sum()),
-    )
+    correct, correct_top5 = int((rank == 0).sum()), int((rank < 5).sum())
+    loss = F.cross_entropy(logits, labels).item()
+    return Evaluation(stored.cpu().numpy(), labels.cpu().numpy(), loss, correct, correct_top5)
 
 
 def per_class(logits: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

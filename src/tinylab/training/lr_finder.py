@@ -4,11 +4,11 @@ Smith, "Cyclical learning rates for training neural networks", 2017; the growth 
 factor per step is fastai's. No file is written, and the state is as before.
 """
 
-import contextlib
 import itertools
 import math
 import os
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,7 +19,7 @@ from tinylab.data.split import make_split
 from tinylab.exceptions import UserError
 from tinylab.recipe import Recipe
 from tinylab.run.environment import Compute, choose, fastest_convolutions
-from tinylab.training.progress import make_bar, print_line, silent
+from tinylab.training.progress import print_line, silent, watched
 from tinylab.training.step import TrainState, new_state, require_batches, train_step
 from tinylab.training.warm_up import memory_hint, rehearsal
 
@@ -40,20 +40,11 @@ class RangeTest:
 
 
 def find_lr(
-    recipe: Recipe,
-    dataset: Dataset,
-    *,
-    split: str = "select",
-    seed: int = 0,
-    limit_classes: int | None = None,
-    device: str = "auto",
-    precision: str = "auto",
-    start: float = 1e-5,
-    stop: float = 10.0,
-    steps: int = 100,
-    workers: int | None = None,
+    recipe: Recipe, dataset: Dataset, *, split: str = "select", seed: int = 0,
+    limit_classes: int | None = None, device: str = "auto", precision: str = "auto",
+    start: float = 1e-5, stop: float = 10.0, steps: int = 100, workers: int | None = None,
     quiet: bool = False,
-) -> RangeTest:
+) -> RangeTest:  # fmt: skip
     """Test `recipe` on the training images of the split, with the first weights of that seed.
 
     The arguments are those of `train` and `range_test`.
@@ -66,28 +57,20 @@ def find_lr(
     loader = make_loader(dataset, rows.train, recipe, seed, compute.device, workers)
 
     def batches() -> Iterator[Batch]:
-        with make_bar(silent if quiet else print_line, "range test", steps, unit="step") as bar:
-            for epoch in itertools.cycle(range(1, recipe.epochs + 1)):
-                with contextlib.closing(loader.epoch(epoch)) as own:
-                    for batch in own:
-                        yield batch
-                        bar.update()
+        for epoch in itertools.cycle(range(1, recipe.epochs + 1)):
+            yield from loader.epoch(epoch)
 
-    with contextlib.closing(loader), fastest_convolutions(compute), memory_hint(recipe, compute):
+    say = silent if quiet else print_line
+    with closing(loader), fastest_convolutions(compute), memory_hint(recipe, compute):
         state = new_state(recipe, rows.classes, seed, loader.steps, compute)
-        with contextlib.closing(batches()) as endless:
+        with closing(watched(batches(), "range test", steps, say)) as endless:
             return range_test(state, recipe, compute, endless, start, stop, steps)
 
 
 def range_test(
-    state: TrainState,
-    recipe: Recipe,
-    compute: Compute,
-    batches: Iterator[Batch],
-    start: float = 1e-5,
-    stop: float = 10.0,
-    steps: int = 100,
-) -> RangeTest:
+    state: TrainState, recipe: Recipe, compute: Compute, batches: Iterator[Batch],
+    start: float = 1e-5, stop: float = 10.0, steps: int = 100,
+) -> RangeTest:  # fmt: skip
     """Train while the learning rate grows from `start` to `stop` by the same factor each step.
 
     Momentum is `base_momentum`, which the schedule has at its peak; Muon's rate keeps its
@@ -103,11 +86,10 @@ def range_test(
     with rehearsal(state):
         for rate, batch in zip(rates.tolist(), batches, strict=False):
             state.totals.zero_()
-            # The schedule's own step comes after each update, and is overwritten here.
+            # The schedule's own step comes after each update, is overwritten here, and never ends.
             for group, share in zip(state.optimizer.param_groups, shares, strict=True):
                 group["lr"], group["momentum"] = rate * share, recipe.base_momentum
-            if state.scheduler.last_epoch >= state.scheduler.total_steps - 1:
-                state.scheduler.last_epoch = 0
+            state.scheduler.last_epoch = 0
             train_step(state, recipe, compute, batch)
             total, images = state.totals[[0, 3]].tolist()
             if images == 0 or not math.isfinite(total):
@@ -139,12 +121,10 @@ def suggest(rates: np.ndarray, losses: np.ndarray) -> tuple[float | None, str]:
     down = f"the smoothed loss is down to {smoothed[low]:.2f}"
     found = f"{down} at a learning rate of {rates[low]:.2g}"
     if first[low]:
-        advice = "there is no fall; start lower, or look at the data"
-        return None, f"{found}, in the first decade: {advice}"
+        return None, f"{found}, in the first decade: start lower, or look at the data"
     level = losses[first].mean()
     if level - smoothed[least] < 4 * math.hypot(error, noise / math.sqrt(first.sum())):
-        chance = "no more below the first decade than chance explains"
-        return None, f"{found}, {chance}: take more steps"
+        return None, f"{found}, by no more than chance explains: take more steps"
     if rates[low] * 10**SPREAD > rates[-1]:
         return None, f"{found}, and falls to the end: go on to a higher one"
     return float(rates[low]), f"{found}, from {level:.2f} in the first decade, and falls no further"

@@ -4,7 +4,6 @@ The first group always learns at `max_learning_rate`: logs and `tinylab schedule
 """
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -20,58 +19,46 @@ NEWTON_SCHULZ_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
 
 def make_optimizer(
-    model: nn.Module, recipe: Recipe, total_steps: int, fused: bool = False
+    model: nn.Module, recipe: Recipe, total_steps: int
 ) -> tuple[torch.optim.SGD, OneCycleLR]:
-    """Return SGD or `Muon` and its schedule (Smith, Topin, "Super-Convergence", 2018).
-
-    fused: one kernel per group, which on CUDA spares loss scaling a wait in every step. Without it
-    PyTorch's foreach, whose results are a plain loop's to the last bit.
-    """
+    """Return SGD or `Muon` and its schedule (Smith, Topin, "Super-Convergence", 2018)."""
     # ---- parameters by what happens to them, in the model's order ----
     muon = recipe.optimizer == "muon"
-    groups: dict[str, list[nn.Parameter]] = {"decayed": [], "flat": [], "orthogonal": []}
+    decayed, flat, convolutions = [], [], []
     for each in model.parameters():
-        # By ndim, not by name: a shortcut's batch norm has no "bn" in its name.
-        flat = each.ndim <= 1 and not recipe.decay_1d
-        groups["orthogonal" if muon and each.ndim == 4 else "flat" if flat else "decayed"] += [each]
-    settings = {
-        "decayed": {},
-        "flat": {"weight_decay": 0.0},
-        "orthogonal": {"lr": recipe.muon_learning_rate, "weight_decay": recipe.muon_weight_decay},
-    }
+        if muon and each.ndim == 4:
+            convolutions.append(each)
+        elif each.ndim <= 1 and not recipe.decay_1d:  # by name a shortcut's batch norm is missed
+            flat.append(each)
+        else:
+            decayed.append(each)
+    groups = [{"params": decayed}, {"params": flat, "weight_decay": 0.0}]
     if muon:
-        for kind, own in settings.items():
-            own["orthogonal"] = kind == "orthogonal"
+        own = {"lr": recipe.muon_learning_rate, "weight_decay": recipe.muon_weight_decay}
+        groups = [group | {"orthogonal": False} for group in groups]
+        groups.append({"params": convolutions, "orthogonal": True} | own)
 
     # ---- optimiser ----
-    fused = fused and not muon
+    # Fused, a step on CUDA spares loss scaling a wait. PyTorch's foreach gives a plain loop's bits.
+    fused = not muon and next(model.parameters()).is_cuda
     optimizer = (Muon if muon else torch.optim.SGD)(
-        [{"params": groups[kind], **own} for kind, own in settings.items() if groups[kind]],
-        lr=recipe.max_learning_rate,  # the schedule sets the real one
-        momentum=recipe.max_momentum,
-        nesterov=recipe.nesterov,
-        weight_decay=recipe.weight_decay,
-        foreach=not fused,
-        fused=fused,
-    )
+        [group for group in groups if group["params"]],
+        lr=recipe.max_learning_rate, momentum=recipe.max_momentum,  # both until the schedule begins
+        nesterov=recipe.nesterov, weight_decay=recipe.weight_decay, foreach=not fused, fused=fused,
+    )  # fmt: skip
     for parameter in model.parameters():
         # A fused step that loss scaling skips would leave the first momentum uninitialised.
         optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
     # ---- schedule ----
     one_step = recipe.warmup_share * total_steps == 1  # OneCycleLR would divide by zero
+    rise = recipe.warmup_share * (1 + 1e-9 if one_step else 1)
     scheduler = OneCycleLR(
-        optimizer,
-        max_lr=[group["lr"] for group in optimizer.param_groups],
-        total_steps=total_steps,
-        pct_start=recipe.warmup_share * (1 + 1e-9 if one_step else 1),
-        anneal_strategy=recipe.anneal,
-        cycle_momentum=True,
-        base_momentum=recipe.base_momentum,
-        max_momentum=recipe.max_momentum,
-        div_factor=recipe.start_divisor,
+        optimizer, [group["lr"] for group in optimizer.param_groups], total_steps, pct_start=rise,
+        anneal_strategy=recipe.anneal, base_momentum=recipe.base_momentum,
+        max_momentum=recipe.max_momentum, div_factor=recipe.start_divisor,
         final_div_factor=recipe.final_divisor,
-    )
+    )  # fmt: skip
     return optimizer, scheduler
 
 
@@ -95,48 +82,38 @@ def schedule(recipe: Recipe, images: int) -> list[tuple[int, float, float]]:
 
 
 class Muon(torch.optim.SGD):
-    """SGD that orthogonalises the momentum of the groups marked `orthogonal`.
+    """SGD that orthogonalises the momentum of the groups marked `orthogonal`: convolution weights.
 
-    Their parameters are convolution weights (out, in, height, width), each taken as one matrix
-    (out, in x height x width). Momentum accumulates as in SGD and is then replaced by the nearest
-    matrix whose singular values are all about one, so that rare directions move as far as frequent
-    ones. Weight decay is decoupled: weights shrink by learning rate x `muon_weight_decay`. All
-    other groups move exactly as SGD moves them.
-
-    Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024; for
-    convolutions, airbench94_muon.py (github.com/KellerJordan/cifar10-airbench). PyTorch's own, from
-    2.9 on, takes matrices only.
+    Each (out, in, height, width) is one matrix (out, in x height x width). Momentum accumulates as
+    in SGD and is then replaced by the nearest matrix whose singular values are all about one, so
+    that rare directions move as far as frequent ones. Weight decay is decoupled: weights shrink by
+    learning rate x `muon_weight_decay`. For convolutions as in airbench94_muon.py
+    (github.com/KellerJordan/cifar10-airbench); PyTorch's own takes matrices only.
     """
 
-    def step(self, closure: Callable[[], torch.Tensor] | None = None) -> torch.Tensor | None:
-        """Update all groups. closure: as in every optimiser of PyTorch."""
+    def step(self) -> None:
+        """Update all groups."""
         groups = self.param_groups
         self.param_groups = [group for group in groups if not group["orthogonal"]]
-        try:
-            loss = super().step(closure)
-        finally:
-            self.param_groups = groups
+        super().step()
+        self.param_groups = groups
         for group in groups:
             if group["orthogonal"]:
                 self.orthogonal_step(group)
-        return loss
 
     @torch.no_grad()
     def orthogonal_step(self, group: dict) -> None:
         """Move parameters of one shape together: on a GPU small kernels cost their start."""
         by_shape: dict[torch.Size, list[nn.Parameter]] = {}
         for parameter in group["params"]:
-            if parameter.grad is not None:
-                by_shape.setdefault(parameter.shape, []).append(parameter)
+            by_shape.setdefault(parameter.shape, []).append(parameter)
         for parameters in by_shape.values():
-            moves = [parameter.grad for parameter in parameters]
-            momenta = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
-            torch._foreach_mul_(momenta, group["momentum"])
-            torch._foreach_add_(momenta, moves)
+            gradients = [parameter.grad for parameter in parameters]
+            moves = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
+            torch._foreach_mul_(moves, group["momentum"])
+            torch._foreach_add_(moves, gradients)
             if group["nesterov"]:
-                moves = torch._foreach_add(moves, momenta, alpha=group["momentum"])
-            else:
-                moves = momenta
+                moves = torch._foreach_add(gradients, moves, alpha=group["momentum"])
             directions = orthogonalise(torch.stack([move.flatten(1) for move in moves]))
             rows, columns = directions.shape[1:]
             # A tall matrix has fewer singular values than rows: this keeps its entries as large.
@@ -146,17 +123,6 @@ class Muon(torch.optim.SGD):
                 parameter.add_(direction.view_as(parameter), alpha=-reach)
 
 
-def muon_petaflop(model: nn.Module, steps: int) -> float:
-    """Return PFLOP of orthogonalising the convolution weights of `model` in `steps` steps."""
-    flop = 0
-    for parameter in model.parameters():
-        if parameter.ndim == 4:
-            short, long = sorted((parameter.shape[0], parameter[0].numel()))
-            square_products = NEWTON_SCHULZ_STEPS + 3 * (NEWTON_SCHULZ_STEPS - 1)
-            flop += 2 * short**2 * (2 * long + square_products * short)
-    return float(f"{flop * steps / 1e15:.4g}")
-
-
 def orthogonalise(matrices: torch.Tensor) -> torch.Tensor:
     """Return about U V' of the singular value decomposition U S V' of each matrix.
 
@@ -164,18 +130,16 @@ def orthogonalise(matrices: torch.Tensor) -> torch.Tensor:
     between about 0.7 and 1.2, or lower if they were next to nothing; zeros stay zeros.
 
     Five Newton-Schulz steps with Jordan's quintic polynomial, which is steep at 0 and therefore
-    quick, not exact. It is applied to X X', the small square matrix: the long side of X (4,608 in
-    the last stage) takes part in two products, not eleven. Known as Gram Newton-Schulz. In fp32 on
-    every device: of 16 bits the error grows twelvefold a step where a singular value is near zero.
+    quick, not exact; on X X' (Gram Newton-Schulz), so that the long side of X (4,608 in the last
+    stage) takes part in two products, not eleven. In fp32 on every device: of 16 bits the error
+    grows twelvefold a step where a singular value is near zero.
     """
     a, b, c = NEWTON_SCHULZ_COEFFICIENTS
     tall = matrices.shape[1] > matrices.shape[2]
     x = (matrices.mT if tall else matrices).float()
-    # The iteration needs singular values up to 1.
-    x = x / (torch.linalg.matrix_norm(x)[:, None, None] + 1e-7)
+    x = x / (torch.linalg.matrix_norm(x)[:, None, None] + 1e-7)  # singular values up to 1
 
-    def quintic(gram: torch.Tensor) -> torch.Tensor:
-        """Return a I + b G + c G^2, which times X is Jordan's step."""
+    def quintic(gram: torch.Tensor) -> torch.Tensor:  # a I + b G + c G^2: times X Jordan's step
         polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         polynomial.diagonal(dim1=1, dim2=2).add_(a)
         return polynomial

@@ -25,36 +25,43 @@ Item = TypeVar("Item")
 Say = Callable[[str], None]
 
 
-class StopRequest:
-    """Note SIGINT and SIGTERM while entered; the loop stops after its step.
+def print_line(line: str) -> None:
+    """Print a line at once."""
+    print(line, flush=True)
+
+
+def silent(_line: str) -> None:
+    """Say nothing."""
+
+
+@contextlib.contextmanager
+def stop_signal(say: Say, patient: bool) -> Iterator[list[int]]:
+    """Give a list into which SIGINT and SIGTERM go; the loop stops after its step.
 
     A second signal takes its usual effect at once, unless `patient`: torchrun forwards a signal
     that each process has received already.
     """
+    received, before = [], {}
 
-    def __init__(self, say: Say, patient: bool = False) -> None:
-        self.received: int | None = None
-        self.say, self.patient = say, patient
-        self.before: dict[int, object] = {}
-
-    def __enter__(self) -> "StopRequest":
-        if threading.current_thread() is threading.main_thread():  # handlers are allowed only there
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self.before[number] = signal.signal(number, self.note)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self.before.items():
+    def restore() -> None:
+        for number, handler in before.items():
             signal.signal(number, handler)
 
-    def note(self, number: int, _frame: object) -> None:
-        """Handle a signal."""
-        if self.received is None:
-            self.received = number
+    def note(number: int, _frame: object) -> None:
+        received.append(number)
+        if len(received) == 1:
             with contextlib.suppress(RuntimeError):  # the signal came in the middle of a print
-                self.say("stopping after this step")
-        if not self.patient:
-            self.__exit__()
+                say("stopping after this step")
+        if not patient:
+            restore()
+
+    if threading.current_thread() is threading.main_thread():  # handlers are allowed only there
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.signal(number, note)
+    try:
+        yield received
+    finally:
+        restore()
 
 
 class Progress:
@@ -62,29 +69,27 @@ class Progress:
 
     def __init__(
         self, state: TrainState, recipe: Recipe, steps: int, images: tuple[int, int],
-        tested: list[int], say: Say, forecast: bool,
+        tested: set[int], say: Say, forecast: bool,
     ) -> None:  # fmt: skip
         self.state, self.recipe, self.steps, self.images = state, recipe, steps, images
         self.say, self.tested, self.forecast = say, tested, forecast
         self.second_step: tuple[float, float] | None = None
-        self.since_saved = 0.0
 
     def begin(self) -> None:
         """Begin the state's epoch, or what is left of it."""
         self.title = f"epoch {self.state.epoch}/{self.recipe.epochs}"
         self.bar = make_bar(self.say, self.title, self.steps, self.state.step, "step")
-        self.looked, self.since_saved = time.perf_counter(), 0.0
+        self.clocks, self.since_saved = (time.perf_counter(), time.process_time()), 0.0
+        self.looked = self.clocks[0]
         self.line = (self.looked, self.state.step, self.left())
-        self.clocks = (self.looked, time.process_time())
 
     def tick(self) -> float:
         """Add the time since the last tick to the epoch's, and return what the clock says."""
-        now, cpu = time.perf_counter(), time.process_time()
         before, cpu_before = self.clocks
+        now, cpu = self.clocks = time.perf_counter(), time.process_time()
         self.state.epoch_seconds += now - before
         self.state.epoch_cpu_seconds += cpu - cpu_before
         self.since_saved += now - before
-        self.clocks = (now, cpu)
         return now
 
     def step(self) -> None:
@@ -95,15 +100,13 @@ class Progress:
         # ---- once: what the run takes, from the steps after the second ----
         if self.forecast and self.second_step is None and step >= 2:
             self.second_step = (now, self.left())
-        elif self.forecast and self.second_step is not None:
-            seconds, done = now - self.second_step[0], self.second_step[1] - self.left()
-            if seconds >= 1 and done > 0:
-                self.forecast = False
-                rest = self.left() / done * seconds
-                rate = f"{done / seconds:,.0f} images/s of 64 x 64 pixels"
-                self.say(f"this CPU trains {rate}: {duration(rest)}")
-                if rest > 600:
-                    self.say("less with a GPU, --limit-classes, --epochs or --width")
+        elif self.forecast and self.second_step and now - self.second_step[0] >= 1:
+            self.forecast = False
+            rate = (self.second_step[1] - self.left()) / (now - self.second_step[0])
+            rest = self.left() / rate
+            self.say(f"this CPU trains {rate:,.0f} images/s of 64 x 64 pixels: {duration(rest)}")
+            if rest > 600:
+                self.say("less with a GPU, --limit-classes, --epochs or --width")
 
         # ---- the loss ----
         if now - self.looked <= min(LOOK_SECONDS, LINE_SECONDS):
@@ -123,8 +126,7 @@ class Progress:
 
     def left(self) -> float:
         """Return what is left to compute, in training images of 64 x 64 pixels."""
-        recipe, state = self.recipe, self.state
-        train_images, test_images = self.images
+        recipe, state, (train_images, test_images) = self.recipe, self.state, self.images
         epochs = range(state.epoch, recipe.epochs + 1)
         areas = [(recipe.resolution_at(epoch) / SIZE) ** 2 for epoch in epochs]
         trained = sum(areas) * train_images - areas[0] * state.step * recipe.batch_size
@@ -136,10 +138,10 @@ class Progress:
 
 
 def watched(
-    batches: Iterable[Item], title: str, total: int | None = None, say: Say | None = None
+    batches: Iterable[Item], title: str, total: int | None = None, say: Say = print_line
 ) -> Iterator[Item]:
     """Yield the batches of a test, with a bar or a line a minute."""
-    say, line = say or print_line, time.perf_counter()
+    line = time.perf_counter()
     with make_bar(say, title, total) as bar:
         for number, batch in enumerate(batches):
             if bar.disable and time.perf_counter() - line > LINE_SECONDS:
@@ -165,9 +167,8 @@ def means(totals: torch.Tensor) -> tuple[float, float, float]:
 
 def duration(seconds: float) -> str:
     """Return a time in words."""
-    if seconds >= 5400:
-        return f"about {seconds / 3600:.1f} hours"
-    return f"about {max(1, round(seconds / 60))} min"
+    minutes = f"about {max(1, round(seconds / 60))} min"
+    return minutes if seconds < 5400 else f"about {seconds / 3600:.1f} hours"
 
 
 def heading(
@@ -204,12 +205,3 @@ def log_lines(row: dict, epochs: int) -> str:
             f"top-5 {row['test_top5']:.2f} %"
         )
     return "\n".join(lines)
-
-
-def print_line(line: str) -> None:
-    """Print a line at once."""
-    print(line, flush=True)
-
-
-def silent(_line: str) -> None:
-    """Say nothing."""

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 
 from tinylab.data.archive import class_order_sha256
 from tinylab.data.dataset import Dataset
@@ -20,7 +21,7 @@ from tinylab.run.folder import Run, refuse_another, refuse_foreign, relative_to_
 from tinylab.run.verify import write_checksums
 from tinylab.run.weights import weights_file
 from tinylab.training.evaluate import score
-from tinylab.training.optim import muon_petaflop
+from tinylab.training.optim import NEWTON_SCHULZ_STEPS
 from tinylab.training.progress import means
 from tinylab.training.step import TrainState
 
@@ -49,24 +50,23 @@ def restore(
     state: of the run that is to be. Raise `UserError` if the folder or the checkpoint is another
     run's, or was begun with other code.
     """
-    saved = note = None
-    if not run.finished:
-        saved, note = checkpoint.load(run.checkpoints, mirror)
+    finished = run.finished
+    saved, note = (None, None) if finished else checkpoint.load(run.checkpoints, mirror)
     if run.begun:
         refuse_another(run, state.run)  # says more than a checkpoint does
     else:
         refuse_foreign(run)
-    if saved is not None:
+    if saved:
         refuse_another(run, state.run, saved.get("run", {}))
         begun = run.environment if run.begun else saved.get("environment", {})
         before, now = begun.get("source_sha256"), state.environment["source_sha256"]
         if before and before != now and not continue_anyway:
             raise UserError(
                 f"{run.folder} was begun with other code ({before[:12]} -> {now[:12]}): choose "
-                "another --run, or continue it all the same with --continue-anyway (in the "
-                "notebook: RUN, CONTINUE_ANYWAY)"
+                "another --run, or continue it with --continue-anyway (in the notebook: RUN, "
+                "CONTINUE_ANYWAY)"
             )
-    return run.finished, saved, note
+    return finished, saved, note
 
 
 def epoch_row(state: TrainState, totals: torch.Tensor) -> dict:
@@ -92,12 +92,31 @@ def epoch_row(state: TrainState, totals: torch.Tensor) -> dict:
     return row
 
 
-def summarise(state: TrainState, recipe: Recipe, rows: Split, steps: int) -> dict:
-    """Return the contents of summary.json but for the file's hash and the mirror images' top-1.
+def muon_petaflop(model: nn.Module, steps: int) -> float:
+    """Return PFLOP of orthogonalising the convolution weights of `model` in `steps` steps."""
+    flop, square_products = 0, NEWTON_SCHULZ_STEPS + 3 * (NEWTON_SCHULZ_STEPS - 1)
+    for each in (parameter for parameter in model.parameters() if parameter.ndim == 4):
+        short, long = sorted((each.shape[0], each[0].numel()))
+        flop += 2 * short**2 * (2 * long + square_products * short)
+    return float(f"{flop * steps / 1e15:.4g}")
 
-    Time to accuracy is all training and the one last test, warm; cold has the set-up, too.
-    steps: of an epoch.
+
+def finish(
+    run: Run, state: TrainState, recipe: Recipe, dataset: Dataset, rows: Split, steps: int,
+    logits: torch.Tensor, of_mirror_images: torch.Tensor, labels: torch.Tensor,
+) -> None:  # fmt: skip
+    """Write predictions, weights, checksums and, last, the summary that says the run is finished.
+
+    steps: of an epoch. logits, of_mirror_images: fp32 (N, classes). Time to accuracy is all
+    training and the one last test, warm; cold has the set-up, too.
     """
+    # ---- predictions ----
+    final, flipped = score(logits, labels), score((logits + of_mirror_images) / 2, labels)
+    predictions = io.BytesIO()
+    np.savez_compressed(predictions, rows=rows.test, labels=final.labels, logits=final.logits)
+    write_atomically(run.folder / "predictions.npz", predictions.getvalue())
+
+    # ---- the numbers ----
     last = state.history[-1]
     train_seconds = sum(row["train_seconds"] for row in state.history)
     cpu_seconds = sum(row.get("train_cpu_seconds", math.nan) for row in state.history)
@@ -105,7 +124,7 @@ def summarise(state: TrainState, recipe: Recipe, rows: Split, steps: int) -> dic
     warm = train_seconds + last["eval_seconds"]
     muon = muon_petaflop(state.model, steps * recipe.epochs)
     tested = ("train_loss", "train_top1", "test_loss", "test_top1", "test_top5", "test_correct")
-    return {
+    summary = {
         "recipe": recipe.name,
         "protocol": rows.protocol,
         "classes": rows.classes,
@@ -126,30 +145,10 @@ def summarise(state: TrainState, recipe: Recipe, rows: Split, steps: int) -> dic
         "images_per_second": round(images * recipe.epochs / train_seconds, 1),
         "skipped_steps": sum(row["skipped_steps"] for row in state.history),
         "stops": state.stops,
+        "flip_tta_top1": flipped.numbers()["test_top1"],
     }
 
-
-def finish(
-    run: Run,
-    state: TrainState,
-    recipe: Recipe,
-    dataset: Dataset,
-    rows: Split,
-    steps: int,
-    logits: torch.Tensor,
-    of_mirror_images: torch.Tensor,
-    labels: torch.Tensor,
-) -> None:
-    """Write predictions, weights, checksums and, last, the summary that says the run is finished.
-
-    logits, of_mirror_images: fp32 (N, classes) of the test images; labels: int64 (N,).
-    """
-    final, flipped = score(logits, labels), score((logits + of_mirror_images) / 2, labels)
-    predictions = io.BytesIO()
-    np.savez_compressed(predictions, rows=rows.test, labels=final.labels, logits=final.logits)
-    write_atomically(run.folder / "predictions.npz", predictions.getvalue())
-
-    summary = summarise(state, recipe, rows, steps) | {"flip_tta_top1": flipped.top1}
+    # ---- weights, and what says that all is there ----
     classes = (dataset.wnids[: rows.classes], dataset.names[: rows.classes])
     weights = weights_file(state.tested, recipe, *classes, summary, dataset.content_sha256)
     write_atomically(run.weights, weights)

@@ -21,17 +21,14 @@ from tinylab.training.average import make_average
 from tinylab.training.distributed import ALONE, Ranks, wrap
 from tinylab.training.optim import make_optimizer
 
-COUNTS = ("epoch", "step", "epoch_learning_rate", "epoch_seconds", "set_up_seconds", "stops")
-
 
 @dataclass
 class TrainState:
     """All state of a run; a checkpoint stores exactly this.
 
     No generator's state: random draws depend on (seed, epoch, position) alone.
-    totals: float32 (4,) on the device, over the epoch so far, of this process: sum of losses in
-    nats, top-1 hits, top-5 hits, images. skipped: int64 (), the epoch's steps that loss scaling
-    skipped.
+    totals: float32 (4,), of the epoch so far in this process: sum of losses in nats, top-1 hits,
+    top-5 hits, images. skipped: int64 (), the epoch's steps that loss scaling skipped.
     """
 
     model: nn.Module
@@ -67,58 +64,43 @@ class TrainState:
 
     def to_checkpoint(self) -> dict:
         """Return tensors and plain values. The schedule is its step count."""
-        plain = (*COUNTS, "epoch_cpu_seconds", "history", "run", "environment", "totals", "skipped")
-        return {
-            "model": self.model.state_dict(),
-            "average": None if self.average is None else self.average.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scheduler_step": self.scheduler.last_epoch,
-            "scaler": self.scaler.state_dict(),
-            **{name: getattr(self, name) for name in plain},
-        }
+        saved = {"scheduler_step": self.scheduler.last_epoch}
+        for name, value in vars(self).items():
+            if name not in ("network", "scheduler"):
+                saved[name] = value.state_dict() if hasattr(value, "state_dict") else value
+        return saved
 
     def load_checkpoint(self, saved: dict) -> None:
         """Put everything back but `run` and `environment`, which are those of now."""
-        self.model.load_state_dict(saved["model"])
-        if self.average is not None:
-            self.average.load_state_dict(saved["average"])
-        self.scheduler.last_epoch = saved["scheduler_step"]
-        self.scaler.load_state_dict(saved["scaler"])
-        # After the schedule, which would overwrite its learning rate.
-        self.optimizer.load_state_dict(saved["optimizer"])
         # Older checkpoints hold a row of totals for each process, count three kinds of skipped
         # steps, and no processor time.
         self.totals.copy_(saved["totals"].reshape(-1, 4).sum(dim=0))
         self.skipped.copy_(saved["skipped"] if "skipped" in saved else saved["skips"][0])
-        self.epoch_cpu_seconds = saved.get("epoch_cpu_seconds", math.nan)
-        for name in (*COUNTS, "history"):
-            setattr(self, name, saved[name])
+        saved = {"epoch_cpu_seconds": math.nan} | saved
+        self.scheduler.last_epoch = saved["scheduler_step"]
+        for name, value in vars(self).items():
+            if isinstance(value, int | float | list):
+                setattr(self, name, saved[name])
+            elif name in ("model", "average", "optimizer", "scaler") and value is not None:
+                value.load_state_dict(saved[name])
 
     def require_finite(self, weights: bool = False) -> None:
-        """Raise `RecipeFailed` if the epoch's loss, or a weight if asked, is not finite.
-
-        Waits for the device.
-        """
+        """Wait for the loss; raise `RecipeFailed` if it, or a weight if asked, is not finite."""
         scaled = self.scaler.is_enabled()
-        finite = self.totals[0].isfinite().item() and not (scaled and self.scaler.get_scale() < 1)
+        finite = self.totals[0].isfinite() and not (scaled and self.scaler.get_scale() < 1)
         if weights and finite:
-            averaged = [] if self.average is None else self.average.module.state_dict().values()
-            finite = bool(all_finite([*self.model.state_dict().values(), *averaged]))
+            both = (self.model.state_dict(), self.tested.state_dict())
+            finite = all_finite([tensor for state in both for tensor in state.values()])
         if not finite:
-            fp32 = " or --precision fp32" if scaled else ""
             raise RecipeFailed(
                 f"loss or weights are not finite in epoch {self.epoch}, up to "
                 f"step {self.step}: the run has diverged; what is saved is finite; start another "
-                f"run with a lower max-learning-rate{fp32}"
+                f"run with a lower max-learning-rate{' or --precision fp32' if scaled else ''}"
             )
 
 
-def require_batches(
-    recipe: Recipe, images: int, ranks: Ranks = ALONE, compiled: bool = False
-) -> None:
+def require_batches(recipe: Recipe, images: int, ranks: Ranks = ALONE) -> None:
     """Raise `UserError` if a batch has more images than there are, or too few for the processes."""
-    if compiled and ranks.size > 1:
-        raise UserError("--compile serves a single process")
     if recipe.batch_size > images:
         few = f"the {images} training images of this split"
         raise UserError(f"batch-size {recipe.batch_size} is more than {few}; lower it")
@@ -129,27 +111,19 @@ def require_batches(
 
 
 def new_state(
-    recipe: Recipe,
-    classes: int,
-    seed: int,
-    steps_per_epoch: int,
-    compute: Compute,
-    *,
-    ranks: Ranks = ALONE,
-    compiled: bool = False,
-) -> TrainState:
+    recipe: Recipe, classes: int, seed: int, steps_per_epoch: int, compute: Compute,
+    ranks: Ranks = ALONE, compiled: bool = False,
+) -> TrainState:  # fmt: skip
     """Return the state before the first step: weights from `seed`, schedule over the whole run."""
     model = build_model(recipe, classes, seed).to(compute.device)
-    average = make_average(model, recipe)
-    fused = compute.device.type == "cuda"
-    optimizer, scheduler = make_optimizer(model, recipe, recipe.epochs * steps_per_epoch, fused)
+    average, scaler = make_average(model, recipe), compute.grad_scaler()
+    optimizer, scheduler = make_optimizer(model, recipe, recipe.epochs * steps_per_epoch)
     if compiled:
         torch.compiler.reset()  # an earlier run's graphs would count against the compiler's limit
     # One graph per shape: a graph for any shape is slower, and a run has few.
     network = torch.compile(model, dynamic=False) if compiled else wrap(model, ranks)
     totals = torch.zeros(4, device=compute.device)
     skipped = torch.zeros((), dtype=torch.int64, device=compute.device)
-    scaler = compute.grad_scaler()
     return TrainState(model, network, average, optimizer, scheduler, scaler, totals, skipped)
 
 
@@ -160,10 +134,9 @@ def train_step(
 
     The gradient is that of the mean loss over the whole batch, however it is cut into pieces.
     """
-    resolution = recipe.resolution_at(state.epoch)
-    state.optimizer.zero_grad(set_to_none=True)
-
     # ---- forward and backward, piece by piece ----
+    resolution = recipe.resolution_at(state.epoch)
+    state.optimizer.zero_grad()
     pieces = pieces_of(batch, recipe.micro_batch, ranks.size)
     for number, piece in enumerate(pieces, start=1):
         waits = ranks.size > 1 and number < len(pieces)  # gradients are exchanged once a batch
@@ -178,8 +151,7 @@ def train_step(
 
     # ---- update ----
     if state.scaler.is_enabled():
-        gradients = [each.grad for each in state.model.parameters() if each.grad is not None]
-        state.skipped += ~all_finite(gradients)
+        state.skipped += ~all_finite(each.grad for each in state.model.parameters())
     state.scaler.step(state.optimizer)
     state.scaler.update()
     if state.average is not None:
@@ -192,8 +164,6 @@ def pieces_of(batch: Batch, micro_batch: int | None, processes: int) -> list[Bat
     """Cut the batch into pieces of at most `micro_batch` images, equally many in every process."""
     largest = math.ceil(batch.size / processes)
     pieces = math.ceil(largest / (micro_batch or largest))
-    if pieces == 1:
-        return [batch]
     tensors = (batch.images, batch.labels, batch.partners)
     cut = [[None] * pieces if tensor is None else tensor.tensor_split(pieces) for tensor in tensors]
     return [Batch(*parts, batch.share, batch.size) for parts in zip(*cut, strict=True)]
@@ -201,22 +171,18 @@ def pieces_of(batch: Batch, micro_batch: int | None, processes: int) -> list[Bat
 
 def batch_loss(logits: torch.Tensor, batch: Batch, label_smoothing: float) -> torch.Tensor:
     """Return the sum over images of the cross-entropy, in nats; mixed images have two labels."""
-
-    def against(labels: torch.Tensor) -> torch.Tensor:
-        return F.cross_entropy(logits, labels, reduction="sum", label_smoothing=label_smoothing)
-
+    how = {"reduction": "sum", "label_smoothing": label_smoothing}
+    loss = F.cross_entropy(logits, batch.labels, **how)
     if batch.partners is None:
-        return against(batch.labels)
-    return batch.share * against(batch.labels) + (1 - batch.share) * against(batch.partners)
+        return loss
+    return batch.share * loss + (1 - batch.share) * F.cross_entropy(logits, batch.partners, **how)
 
 
-@torch.no_grad()
 def count(state: TrainState, loss: torch.Tensor, logits: torch.Tensor, batch: Batch) -> None:
     """Add a piece to the totals. A hit on a mixed image is one on the label that weighs more."""
     labels = batch.labels if batch.partners is None or batch.share >= 0.5 else batch.partners
     hits = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
-    # Filled, not made from a number: copying that to a GPU would wait for it.
-    images = torch.full_like(loss, len(labels))
+    images = torch.full_like(loss, len(labels))  # a number's copy to a GPU would wait for it
     counted = torch.stack([loss, hits[:, 0].sum(), hits.sum(), images])
     if state.scaler.is_enabled():  # a step that overflowed is skipped, and so is not counted
         counted = counted.masked_fill(~torch.isfinite(loss), 0)

@@ -1,21 +1,18 @@
 """The run's numbers in TensorBoard, if asked for."""
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 from tinylab.exceptions import UserError
 
 TAGS = {
-    "loss/train": "train_loss",
-    "loss/test": "test_loss",
-    "top1/train": "train_top1",
-    "top1/test": "test_top1",
-    "top5/train": "train_top5",
-    "top5/test": "test_top5",
-    "training/learning_rate": "learning_rate",
-    "training/images_per_second": "images_per_second",
-}  # TensorBoard's tags, a chart for each, and the history's fields
+    "loss/train": "train_loss", "loss/test": "test_loss",
+    "top1/train": "train_top1", "top1/test": "test_top1",
+    "top5/train": "train_top5", "top5/test": "test_top5",
+    "training/learning_rate": "learning_rate", "training/images_per_second": "images_per_second",
+}  # fmt: skip
+"""TensorBoard's tags, a chart for each, and the history's fields."""
 
 
 class Tracker:
@@ -25,7 +22,7 @@ class Tracker:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder = Path(folder) / "tensorboard"
+        self.folder = folder / "tensorboard"
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
@@ -33,22 +30,19 @@ class Tracker:
             raise UserError(text) from error
         self.open = SummaryWriter
 
-    def up_to(self, history: Sequence[Mapping]) -> None:
-        """Begin a file that holds all of `history` and takes back what earlier files hold.
-
-        So each epoch is shown once, also one that a killed process lost.
-        """
+    def up_to(self, history: list[dict]) -> None:
+        """Begin a file that holds all of `history` and takes back what earlier files hold."""
         with self.one_line():
             self.writer = self.open(str(self.folder), purge_step=1)
         for row in history:
             self.epoch(row)
 
-    def epoch(self, row: Mapping) -> None:
+    def epoch(self, row: dict) -> None:
         """Add a row of the history; it is in the file when this returns."""
         with self.one_line():
             for tag, field in TAGS.items():
                 if field in row:  # an epoch without a test lacks some
-                    self.writer.add_scalar(tag, row[field], int(row["epoch"]))
+                    self.writer.add_scalar(tag, row[field], row["epoch"])
             self.writer.flush()
 
     def close(self) -> None:

@@ -5,14 +5,13 @@
 
 import contextlib
 import dataclasses
-import functools
 import itertools
 import signal
 import time
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from tinylab.data.augment import normalise, resize
 from tinylab.data.dataset import Dataset, refuse_inside
 from tinylab.data.loader import Images, make_loader, statistics_batches
 from tinylab.data.split import make_split
@@ -23,8 +22,11 @@ from tinylab.run import checkpoint, environment
 from tinylab.run.folder import Run, default_folder, enter_run, hashes
 from tinylab.training.average import reestimate_batch_norm
 from tinylab.training.distributed import join
-from tinylab.training.evaluate import mirrored, score, test_logits
-from tinylab.training.progress import Progress, StopRequest, heading, log_lines, silent, watched
+from tinylab.training.evaluate import make_forward, mirrored, score, test_logits
+
+from tinylab.training.progress import (  # isort: skip
+    Progress, heading, log_lines, print_line, silent, stop_signal, watched,
+)  # fmt: skip
 from tinylab.training.record import epoch_row, finish, identity_of, restore
 from tinylab.training.step import new_state, require_batches, train_step
 from tinylab.training.track import Tracker
@@ -35,23 +37,12 @@ _RUNS = itertools.count()  # only a process's first run has a cold clock
 
 
 def train(
-    recipe: Recipe,
-    dataset: Dataset,
-    *,
-    split: str | None = None,
-    folder: Path | None = None,
-    seed: int = 0,
-    limit_classes: int | None = None,
-    device: str = "auto",
-    precision: str = "auto",
-    compiled: bool = False,
-    workers: int | None = None,
-    mirror: Path | None = None,
-    test_every: int = 1,
-    continue_anyway: bool = False,
-    track: Literal["tensorboard"] | None = None,
+    recipe: Recipe, dataset: Dataset, *, split: str | None = None, folder: Path | None = None,
+    seed: int = 0, limit_classes: int | None = None, device: str = "auto", precision: str = "auto",
+    compiled: bool = False, workers: int | None = None, mirror: Path | None = None,
+    test_every: int = 1, continue_anyway: bool = False, track: Literal["tensorboard"] | None = None,
     quiet: bool = False,
-) -> Run:
+) -> Run:  # fmt: skip
     """Train `recipe` and return the finished run. A stopped run continues bit for bit.
 
     split: None is the recipe's. folder: None is runs/<recipe>-<split>-s<seed>. limit_classes: only
@@ -83,8 +74,10 @@ def train(
     with contextlib.ExitStack() as stack:
         ranks = stack.enter_context(join(compute.device))
         writes, several = ranks.rank == 0, ranks.size > 1
-        say = silent if quiet or not writes else functools.partial(print, flush=True)
-        require_batches(recipe, counts[0], ranks, compiled)
+        say = silent if quiet or not writes else print_line
+        if compiled and several:
+            raise UserError("--compile serves a single process")
+        require_batches(recipe, counts[0], ranks)
         stack.enter_context(environment.fastest_convolutions(compute))
         stack.enter_context(memory_hint(recipe, compute))
 
@@ -95,20 +88,24 @@ def train(
         stack.enter_context(contextlib.closing(loader))
         if writes:
             stack.enter_context(run.lock())
-            stack.enter_context(lock(mirror) if mirror else contextlib.nullcontext())
-        how = {"ranks": ranks, "compiled": compiled}
-        state = new_state(recipe, rows.classes, seed, loader.steps, compute, **how)
+        if writes and mirror:
+            stack.enter_context(lock(mirror))
+        state = new_state(recipe, rows.classes, seed, loader.steps, compute, ranks, compiled)
         identity = identity_of(dataset, rows, seed, compute, compiled)
         state.run = dataclasses.asdict(recipe) | identity
         state.environment = environment.describe_environment(compute, ranks.size) | hashes(identity)
         found = restore(run, mirror, state, continue_anyway) if writes else None
         finished, saved, note = ranks.gather(found)[0]
-        history = run.history if finished else saved["history"] if saved else []
         if not finished:
             say(heading(compute, compiled, dataset, recipe, rows, loader.steps))
             if compiled or (compute.device.type == "cuda" and not several):
                 say("warming up")
                 warm_up(state, recipe, compute, counts)  # before the folder is this run's
+        if saved:
+            state.load_checkpoint(saved)
+            state.totals *= writes  # saved as the sum over all processes
+            state.stops += 1
+        history = run.history if finished else state.history
         if writes:
             here, elsewhere = state.environment | timing, saved and saved.get("environment")
             for line in enter_run(run, recipe, identity, here, elsewhere):
@@ -125,14 +122,11 @@ def train(
             say(log_lines(row, recipe.epochs))
         if finished:
             return run
-        if saved is not None:
-            state.load_checkpoint(saved)
-            state.totals *= writes  # saved as the sum over all processes
-            state.stops += 1
+        if saved:
             say(f"continuing {run.folder} in epoch {state.epoch} after {state.step} of its steps")
             if writes:
-                run.write_history(state.history)  # without a line whose checkpoint was lost
-        stop = stack.enter_context(StopRequest(say, patient=several))
+                run.write_history(history)  # without a line whose checkpoint was lost
+        stops = stack.enter_context(stop_signal(say, patient=several))
         state.set_up_seconds += time.perf_counter() - started
 
         # ---- what the loop below does in several places ----
@@ -144,11 +138,10 @@ def train(
             progress.since_saved = 0.0
 
         def stop_if_asked() -> None:
-            if ranks.any(stop.received is not None):
+            if ranks.any(bool(stops)):
                 save()
-                where = f"in epoch {state.epoch} after {state.step} steps"
-                text = f"stopped {where}; the same command continues {run.folder}"
-                raise Stopped(text, stop.received or signal.SIGTERM)
+                text = f"stopped in epoch {state.epoch} after {state.step} steps; the same command"
+                raise Stopped(f"{text} continues {run.folder}", [*stops, signal.SIGTERM][0])
 
         def watch(batches, title, total=None):
             for batch in watched(batches, title, total, say):
@@ -156,12 +149,9 @@ def train(
                     stop_if_asked()
                 yield batch
 
-        def test(title, view=None):
-            how = {"view": view, "images": images, "ranks": ranks, "watch": watch, "title": title}
-            return test_logits(state.tested, dataset, rows.test, recipe, compute, **how)
-
-        epochs = range(1, recipe.epochs + 1)
-        tested = [each for each in epochs if each % test_every == 0 or each == recipe.epochs]
+        how = {"images": images, "ranks": ranks, "watch": watch}
+        test = partial(test_logits, state.tested, dataset, rows.test, recipe, compute, **how)
+        tested = {*range(test_every, recipe.epochs, test_every), recipe.epochs}
         forecast = compute.device.type == "cpu" and not several
         progress = Progress(state, recipe, loader.steps, counts, tested, say, forecast)
         logits = None
@@ -192,11 +182,10 @@ def train(
                 began = time.perf_counter()
                 if state.average is not None:
                     plain = statistics_batches(images, rows.train, recipe, seed, state.epoch)
-                    side = recipe.test_resolution
-                    inputs = (normalise(resize(each, side), recipe) for each in plain)
-                    with compute.autocast():
-                        reestimate_batch_norm(state.tested, watch(inputs, "batch-norm statistics"))
-                logits, labels = test("test")
+                    plain = watch(plain, "batch-norm statistics")
+                    forward = make_forward(state.tested, recipe, compute)
+                    reestimate_batch_norm(state.tested, plain, forward)
+                logits, labels = test()
                 row |= score(logits, labels).numbers()
                 row["eval_seconds"] = round(time.perf_counter() - began, 3)
 
@@ -212,9 +201,8 @@ def train(
 
         # ---- finish ----
         if logits is None:  # stopped after the last epoch was saved, its statistics with it
-            logits, labels = test("test")
-        logits_of_mirror_images, _ = test("test of mirror images", mirrored)
+            logits, labels = test()
+        flipped, _ = test(title="test of mirror images", view=mirrored)
         if writes:
-            outputs = (logits, logits_of_mirror_images, labels)
-            finish(run, state, recipe, dataset, rows, loader.steps, *outputs)
+            finish(run, state, recipe, dataset, rows, loader.steps, logits, flipped, labels)
     return run

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 
 import torch
 
-from tinylab.data.augment import normalise, resize
 from tinylab.data.loader import Batch, evaluation_batch_size
 from tinylab.exceptions import RecipeFailed, UserError
 from tinylab.recipe import SIZE, Recipe
@@ -33,10 +32,10 @@ def warm_up(state: TrainState, recipe: Recipe, compute: Compute, images: tuple[i
 
     Compilation, the choice of convolution algorithms and the first allocation of memory happen
     here. images: how many there are to train on and to test. The state stays as it was.
-    Raise `UserError` if torch.compile fails.
     """
     train_images, test_images = images
     last = 0 if recipe.drop_last else train_images % recipe.batch_size
+    sizes = [recipe.batch_size, last] if last else [recipe.batch_size]
     largest = evaluation_batch_size(compute.device, recipe.micro_batch)
     epoch_of = {recipe.resolution_at(epoch): epoch for epoch in range(1, recipe.epochs + 1)}
 
@@ -46,24 +45,13 @@ def warm_up(state: TrainState, recipe: Recipe, compute: Compute, images: tuple[i
         return Batch(pixels.to(torch.uint8).view(count, SIZE, SIZE, 3), labels)
 
     with rehearsal(state):
-        for epoch in epoch_of.values():
-            for size in 2 * [recipe.batch_size, last]:  # the second step has momentum
-                state.epoch = epoch
-                try:
-                    if size:
-                        train_step(state, recipe, compute, made_up(size))
-                except Exception as error:  # a compiler's own traceback has a hundred lines
-                    if not type(error).__module__.startswith("torch._"):
-                        raise
-                    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-                    text = f"torch.compile fails here ({reason}): leave --compile out"
-                    raise UserError(text) from error
+        for state.epoch in epoch_of.values():
+            for size in 2 * sizes:  # the second step has momentum
+                train_step(state, recipe, compute, made_up(size))
         forward = make_forward(state.tested, recipe, compute)
         if state.average is not None:
             plain = made_up(min(recipe.batch_size, largest)).images
-            with compute.autocast():
-                inputs = normalise(resize(plain, recipe.test_resolution), recipe)
-                reestimate_batch_norm(state.tested, [inputs])
+            reestimate_batch_norm(state.tested, [plain], forward)
         with torch.inference_mode():
             for size in {min(largest, test_images), test_images % largest} - {0}:
                 forward(made_up(size).images)
@@ -72,26 +60,29 @@ def warm_up(state: TrainState, recipe: Recipe, compute: Compute, images: tuple[i
 
 @contextlib.contextmanager
 def memory_hint(recipe: Recipe, compute: Compute) -> Iterator[None]:
-    """Turn running out of memory into one line that says what to do."""
+    """Turn too little memory, and what fails in workers and compilers, into one line of advice."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if "DataLoader timed out" in str(error):  # torch has no type for it
+        text = str(error)  # torch has few types
+        words = ("out of memory", "can't allocate memory", "not enough memory")
+        if "DataLoader timed out" in text:
             raise UserError(
                 "the worker processes have stopped sending batches, perhaps as /dev/shm is full: "
                 "use --workers 0, or start the container with --shm-size=1g"
             ) from error
-        if "DataLoader worker" in str(error):
+        if "DataLoader worker" in text:
             raise UserError(
                 "a worker process has died, perhaps for lack of memory: the same command "
                 "continues, with fewer --workers, too"
             ) from error
-        # On a CPU torch has no type for it.
-        words = ("out of memory", "can't allocate memory", "not enough memory")
-        if not isinstance(error, MemoryError) and not any(each in str(error) for each in words):
-            raise
-        raise RecipeFailed(
-            f"out of memory on {compute.device} with {recipe.micro_batch or recipe.batch_size} "
-            "images at once: a smaller --micro-batch trains the same batch in pieces that fit "
-            "(in another --run); --width makes the network smaller"
-        ) from error
+        if isinstance(error, MemoryError) or any(each in text for each in words):
+            raise RecipeFailed(
+                f"out of memory on {compute.device} with {recipe.micro_batch or recipe.batch_size} "
+                "images at once: a smaller --micro-batch trains the same batch in pieces that fit "
+                "(in another --run); --width makes the network smaller"
+            ) from error
+        if type(error).__module__.startswith("torch._"):  # a compiler's text has a hundred lines
+            reason = (text.strip() or type(error).__name__).splitlines()[0]
+            raise UserError(f"torch.compile fails here ({reason}): leave --compile out") from error
+        raise
