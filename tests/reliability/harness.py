@@ -16,7 +16,6 @@ import psutil
 import pytest
 import torch
 from conftest import assert_equal_runs, assert_same, without_seconds
-from torch.optim.swa_utils import AveragedModel
 
 from tinylab import files
 from tinylab.recipe import Recipe
@@ -24,6 +23,7 @@ from tinylab.run import checkpoint
 from tinylab.run.environment import Compute
 from tinylab.run.folder import Run
 from tinylab.training import step as step_module
+from tinylab.training.average import WeightAverage
 
 train_module = importlib.import_module("tinylab.training.train")
 
@@ -85,7 +85,7 @@ def moments(patched: pytest.MonkeyPatch, hook: Callable[[str], None]) -> None:
     patched.setattr(files, "open", opened, raising=False)
     before(train_module, "train_step", "step", "stepped")
     before(step_module, "batch_loss", "forward")
-    before(AveragedModel, "update_parameters", "updated")
+    before(WeightAverage, "update_parameters", "updated")
     before(os, "fsync", "sync")
     before(os, "replace", "rename", "renamed")
 

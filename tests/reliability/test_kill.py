@@ -130,6 +130,7 @@ def randomness_of_the_process(patched: pytest.MonkeyPatch) -> None:
 
 def written_in_place(patched: pytest.MonkeyPatch) -> None:
     def write(path, *parts, keep_as=None) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with getattr(files, "open", open)(path, "wb") as file:
             for part in parts:
                 file.write(part)
@@ -167,7 +168,7 @@ def test_a_seeded_fault_is_found(runs, tmp_path, tally, fault) -> None:
 
     run = Run(tmp_path / "run")
     assert forked(lambda: faulty(tmp_path / "undisturbed")) == 0
-    # After the second step of either epoch, or while the second checkpoint is written.
+    # After the second step of either epoch, or while a later checkpoint is written.
     kills = [("half", 4)] if fault == "written in place" else [("stepped", 1), ("stepped", 3)]
     for moment, number in kills:
         hook = at(number, kill_me, moment)

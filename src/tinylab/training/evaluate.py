@@ -119,10 +119,3 @@ def score(logits: torch.Tensor, labels: torch.Tensor) -> Evaluation:
     correct, correct_top5 = int((rank == 0).sum()), int((rank < 5).sum())
     loss = F.cross_entropy(logits, labels).item()
     return Evaluation(stored.cpu().numpy(), labels.cpu().numpy(), loss, correct, correct_top5)
-
-
-def per_class(logits: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the hits and the images of each class: int64 (classes,) each."""
-    classes = logits.shape[1]
-    hit = logits.argmax(axis=1) == labels
-    return np.bincount(labels[hit], minlength=classes), np.bincount(labels, minlength=classes)
