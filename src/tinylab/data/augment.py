@@ -1,12 +1,11 @@
 """The recipe's augmentation, and the randomness it draws from.
 
-Every draw is a function of (seed, stream, epoch, position), never of what was drawn before: a run
-that was stopped continues with the very same images, whatever the number of workers, and no
-generator state is saved.
+Every draw is a function of (seed, stream, epoch, position) alone: a stopped run continues with the
+very same images, whatever the number of workers, and no generator state is saved.
 
-There are two ways: albumentations, image by image on the CPU (`build_transform`, `augment`), and
-tensor operations, batch by batch on any device (`augment_batch`, `mix_batch`). The latter take
-uint8 images (B, H, W, 3) and return new ones; they write to no argument and never wait for a GPU.
+There are two ways: albumentations, image by image on the CPU, and tensor operations, batch by batch
+on any device. The latter take uint8 images (B, H, W, 3) and return new ones; they write to no
+argument and never wait for a GPU.
 """
 
 import functools
@@ -16,7 +15,7 @@ import random
 import warnings
 from collections.abc import Callable
 from enum import IntEnum
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -25,9 +24,6 @@ import torch.nn.functional as F
 from tinylab.exceptions import UserError
 from tinylab.files import printable
 from tinylab.recipe import SIZE, Recipe
-
-if TYPE_CHECKING:
-    import albumentations
 
 
 class Stream(IntEnum):
@@ -52,11 +48,11 @@ def generator(seed: int, stream: Stream, epoch: int, position: int = 0) -> np.ra
 # --- Image by image -------------------------------------------------------------------------------
 
 
-def build_transform(recipe: Recipe) -> "albumentations.Compose":
+def build_transform(recipe: Recipe) -> Callable:
     """Return the course run's augmentation: flip, reflect-pad, random crop, one hole of the mean.
 
-    Call it by `augment`, so that draws are reproducible. Normalisation comes later, in batches on
-    the device (`normalise`). Raise `UserError` if albumentations cannot be imported.
+    It is an albumentations.Compose, called by `augment`. Raise `UserError` if albumentations cannot
+    be imported.
     """
     # Else its import asks the network for newer versions.
     os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
@@ -84,9 +80,7 @@ def build_transform(recipe: Recipe) -> "albumentations.Compose":
     return albumentations.Compose(steps)
 
 
-def augment(
-    transform: "albumentations.Compose", image: np.ndarray, rng: np.random.Generator
-) -> np.ndarray:
+def augment(transform: Callable, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Apply the transform to one uint8 (64, 64, 3) image, with draws from `rng` alone.
 
     The state is set for every image, as both of albumentations 2.0.8's own ways go wrong: unseeded,
@@ -105,10 +99,9 @@ def mean_colour(recipe: Recipe) -> tuple[int, int, int]:
 
 
 class Draws(NamedTuple):
-    """Random numbers for the images at `positions` (int64 (b,); default: all) of a batch.
+    """Random numbers for the images at `positions` (int64 (b,); default: all) of `batch` images.
 
-    Every call draws for the whole batch of `batch` images and keeps the numbers of `positions`: a
-    process with a part of a batch sees the numbers of one with all of it.
+    Every call draws for all: a process with a part of a batch sees the numbers of the whole one.
     """
 
     rng: np.random.Generator
@@ -192,10 +185,9 @@ def random_resized_crop(
     """Replace the images of `chosen`, bool (B,), by crops enlarged to the old size, bilinearly.
 
     A crop keeps a share of the area uniform in [min_area, 1], with an aspect ratio log-uniform in
-    [3/4, 4/3], rounded to whole pixels, at a uniform place (Szegedy et al. 2015). torchvision's
-    RandomResizedCrop draws again when a crop does not fit into the image; here the ratio is drawn
-    from the part of its range that fits. For a given area both have the same ratios, but large
-    areas, which torchvision often refuses, stay as likely as small ones.
+    [3/4, 4/3], rounded to whole pixels, at a uniform place (Szegedy et al. 2015). torchvision draws
+    again when a crop does not fit into the image; here the ratio is drawn from the part of its
+    range that fits, so that large areas stay as likely as small ones.
     """
     # ---- boxes in whole pixels, drawn for all images ----
     height, width = images.shape[1:3]
@@ -224,8 +216,7 @@ def random_resized_crop(
 def sampling_places(first: torch.Tensor, length: torch.Tensor, size: int) -> torch.Tensor:
     """Return where `length` pixels from `first` on are sampled to make `size`, along one axis.
 
-    -1 and 1 are the image's outer edges. The centres of the box's first and last pixel are as far
-    as it goes.
+    None lies beyond the centres of the first and last of them; -1 and 1 are the image's edges.
     """
     places = (torch.arange(size, device=first.device) + 0.5) * (length / size)[:, None] - 0.5
     places = first[:, None] + torch.minimum(places.clamp_(min=0), length[:, None] - 1)
@@ -272,10 +263,7 @@ def hole(images: torch.Tensor, recipe: Recipe, draws: Draws) -> torch.Tensor:
 
 
 def resize(images: torch.Tensor, height: int, width: int | None = None) -> torch.Tensor:
-    """Resize to uint8 (B, height, width or height, 3): bilinear, antialiased where it shrinks.
-
-    Images of that size are returned themselves.
-    """
+    """Resize to uint8 (B, height, width or height, 3): bilinear, antialiased where it shrinks."""
     size = (height, width or height)
     if images.shape[1:3] == size:
         return images
@@ -293,10 +281,7 @@ def to_bytes(values: torch.Tensor) -> torch.Tensor:
 
 
 def mixing_of(recipe: Recipe, rng: np.random.Generator, epoch: int) -> str | None:
-    """Draw how a batch of an epoch (from 1) is mixed: "cutmix", "mixup", "resizemix", or not.
-
-    If nothing can be mixed, nothing is drawn.
-    """
+    """Draw how a batch of an epoch (from 1) is mixed. If nothing can be mixed, nothing is drawn."""
     if recipe.mixing_probability == 0 or epoch > round(recipe.epochs * (1 - recipe.unmixed_share)):
         return None
     rest = rng.uniform()
@@ -310,10 +295,9 @@ def mixing_of(recipe: Recipe, rng: np.random.Generator, epoch: int) -> str | Non
 def mix_batch(
     images: torch.Tensor, partners: torch.Tensor, way: str, recipe: Recipe, rng: np.random.Generator
 ) -> tuple[torch.Tensor, float]:
-    """Mix images with their partners, one `way` of `mixing_of` and one draw for the whole batch.
+    """Mix images with their partners, with one draw for the whole batch.
 
-    Return also the share of the images, as of their pixels so of their labels: the loss is
-    share x loss(labels) + (1 - share) x loss(the partners' labels).
+    Return also the images' share of the pixels, and so of the loss: the rest is of the partners.
     """
     if way == "mixup":  # Zhang et al. 2018
         share = rng.beta(recipe.mixup_alpha, recipe.mixup_alpha)
@@ -353,10 +337,7 @@ def normalise(images: torch.Tensor, recipe: Recipe) -> torch.Tensor:
 
 
 def network_input(recipe: Recipe) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Return the function from images, uint8 (B, 64, 64, 3), to what a network is tested on.
-
-    That is float32 (B, 3, R, R), R being the recipe's test_resolution.
-    """
+    """Return the function from uint8 images (B, 64, 64, 3) to what a network is tested on."""
     return lambda images: normalise(resize(images, recipe.test_resolution), recipe)
 
 
