@@ -182,7 +182,7 @@ def shift_and_flip(
 def random_resized_crop(
     images: torch.Tensor, chosen: np.ndarray, min_area: float, draws: Draws
 ) -> torch.Tensor:
-    """Replace the images of `chosen`, bool (B,), by crops enlarged to the old size, bilinearly.
+    """Replace the square images of `chosen`, bool (B,), by crops enlarged bilinearly.
 
     A crop keeps a share of the area uniform in [min_area, 1], with an aspect ratio log-uniform in
     [3/4, 4/3], rounded to whole pixels, at a uniform place (Szegedy et al. 2015). torchvision draws
@@ -190,37 +190,26 @@ def random_resized_crop(
     range that fits, so that large areas stay as likely as small ones.
     """
     # ---- boxes in whole pixels, drawn for all images ----
-    height, width = images.shape[1:3]
+    size = images.shape[1]
     share = draws.uniform(min_area, 1.0)
-    narrowest = np.maximum(math.log(3 / 4), np.log(share * width / height))
-    widest = np.minimum(math.log(4 / 3), np.log(width / height / share))
+    narrowest = np.maximum(math.log(3 / 4), np.log(share))
+    widest = np.minimum(math.log(4 / 3), np.log(1 / share))
     ratio = np.exp(narrowest + draws.uniform() * (widest - narrowest))
-    area = share * height * width
-    high = np.clip(np.rint(np.sqrt(area / ratio)), 1, height)
-    wide = np.clip(np.rint(np.sqrt(area * ratio)), 1, width)
-    top = np.floor(draws.uniform() * (height - high + 1))
-    left = np.floor(draws.uniform() * (width - wide + 1))
-    boxes = np.stack([top, left, high, wide]).astype(np.float32)
+    area = share * size**2
+    length = np.clip(np.rint(np.sqrt([area / ratio, area * ratio])), 1, size)  # down, across
+    first = np.floor(np.stack([draws.uniform(), draws.uniform()]) * (size - length + 1))
 
-    # ---- pixels of the chosen ones; none outside a box is looked at ----
+    # ---- pixels of the chosen ones, sampled between the centres of a box's outermost pixels ----
     rows = np.flatnonzero(chosen)
     index = send(rows, images.device)
-    top, left, high, wide = send(boxes[:, rows], images.device)
-    y, x = sampling_places(top, high, height), sampling_places(left, wide, width)
+    first, length = send(np.stack([first, length])[..., rows].astype(np.float32), images.device)
+    places = (torch.arange(size, device=images.device) + 0.5) * (length / size)[..., None] - 0.5
+    places = first[..., None] + torch.minimum(places.clamp_(min=0), length[..., None] - 1)
+    y, x = (2 * places + 1) / size - 1  # -1 and 1 are the image's edges
     grid = torch.stack(torch.broadcast_tensors(x[:, None, :], y[:, :, None]), dim=3)
     pixels = images.index_select(0, index).permute(0, 3, 1, 2).float()
-    crops = F.grid_sample(pixels, grid, align_corners=False)  # never outside the pixels' centres
+    crops = F.grid_sample(pixels, grid, align_corners=False)
     return images.index_copy(0, index, to_bytes(crops).permute(0, 2, 3, 1))
-
-
-def sampling_places(first: torch.Tensor, length: torch.Tensor, size: int) -> torch.Tensor:
-    """Return where `length` pixels from `first` on are sampled to make `size`, along one axis.
-
-    None lies beyond the centres of the first and last of them; -1 and 1 are the image's edges.
-    """
-    places = (torch.arange(size, device=first.device) + 0.5) * (length / size)[:, None] - 0.5
-    places = first[:, None] + torch.minimum(places.clamp_(min=0), length[:, None] - 1)
-    return (2 * places + 1) / size - 1
 
 
 def jitter(images: torch.Tensor, recipe: Recipe, draws: Draws) -> torch.Tensor:
