@@ -80,6 +80,12 @@ def class_order_sha256(wnids: Sequence[str]) -> str:
     return hashlib.sha256("".join(f"{wnid}\n" for wnid in wnids).encode()).hexdigest()
 
 
+def file_sha256(path: Path) -> str:
+    """Return the sha256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 class Archive:
     """The labelled files of Tiny ImageNet, or of anything packed like it.
 
@@ -230,10 +236,8 @@ def verify_archive(path: Path) -> str:
     """
     path = Path(path)
     published_size = path.is_file() and path.stat().st_size == ZIP_BYTES
-    if published_size:
-        with open(path, "rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() == ZIP_SHA256:
-                return f"{path} is the published archive: {ZIP_BYTES:,} bytes, sha256 {ZIP_SHA256}"
+    if published_size and file_sha256(path) == ZIP_SHA256:
+        return f"{path} is the published archive: {ZIP_BYTES:,} bytes, sha256 {ZIP_SHA256}"
 
     with Archive(path) as opened:
         digests = (hashlib.sha256(opened.read(file.path)).hexdigest() for file in opened.files)

@@ -36,6 +36,7 @@ from tinylab.data.archive import (
     Archive,
     class_order_sha256,
     content_sha256,
+    file_sha256,
 )  # fmt: skip
 from tinylab.data.download import URLS, find
 from tinylab.exceptions import UserError
@@ -121,12 +122,6 @@ def verify(dataset: Dataset) -> None:
     for name in ARRAYS:
         if file_sha256(dataset.folder / name) != hashes.get(name):
             raise damaged(dataset.folder, f"{name} has changed since it was prepared")
-
-
-def file_sha256(path: Path) -> str:
-    """Return the sha256 of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_meta(folder: Path) -> dict:
