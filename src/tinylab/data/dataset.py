@@ -1,4 +1,4 @@
-"""The data set as training reads it: decoded once into arrays on disk, memory-mapped ever after.
+"""The data set as training reads it: decoded once into arrays on disk, then memory-mapped.
 
 A data set folder holds
 
@@ -77,9 +77,6 @@ class Dataset:
 
     def __reduce__(self) -> tuple:
         return open_dataset, (self.folder,)  # another process maps the files, too
-
-
-# --- Opening --------------------------------------------------------------------------------------
 
 
 def open_dataset(folder: Path = FOLDER) -> Dataset:
@@ -169,9 +166,6 @@ def damaged(folder: Path, problem: str) -> UserError:
     return UserError(f"{folder} is damaged: {problem}; {again}")
 
 
-# --- Preparing ------------------------------------------------------------------------------------
-
-
 def prepare(
     source: str | Path = "auto",
     folder: Path = FOLDER,
@@ -180,9 +174,9 @@ def prepare(
 ) -> Dataset:
     """Return the data set in `folder`, decoded from `source` first if it is not there yet.
 
-    source: see `download.find`; downloads go beside `folder`. workers: threads that decode. Any
-    number of processes may call this at once: one builds, the others wait.
-    Raise `UserError`, naming the file at fault; then nothing is left behind.
+    source: see `download.find`; downloads go beside `folder`. workers: threads that decode. Of
+    several processes one builds, the others wait. Raise `UserError`, naming the file at fault; then
+    nothing is left behind.
     """
     folder, elsewhere = Path(folder), "choose another place with --data"
     if workers is not None and workers < 1:
@@ -248,8 +242,8 @@ def write_images(archive: Archive, path: Path, workers: int, progress: bool) -> 
     """Decode all images into the .npy file; return the sha256 of every JPEG file."""
     shape, digests = (len(archive.files), SIZE, SIZE, 3), []
     reserve(path.parent, math.prod(shape))
-    shown = progress and interactive()
-    bar = tqdm(total=shape[0], desc="decoding", unit=" images", mininterval=0.3, disable=not shown)
+    hidden = not (progress and interactive())
+    bar = tqdm(total=shape[0], desc="decoding", unit=" images", mininterval=0.3, disable=hidden)
     quiet = warnings.catch_warnings(action="ignore")  # Pillow's, of files that decode all the same
     with bar, quiet, open(path, "wb") as file, ThreadPoolExecutor(workers) as pool:
         header = {"descr": "|u1", "fortran_order": False, "shape": shape}
@@ -273,8 +267,7 @@ def reserve(folder: Path, size: int) -> None:
 def decode(jpeg: bytes, name: str) -> np.ndarray:
     """Return the image, uint8 (64, 64, 3), RGB. Raise `UserError` naming the file.
 
-    Small damage inside the picture data goes through, as libjpeg mends it silently: zips tell it by
-    their CRC-32, and Tiny ImageNet by its content hash.
+    libjpeg mends small damage silently: zips tell it by their CRC-32, Tiny ImageNet by its hash.
     """
     try:
         with Image.open(io.BytesIO(jpeg), formats=["JPEG"]) as image:

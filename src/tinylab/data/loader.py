@@ -109,9 +109,6 @@ class EpochRows:
         return self._order[first : first + self.recipe.batch_size]
 
 
-# --- albumentations, image by image in worker processes -------------------------------------------
-
-
 class AugmentedBatches:
     """Item (epoch, step) is that step's augmented batch on the CPU, from its two numbers alone.
 
@@ -191,10 +188,7 @@ class WorkerLoader:
 
 
 def start_worker(parent: int, _number: int) -> None:
-    """Take a worker out of the process group: Ctrl-C is for the process that trains.
-
-    That one saves first; workers that died under it would break its step. They end with it.
-    """
+    """Leave the process group: Ctrl-C is for the process that trains, which saves first."""
     if os.getppid() != parent:  # killed already: torch would watch its heir, and wait for ever
         os._exit(1)
     if hasattr(os, "setpgrp"):
@@ -202,14 +196,11 @@ def start_worker(parent: int, _number: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-# --- Batches on the device ------------------------------------------------------------------------
-
-
 class Images:
     """The data set's images and labels as `device` reads them, by row number.
 
-    They live on a GPU if they take less than a quarter of its free memory (Tiny ImageNet is 1.35
-    GB), else each batch is copied from the memory map.
+    They live on a GPU if they take less than a quarter of its free memory (Tiny ImageNet: 1.35 GB),
+    else each batch is copied from the memory map.
     """
 
     def __init__(
@@ -275,9 +266,6 @@ class DeviceLoader:
             return Batch(images, labels, total=total)
         images, weight = mix_batch(images[1:], images[:-1], way, recipe, mixing)
         return Batch(images, labels[1:], labels[:-1], weight, total)
-
-
-# --- Without gradients ----------------------------------------------------------------------------
 
 
 def statistics_batches(

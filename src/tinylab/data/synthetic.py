@@ -39,9 +39,6 @@ class Drawing(NamedTuple):
     box: tuple[int, int, int, int]  # x0 y0 x1 y1, the extent of `mask`, corners included
 
 
-# --- Classes --------------------------------------------------------------------------------------
-
-
 def star(x: np.ndarray, y: np.ndarray, points: int, inner: float) -> np.ndarray:
     """Return the distance to a star with tips at radius 1, one on top, and notches at `inner`."""
     half = np.pi / points
@@ -91,9 +88,6 @@ KINDS = (
     ("crescent, sickle moon", "crescent", "plain"),
 )
 """Name, shape and pattern of the classes there can be, in the order of their wnids."""
-
-
-# --- The archive ----------------------------------------------------------------------------------
 
 
 def write_sample(target: Path, *, classes: int = 10, per_class: int = 60, seed: int = 0) -> Path:
@@ -164,9 +158,6 @@ def fill(archive: zipfile.ZipFile, classes: int, per_class: int, seed: int) -> N
 
     for i in range(10):  # without labels, as in the real archive: nothing reads them
         add_image(f"test/images/test_{i}.JPEG", i % classes, per_class + i // classes)
-
-
-# --- One image ------------------------------------------------------------------------------------
 
 
 def draw_numbered(label: int, number: int, seed: int = 0) -> Drawing:
