@@ -12,7 +12,6 @@ that exists is complete.
 """
 
 import errno
-import glob
 import hashlib
 import io
 import json
@@ -190,8 +189,6 @@ def prepare(
                 return open_dataset(folder)
             if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
                 raise UserError(f"{folder} exists, but is no data set: {elsewhere}")
-            for stray in folder.parent.glob(f"{glob.escape(folder.name)}.building-*"):
-                shutil.rmtree(stray)  # of a killed process: the lock is ours
             with Archive(find(source, folder.parent)) as archive:
                 strict = str(source) in ("auto", *URLS)
                 build(archive, folder, workers or available_cores(), progress, strict)
@@ -203,7 +200,8 @@ def prepare(
 
 def build(archive: Archive, folder: Path, workers: int, progress: bool, strict: bool) -> None:
     """Decode the archive into `folder`. strict: refuse Tiny ImageNet's classes with other files."""
-    building = folder.with_name(f"{folder.name}.building-{os.getpid()}")
+    building = folder.with_name(f"{folder.name}.building")
+    shutil.rmtree(building, ignore_errors=True)  # of a killed process: the lock is ours
     try:
         building.mkdir()
         labels = [file.label for file in archive.files]

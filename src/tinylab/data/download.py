@@ -70,14 +70,11 @@ def download(urls: Sequence[str], target: Path, sha256: str | None = None) -> Pa
                 known = f"sha256:{sha256}" if sha256 else None
                 pooch.retrieve(url, known, target.name, target.parent, downloader=fetch)
                 return target
-            except requests.RequestException as error:
-                problems.append(f"{host}: {printable(error)[:120]}")
-            except ValueError as error:  # pooch's word for a wrong hash, and for a bad address
-                wrong = "sends other bytes" if "hash" in str(error) else printable(error)[:120]
+            except (requests.RequestException, ValueError) as error:  # the latter: a wrong hash
+                wrong = "sends other bytes" if "hash" in str(error) else printable(error, 120)
                 problems.append(f"{host}: {wrong}")
             except OSError as error:
                 raise UserError(f"cannot write {target}: {error.strerror or error}") from error
-    raise UserError(
-        f"cannot download {target.name} ({'; '.join(dict.fromkeys(problems))}): get it by other "
-        f"means and put it at {target}, or set TINY_IMAGENET to where it is"
-    )
+    tried = "; ".join(dict.fromkeys(problems))
+    way = f"get it by other means and put it at {target}, or set TINY_IMAGENET to where it is"
+    raise UserError(f"cannot download {target.name} ({tried}): {way}")

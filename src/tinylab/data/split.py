@@ -20,16 +20,13 @@ PROTOCOLS = ("merged", "official", "select")
 
 @dataclass(frozen=True)
 class Split:
-    """Row numbers of the data set, in canonical order, of the first `classes` classes.
-
-    train, test: int64, ascending, disjoint. sha256: over protocol, classes and both lists of rows.
-    """
+    """Row numbers of the data set, of the first `classes` classes."""
 
     protocol: str
     classes: int
-    train: np.ndarray
-    test: np.ndarray
-    sha256: str
+    train: np.ndarray  # int64, ascending
+    test: np.ndarray  # the same, disjoint from `train`
+    sha256: str  # over all of the above
 
 
 def make_split(dataset: Dataset, protocol: str, limit_classes: int | None = None) -> Split:
@@ -53,12 +50,10 @@ def make_split(dataset: Dataset, protocol: str, limit_classes: int | None = None
         else:
             train, test = np.split(rows[ranks(len(rows), "merged", wnid)], [round(len(rows) * 0.7)])
         if protocol == "select":
-            train = np.sort(train)
-            ranked = train[ranks(len(train), "select", wnid)]
-            test, train = np.split(ranked, [round(len(train) / 11)])
+            train = np.sort(train)[ranks(len(train), "select", wnid)]
+            test, train = np.split(train, [round(len(train) / 11)])
         if not (len(train) and len(test)):
-            few = f"class {wnid} has {len(rows)} images, too few"
-            raise UserError(f"{few} for the split '{protocol}'")
+            raise UserError(f"class {wnid} has {len(rows)} images, too few for this split")
         parts.append((train, test))
 
     train, test = (np.sort(np.concatenate(part)) for part in zip(*parts, strict=True))
