@@ -200,7 +200,7 @@ def prepare(
 
 def build(archive: Archive, folder: Path, workers: int, progress: bool, strict: bool) -> None:
     """Decode the archive into `folder`. strict: refuse Tiny ImageNet's classes with other files."""
-    building = folder.with_name(f"{folder.name}.building")
+    building = folder.with_name(f"{folder.name}.tinylab-building")
     shutil.rmtree(building, ignore_errors=True)  # of a killed process: the lock is ours
     try:
         building.mkdir()
