@@ -1,12 +1,11 @@
 """The recipe's augmentation, and the randomness it draws from.
 
-Every draw is a function of (seed, stream, epoch, position), never of what was drawn before: a run
-that was stopped continues with the very same images, whatever the number of workers, and no
-generator state is saved.
+Every draw is a function of (seed, stream, epoch, position) alone: a stopped run continues with the
+very same images, whatever the number of workers, and no generator state is saved.
 
-There are two ways: albumentations, image by image on the CPU (`build_transform`, `augment`), and
-tensor operations, batch by batch on any device (`augment_batch`, `mix_batch`). The latter take
-uint8 images (B, H, W, 3) and return new ones; they write to no argument and never wait for a GPU.
+There are two ways: albumentations, image by image on the CPU, and tensor operations, batch by batch
+on any device. The latter take uint8 images (B, H, W, 3) and return new ones; they write to no
+argument and never wait for a GPU.
 """
 
 import functools
@@ -16,7 +15,7 @@ import random
 import warnings
 from collections.abc import Callable
 from enum import IntEnum
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -25,9 +24,6 @@ import torch.nn.functional as F
 from tinylab.exceptions import UserError
 from tinylab.files import printable
 from tinylab.recipe import SIZE, Recipe
-
-if TYPE_CHECKING:
-    import albumentations
 
 
 class Stream(IntEnum):
@@ -52,48 +48,39 @@ def generator(seed: int, stream: Stream, epoch: int, position: int = 0) -> np.ra
 # --- Image by image -------------------------------------------------------------------------------
 
 
-def build_transform(recipe: Recipe) -> "albumentations.Compose":
+def build_transform(recipe: Recipe) -> Callable:
     """Return the course run's augmentation: flip, reflect-pad, random crop, one hole of the mean.
 
-    Call it by `augment`, so that draws are reproducible. Normalisation comes later, in batches on
-    the device (`normalise`). Raise `UserError` if albumentations cannot be imported.
+    It is an albumentations.Compose, called by `augment`. Raise `UserError` if albumentations cannot
+    be imported.
     """
     # Else its import asks the network for newer versions.
     os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
     try:
         import albumentations
-        import cv2
+        from cv2 import BORDER_REFLECT_101
     except Exception as error:  # it is archived, and what it rests on moves on
         reason = f"albumentations cannot be imported ({printable(error, 100)})"
         without = "--augmentation batched does without"
         raise UserError(f"{reason}: pip install -r requirements.txt; {without}") from error
 
-    steps = []
     with warnings.catch_warnings():
         # An argument it does not know is dropped with a warning, which trains something else.
         warnings.filterwarnings("error", message=".*not valid for transform.*")
-        steps.append(albumentations.HorizontalFlip(p=recipe.flip_probability))
+        steps = [albumentations.HorizontalFlip(p=recipe.flip_probability)]
         if recipe.pad_to > SIZE:
-            padded = (recipe.pad_to, recipe.pad_to)
-            reflect = cv2.BORDER_REFLECT_101
-            steps.append(albumentations.PadIfNeeded(*padded, border_mode=reflect))
+            size = (recipe.pad_to, recipe.pad_to)
+            steps.append(albumentations.PadIfNeeded(*size, border_mode=BORDER_REFLECT_101))
             steps.append(albumentations.RandomCrop(SIZE, SIZE))
-        if recipe.hole_size > 0 and recipe.hole_probability > 0:
-            steps.append(
-                albumentations.CoarseDropout(
-                    num_holes_range=(1, 1),
-                    hole_height_range=(recipe.hole_size, recipe.hole_size),
-                    hole_width_range=(recipe.hole_size, recipe.hole_size),
-                    fill=mean_colour(recipe),
-                    p=recipe.hole_probability,
-                )
-            )
+        if recipe.hole_size > 0:
+            sides = (recipe.hole_size, recipe.hole_size)
+            hole = {"num_holes_range": (1, 1), "fill": mean_colour(recipe)}
+            hole |= {"hole_height_range": sides, "hole_width_range": sides}
+            steps.append(albumentations.CoarseDropout(**hole, p=recipe.hole_probability))
     return albumentations.Compose(steps)
 
 
-def augment(
-    transform: "albumentations.Compose", image: np.ndarray, rng: np.random.Generator
-) -> np.ndarray:
+def augment(transform: Callable, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Apply the transform to one uint8 (64, 64, 3) image, with draws from `rng` alone.
 
     The state is set for every image, as both of albumentations 2.0.8's own ways go wrong: unseeded,
@@ -105,18 +92,16 @@ def augment(
 
 def mean_colour(recipe: Recipe) -> tuple[int, int, int]:
     """Return the recipe's mean on the scale 0..255: about zero to the network."""
-    red, green, blue = (round(255 * channel) for channel in recipe.mean)
-    return red, green, blue
+    return tuple(round(255 * channel) for channel in recipe.mean)
 
 
 # --- Batch by batch -------------------------------------------------------------------------------
 
 
 class Draws(NamedTuple):
-    """Random numbers for the images at `positions` (int64 (b,); default: all) of a batch.
+    """Random numbers for the images at `positions` (int64 (b,); default: all) of `batch` images.
 
-    Every call draws for the whole batch of `batch` images and keeps the numbers of `positions`: a
-    process with a part of a batch sees the numbers of one with all of it.
+    Every call draws for all: a process with a part of a batch sees the numbers of the whole one.
     """
 
     rng: np.random.Generator
@@ -141,48 +126,36 @@ def send(values: np.ndarray, device: torch.device) -> torch.Tensor:
 
 
 def augment_batch(
-    images: torch.Tensor,
-    recipe: Recipe,
-    draws: Draws,
-    mirrored_first: torch.Tensor | None,
-    epoch: int,
+    images: torch.Tensor, recipe: Recipe, draws: Draws, mirrored: torch.Tensor | None, epoch: int
 ) -> torch.Tensor:
     """Augment each image by itself as the recipe says. What it does not ask for draws nothing.
 
-    mirrored_first: bool (B,) on the device, for alternating flips only, which show both views of
-    every image in two epochs (Jordan, 94% on CIFAR-10 in 3.29 s, 2024). epoch: from 1.
+    mirrored: bool (B,) on the device, who is mirrored in odd epochs by alternating flips, which
+    show both views in two epochs (Jordan, 94% on CIFAR-10 in 3.29 s, 2024). epoch: from 1.
     """
-    # ---- what is done to which image ----
-    resized = shifts = mirror = None
+    pad_to, resized, mirror = recipe.pad_to, np.zeros(len(images), bool), None
     if recipe.crop_probability > 0:
         resized = draws.uniform() < recipe.crop_probability
         images = random_resized_crop(images, resized, recipe.crop_min_area, draws)
-    if recipe.pad_to > images.shape[1] and recipe.crop_probability < 1:
-        # If padding is odd, bottom and right get one pixel more, as in albumentations.
-        pads = [recipe.pad_to - size for size in images.shape[1:3]]
-        shifts = np.stack([draws.integers(pad + 1) - pad // 2 for pad in pads])
-        if resized is not None:
-            shifts[:, resized] = 0  # an image is cropped one way or the other
+        pad_to = SIZE if recipe.crop_probability == 1 else pad_to
+    # If padding is odd, bottom and right get one pixel more, as in albumentations.
+    pads = [pad_to - size for size in images.shape[1:3]]
+    shifts = [draws.integers(pad + 1) - pad // 2 for pad in pads]
     if recipe.alternating_flip:
-        mirror = mirrored_first if epoch % 2 else ~mirrored_first
+        mirror = mirrored if epoch % 2 else ~mirrored
     elif recipe.flip_probability > 0:
         mirror = send(draws.uniform() < recipe.flip_probability, images.device)
-
-    # ---- pixels ----
-    if shifts is not None:
-        images = shift_and_flip(images, shifts, mirror, recipe.pad_to)
-    elif mirror is not None:
-        images = torch.where(mirror[:, None, None, None], images.flip(2), images)
+    # An image is cropped one way or the other.
+    images = shift_and_flip(images, np.where(resized, 0, shifts), mirror)
     if recipe.brightness > 0 or recipe.contrast > 0:
-        images = jitter(images, recipe.brightness, recipe.contrast, draws)
+        images = jitter(images, recipe, draws)
     if recipe.hole_size > 0 and recipe.hole_probability > 0:
-        colour = mean_colour(recipe)
-        images = hole(images, recipe.hole_size, colour, recipe.hole_probability, draws)
+        images = hole(images, recipe, draws)
     return images
 
 
 def shift_and_flip(
-    images: torch.Tensor, shifts: np.ndarray, mirror: torch.Tensor | None, pad_to: int
+    images: torch.Tensor, shifts: np.ndarray, mirror: torch.Tensor | None
 ) -> torch.Tensor:
     """Crop images that reflect at their edges without end, then mirror those of `mirror`.
 
@@ -192,26 +165,16 @@ def shift_and_flip(
     extended copy: whole rows are copied, five times as fast as pixels are.
     """
     batch, height, width, _ = images.shape
-    last, margin = width - 1, (pad_to - width + 1) // 2
-
-    # ---- the extended copy: columns -margin to last + margin + width - 1 ----
-    period = torch.cat([images, images[:, :, 1:-1].flip(2)], dim=2)
-    parts, column, end = [], -margin, last + margin + width
-    while column < end:
-        start = column % period.shape[2]
-        parts.append(period[:, :, start : start + end - column])
-        column += parts[-1].shape[2]
-    extended = torch.cat(parts, dim=2)
-
-    # ---- the crops ----
+    extended = torch.cat([images, images[:, :, 1:-1].flip(2), images], dim=2)
     down, across = send(shifts, images.device)
     if mirror is not None:
-        across = torch.where(mirror, last - across, across)
+        across = torch.where(mirror, width - 1 - across, across)
+    columns = across.remainder(max(2 * width - 2, 1))
     rows = down[:, None] + torch.arange(height, device=images.device)
     rows = rows.remainder(max(2 * height - 2, 1))
-    rows = torch.minimum(rows, 2 * height - 2 - rows)  # -1 -> 1, height -> height - 2
+    rows = torch.minimum(rows, 2 * height - 2 - rows)  # height -> height - 2
     rows = rows + torch.arange(0, batch * height, height, device=images.device)[:, None]
-    first_pixels = rows * extended.shape[2] + (across + margin)[:, None]
+    first_pixels = rows * extended.shape[2] + columns[:, None]
     windows = extended.view(-1).unfold(0, 3 * width, 3)
     return windows.index_select(0, first_pixels.flatten()).view(images.shape)
 
@@ -219,96 +182,77 @@ def shift_and_flip(
 def random_resized_crop(
     images: torch.Tensor, chosen: np.ndarray, min_area: float, draws: Draws
 ) -> torch.Tensor:
-    """Replace the images of `chosen`, bool (B,), by crops enlarged to the old size, bilinearly.
+    """Replace the square images of `chosen`, bool (B,), by crops enlarged bilinearly.
 
     A crop keeps a share of the area uniform in [min_area, 1], with an aspect ratio log-uniform in
-    [3/4, 4/3], rounded to whole pixels, at a uniform place (Szegedy et al. 2015). torchvision's
-    RandomResizedCrop draws again when a crop does not fit into the image; here the ratio is drawn
-    from the part of its range that fits. For a given area both have the same ratios, but large
-    areas, which torchvision often refuses, stay as likely as small ones.
+    [3/4, 4/3], rounded to whole pixels, at a uniform place (Szegedy et al. 2015). torchvision draws
+    again when a crop does not fit into the image; here the ratio is drawn from the part of its
+    range that fits, so that large areas stay as likely as small ones.
     """
     # ---- boxes in whole pixels, drawn for all images ----
-    height, width = images.shape[1:3]
+    size = images.shape[1]
     share = draws.uniform(min_area, 1.0)
-    narrowest = np.maximum(math.log(3 / 4), np.log(share * width / height))
-    widest = np.minimum(math.log(4 / 3), np.log(width / height / share))
+    narrowest = np.maximum(math.log(3 / 4), np.log(share))
+    widest = np.minimum(math.log(4 / 3), np.log(1 / share))
     ratio = np.exp(narrowest + draws.uniform() * (widest - narrowest))
-    area = share * height * width
-    high = np.clip(np.rint(np.sqrt(area / ratio)), 1, height)
-    wide = np.clip(np.rint(np.sqrt(area * ratio)), 1, width)
-    top = np.floor(draws.uniform() * (height - high + 1))
-    left = np.floor(draws.uniform() * (width - wide + 1))
-    boxes = np.stack([top, left, high, wide]).astype(np.float32)
-    if not chosen.any():
-        return images
+    area = share * size**2
+    length = np.clip(np.rint(np.sqrt([area / ratio, area * ratio])), 1, size)  # down, across
+    first = np.floor(np.stack([draws.uniform(), draws.uniform()]) * (size - length + 1))
 
-    # ---- pixels of the chosen ones; none outside a box is looked at ----
+    # ---- pixels of the chosen ones, sampled between the centres of a box's outermost pixels ----
     rows = np.flatnonzero(chosen)
     index = send(rows, images.device)
-    top, left, high, wide = send(boxes[:, rows], images.device)
-    y, x = sampling_places(top, high, height), sampling_places(left, wide, width)
+    first, length = send(np.stack([first, length])[..., rows].astype(np.float32), images.device)
+    places = (torch.arange(size, device=images.device) + 0.5) * (length / size)[..., None] - 0.5
+    places = first[..., None] + torch.minimum(places.clamp_(min=0), length[..., None] - 1)
+    y, x = (2 * places + 1) / size - 1  # -1 and 1 are the image's edges
     grid = torch.stack(torch.broadcast_tensors(x[:, None, :], y[:, :, None]), dim=3)
     pixels = images.index_select(0, index).permute(0, 3, 1, 2).float()
-    crops = F.grid_sample(pixels, grid, align_corners=False)  # never outside the pixels' centres
+    crops = F.grid_sample(pixels, grid, align_corners=False)
     return images.index_copy(0, index, to_bytes(crops).permute(0, 2, 3, 1))
 
 
-def sampling_places(first: torch.Tensor, length: torch.Tensor, size: int) -> torch.Tensor:
-    """Return where `length` pixels from `first` on are sampled to make `size`, along one axis.
-
-    -1 and 1 are the image's outer edges. The centres of the box's first and last pixel are as far
-    as it goes.
-    """
-    places = (torch.arange(size, device=first.device) + 0.5) * (length / size)[:, None] - 0.5
-    places = first[:, None] + torch.minimum(places.clamp_(min=0), length[:, None] - 1)
-    return (2 * places + 1) / size - 1
-
-
-def jitter(images: torch.Tensor, brightness: float, contrast: float, draws: Draws) -> torch.Tensor:
+def jitter(images: torch.Tensor, recipe: Recipe, draws: Draws) -> torch.Tensor:
     """Multiply each image, and then its distance from its mean grey, by a factor of its own.
 
-    The factors are uniform in [1 - brightness, 1 + brightness] and [1 - contrast, 1 + contrast]; 0
-    leaves out that step. As torchvision's adjust_brightness and adjust_contrast, rounded only once.
+    The factors are uniform in [1 - strength, 1 + strength], of `brightness` and of `contrast`. As
+    torchvision's adjust_brightness and adjust_contrast, rounded only once.
     """
+
+    def factors(strength: float) -> torch.Tensor:
+        drawn = draws.uniform(1 - strength, 1 + strength).astype(np.float32)
+        return send(drawn, images.device)[:, None, None, None]
+
     values = images.float()
-    if brightness > 0:
-        factor = draws.uniform(1 - brightness, 1 + brightness).astype(np.float32)
-        factor = send(factor, images.device)
-        values = values.mul_(factor[:, None, None, None]).clamp_(0, 255)
-    if contrast > 0:
-        factor = draws.uniform(1 - contrast, 1 + contrast).astype(np.float32)
-        factor = send(factor, images.device)
-        red, green, blue = values.mean(dim=(1, 2)).unbind(1)
+    if recipe.brightness > 0:
+        values.mul_(factors(recipe.brightness)).clamp_(0, 255)
+    if recipe.contrast > 0:
+        factor = factors(recipe.contrast)
+        red, green, blue = values.mean(dim=(1, 2), keepdim=True).split(1, dim=3)
         grey = 0.2989 * red + 0.587 * green + 0.114 * blue  # Rec. 601
-        rest = (1 - factor) * grey
-        values = values.mul_(factor[:, None, None, None]).add_(rest[:, None, None, None])
+        values.mul_(factor).add_((1 - factor) * grey)
     return to_bytes(values)
 
 
-def hole(
-    images: torch.Tensor, size: int, fill: tuple[int, int, int], probability: float, draws: Draws
-) -> torch.Tensor:
-    """With that probability fill one square of `size` pixels per side with a colour (0..255).
+def hole(images: torch.Tensor, recipe: Recipe, draws: Draws) -> torch.Tensor:
+    """Fill one square of some images with the mean colour.
 
     It lies wholly inside, all places equally likely, as in albumentations' CoarseDropout with one
     hole. (DeVries and Taylor 2017 let it stick out.)
     """
-    height, width = images.shape[1:3]
-    chosen = np.flatnonzero(draws.uniform() < probability)
+    size, (height, width) = recipe.hole_size, images.shape[1:3]
+    chosen = np.flatnonzero(draws.uniform() < recipe.hole_probability)
     top, left = draws.integers(height - size + 1)[chosen], draws.integers(width - size + 1)[chosen]
     corners = send((chosen * height + top) * width + left, images.device)
     side = torch.arange(size, device=images.device)
     inside = corners[:, None, None] + side[:, None] * width + side
     images = images.clone(memory_format=torch.contiguous_format)
-    images.view(-1, 3)[inside] = constant(fill, torch.uint8, images.device)
+    images.view(-1, 3)[inside] = constant(mean_colour(recipe), torch.uint8, images.device)
     return images
 
 
 def resize(images: torch.Tensor, height: int, width: int | None = None) -> torch.Tensor:
-    """Resize to uint8 (B, height, width or height, 3): bilinear, antialiased where it shrinks.
-
-    Images of that size are returned themselves.
-    """
+    """Resize to uint8 (B, height, width or height, 3): bilinear, antialiased where it shrinks."""
     size = (height, width or height)
     if images.shape[1:3] == size:
         return images
@@ -326,10 +270,7 @@ def to_bytes(values: torch.Tensor) -> torch.Tensor:
 
 
 def mixing_of(recipe: Recipe, rng: np.random.Generator, epoch: int) -> str | None:
-    """Draw how a batch of an epoch (from 1) is mixed: "cutmix", "mixup", "resizemix", or not.
-
-    If nothing can be mixed, nothing is drawn.
-    """
+    """Draw how a batch of an epoch (from 1) is mixed. If nothing can be mixed, nothing is drawn."""
     if recipe.mixing_probability == 0 or epoch > round(recipe.epochs * (1 - recipe.unmixed_share)):
         return None
     rest = rng.uniform()
@@ -343,10 +284,9 @@ def mixing_of(recipe: Recipe, rng: np.random.Generator, epoch: int) -> str | Non
 def mix_batch(
     images: torch.Tensor, partners: torch.Tensor, way: str, recipe: Recipe, rng: np.random.Generator
 ) -> tuple[torch.Tensor, float]:
-    """Mix images with their partners, one `way` of `mixing_of` and one draw for the whole batch.
+    """Mix images with their partners, with one draw for the whole batch.
 
-    Return also the share of the images, as of their pixels so of their labels: the loss is
-    share x loss(labels) + (1 - share) x loss(the partners' labels).
+    Return also the images' share of the pixels, and so of the loss: the rest is of the partners.
     """
     if way == "mixup":  # Zhang et al. 2018
         share = rng.beta(recipe.mixup_alpha, recipe.mixup_alpha)
@@ -386,10 +326,7 @@ def normalise(images: torch.Tensor, recipe: Recipe) -> torch.Tensor:
 
 
 def network_input(recipe: Recipe) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Return the function from images, uint8 (B, 64, 64, 3), to what a network is tested on.
-
-    That is float32 (B, 3, R, R), R being the recipe's test_resolution.
-    """
+    """Return the function from uint8 images (B, 64, 64, 3) to what a network is tested on."""
     return lambda images: normalise(resize(images, recipe.test_resolution), recipe)
 
 

@@ -1,4 +1,4 @@
-"""The data set as training reads it: decoded once into arrays on disk, memory-mapped ever after.
+"""The data set as training reads it: decoded once into arrays on disk, then memory-mapped.
 
 A data set folder holds
 
@@ -11,9 +11,7 @@ in canonical order (see `archive.Archive`). It is built under another name and r
 that exists is complete.
 """
 
-import contextlib
 import errno
-import glob
 import hashlib
 import io
 import json
@@ -25,7 +23,6 @@ import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 from PIL import Image
@@ -38,6 +35,7 @@ from tinylab.data.archive import (
     Archive,
     class_order_sha256,
     content_sha256,
+    file_sha256,
 )  # fmt: skip
 from tinylab.data.download import URLS, find
 from tinylab.exceptions import UserError
@@ -46,6 +44,7 @@ from tinylab.recipe import SIZE
 
 FORMAT_VERSION = 1
 FOLDER = Path("data/tiny-imagenet")
+ARRAYS = ("images.npy", "labels.npy", "boxes.npy")
 CHUNK = 500  # images that are decoded and written at once: 6 MB
 
 
@@ -76,11 +75,7 @@ class Dataset:
         return len(self.labels)
 
     def __reduce__(self) -> tuple:
-        # Pickled for another process it is its folder, to be mapped there, too.
-        return open_dataset, (self.folder,)
-
-
-# --- Opening --------------------------------------------------------------------------------------
+        return open_dataset, (self.folder,)  # another process maps the files, too
 
 
 def open_dataset(folder: Path = FOLDER) -> Dataset:
@@ -93,14 +88,10 @@ def open_dataset(folder: Path = FOLDER) -> Dataset:
     meta = read_meta(folder)
     try:
         wnids, train_count = tuple(meta["wnids"]), meta["train_count"]
-        names = [printable(n) or wnid for n, wnid in zip(meta["names"], wnids, strict=True)]
-        count = train_count + meta["val_count"]
-        arrays = []
-        for name, shape, dtype in (
-            ("images.npy", (count, SIZE, SIZE, 3), np.uint8),
-            ("labels.npy", (count,), np.int16),
-            ("boxes.npy", (count, 4), np.uint8),
-        ):
+        names = (printable(n) or wnid for n, wnid in zip(meta["names"], wnids, strict=True))
+        rows, arrays = train_count + meta["val_count"], []
+        shapes, types = ((rows, SIZE, SIZE, 3), (rows,), (rows, 4)), ("u1", "i2", "u1")
+        for name, shape, dtype in zip(ARRAYS, shapes, types, strict=True):
             array = np.load(folder / name, mmap_mode="r", allow_pickle=False)
             if array.shape != shape or array.dtype != dtype:
                 raise ValueError(f"{name} is {array.dtype}{array.shape}")
@@ -109,10 +100,9 @@ def open_dataset(folder: Path = FOLDER) -> Dataset:
         in_range = labels.min() >= 0 and labels.max() < len(wnids) and boxes.max() < SIZE
         if not in_range or list(wnids) != sorted(set(wnids)):
             raise ValueError("labels, classes and boxes do not fit")
-        content = meta["content_sha256"]
+        return Dataset(folder, *arrays, wnids, tuple(names), train_count, meta["content_sha256"])
     except Exception as error:  # np.load passes on what its parsers raise for a damaged header
         raise damaged(folder, printable(error, 100)) from error
-    return Dataset(folder, *arrays, wnids, tuple(names), train_count, content)
 
 
 def refuse_inside(dataset: Dataset, folder: Path, what: str) -> None:
@@ -125,10 +115,9 @@ def refuse_inside(dataset: Dataset, folder: Path, what: str) -> None:
 def verify(dataset: Dataset) -> None:
     """Read all of the data set and compare it with the sha256 in its meta.json."""
     hashes = read_meta(dataset.folder).get("sha256") or {}
-    for name in ("images.npy", "labels.npy", "boxes.npy"):
-        with open(dataset.folder / name, "rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != hashes.get(name):
-                raise damaged(dataset.folder, f"{name} has changed since it was prepared")
+    for name in ARRAYS:
+        if file_sha256(dataset.folder / name) != hashes.get(name):
+            raise damaged(dataset.folder, f"{name} has changed since it was prepared")
 
 
 def read_meta(folder: Path) -> dict:
@@ -149,13 +138,11 @@ def read_meta(folder: Path) -> dict:
     except (ValueError, RecursionError) as error:
         raise damaged(folder, "meta.json is not JSON") from error
     if not isinstance(meta, dict) or meta.get("format_version") != FORMAT_VERSION:
-        raise UserError(
-            f"{folder} has another format than this tinylab reads (version {FORMAT_VERSION}): "
-            f"delete it and run `tinylab prepare --data {folder}`"
-        )
+        other = f"{folder} has another format than this tinylab reads (version {FORMAT_VERSION})"
+        raise UserError(f"{other}: delete it and run `tinylab prepare --data {folder}`")
     hashes = meta.get("sha256") or {}
     own = hashes.get("meta.json")  # folders prepared before it had one lack it
-    unknown = hashes.keys() - {"images.npy", "labels.npy", "boxes.npy", "meta.json"}
+    unknown = hashes.keys() - {*ARRAYS, "meta.json"}
     if unknown or (own and (own != meta_sha256(meta) or raw != meta_bytes(meta))):
         raise damaged(folder, "meta.json has changed since it was prepared")
     return meta
@@ -178,9 +165,6 @@ def damaged(folder: Path, problem: str) -> UserError:
     return UserError(f"{folder} is damaged: {problem}; {again}")
 
 
-# --- Preparing ------------------------------------------------------------------------------------
-
-
 def prepare(
     source: str | Path = "auto",
     folder: Path = FOLDER,
@@ -189,9 +173,9 @@ def prepare(
 ) -> Dataset:
     """Return the data set in `folder`, decoded from `source` first if it is not there yet.
 
-    source: see `download.find`; downloads go beside `folder`. workers: threads that decode. Any
-    number of processes may call this at once: one builds, the others wait.
-    Raise `UserError`, naming the file at fault; then nothing is left behind.
+    source: see `download.find`; downloads go beside `folder`. workers: threads that decode. Of
+    several processes one builds, the others wait. Raise `UserError`, naming the file at fault; then
+    nothing is left behind.
     """
     folder, elsewhere = Path(folder), "choose another place with --data"
     if workers is not None and workers < 1:
@@ -205,8 +189,6 @@ def prepare(
                 return open_dataset(folder)
             if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
                 raise UserError(f"{folder} exists, but is no data set: {elsewhere}")
-            for stray in folder.parent.glob(f"{glob.escape(folder.name)}.building-*"):
-                shutil.rmtree(stray)  # of a killed process: the lock is ours
             with Archive(find(source, folder.parent)) as archive:
                 strict = str(source) in ("auto", *URLS)
                 build(archive, folder, workers or available_cores(), progress, strict)
@@ -218,21 +200,17 @@ def prepare(
 
 def build(archive: Archive, folder: Path, workers: int, progress: bool, strict: bool) -> None:
     """Decode the archive into `folder`. strict: refuse Tiny ImageNet's classes with other files."""
-    building = folder.with_name(f"{folder.name}.building-{os.getpid()}")
+    building = folder.with_name(f"{folder.name}.tinylab-building")
+    shutil.rmtree(building, ignore_errors=True)  # of a killed process: the lock is ours
     try:
         building.mkdir()
-
-        # ---- arrays ----
-        labels = np.array([file.label for file in archive.files], dtype=np.int16)
-        boxes = np.array([file.box for file in archive.files], dtype=np.uint8)
-        hashes = {}
-        for name, array in (("labels.npy", labels), ("boxes.npy", boxes)):
-            np.save(building / name, array)
-            hashes[name] = hashlib.sha256((building / name).read_bytes()).hexdigest()
-        path = building / "images.npy"
-        digests, hashes["images.npy"] = write_images(archive, path, workers, progress)
+        labels = [file.label for file in archive.files]
+        np.save(building / "labels.npy", np.array(labels, np.int16))
+        np.save(building / "boxes.npy", np.array([file.box for file in archive.files], np.uint8))
+        digests = write_images(archive, building / "images.npy", workers, progress)
 
         # ---- identity ----
+        written = ("labels.npy", "boxes.npy", "images.npy")  # the order in meta.json
         content = content_sha256(archive.files, archive.wnids, digests)
         if content != CONTENT_SHA256 and class_order_sha256(archive.wnids) == WNIDS_SHA256:
             problem = f"{archive.path} has Tiny ImageNet's classes, but other files ({content})"
@@ -247,60 +225,47 @@ def build(archive: Archive, folder: Path, workers: int, progress: bool, strict: 
             "content_sha256": content,
             "train_count": archive.train_count,
             "val_count": len(labels) - archive.train_count,
-            "sha256": hashes,
+            "sha256": {name: file_sha256(building / name) for name in written},
             "wnids": archive.wnids,
             "names": archive.names,
         }
-        hashes["meta.json"] = meta_sha256(meta)
+        meta["sha256"]["meta.json"] = meta_sha256(meta)
         (building / "meta.json").write_bytes(meta_bytes(meta))
         building.rename(folder)
     finally:
         shutil.rmtree(building, ignore_errors=True)
 
 
-def write_images(
-    archive: Archive, path: Path, workers: int, progress: bool
-) -> tuple[list[str], str]:
-    """Decode all images into the .npy file; return the sha256 of every JPEG file, and of `path`."""
-    shape = (len(archive.files), SIZE, SIZE, 3)
-    digests, whole = [], hashlib.sha256()
-    shown = progress and interactive()
-    bar = tqdm(total=shape[0], desc="decoding", unit=" images", mininterval=0.3, disable=not shown)
+def write_images(archive: Archive, path: Path, workers: int, progress: bool) -> list[str]:
+    """Decode all images into the .npy file; return the sha256 of every JPEG file."""
+    shape, digests = (len(archive.files), SIZE, SIZE, 3), []
+    reserve(path.parent, math.prod(shape))
+    hidden = not (progress and interactive())
+    bar = tqdm(total=shape[0], desc="decoding", unit=" images", mininterval=0.3, disable=hidden)
     quiet = warnings.catch_warnings(action="ignore")  # Pillow's, of files that decode all the same
-    with bar, quiet, open(path, "w+b") as file, ThreadPoolExecutor(workers) as pool:
+    with bar, quiet, open(path, "wb") as file, ThreadPoolExecutor(workers) as pool:
         header = {"descr": "|u1", "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(file, header)
-        start = file.tell()
-        reserve(file, start + math.prod(shape))
-        file.seek(0)
-        whole.update(file.read(start))
         for first in range(0, shape[0], CHUNK):
             names = [each.path for each in archive.files[first : first + CHUNK]]
             jpegs = [archive.read(name) for name in names]
             digests += [hashlib.sha256(jpeg).hexdigest() for jpeg in jpegs]
-            pixels = np.stack(list(pool.map(decode, jpegs, names)))
             # Written, not memory-mapped: on a full disk this is an exception, not a signal.
-            file.write(pixels.data)
-            whole.update(pixels.data)
+            file.write(np.stack(list(pool.map(decode, jpegs, names))).data)
             bar.update(len(names))
-    return digests, whole.hexdigest()
+    return digests
 
 
-def reserve(file: BinaryIO, size: int) -> None:
-    """Take the disk space for `size` bytes now: a full disk fails before any work is done."""
-    if shutil.disk_usage(Path(file.name).parent).free < size:
+def reserve(folder: Path, size: int) -> None:
+    """Refuse a disk with less than `size` bytes free, before any work is done."""
+    if shutil.disk_usage(folder).free < size:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    if hasattr(os, "posix_fallocate"):
-        file.flush()
-        with contextlib.suppress(OSError):  # not every file system can
-            os.posix_fallocate(file.fileno(), 0, size)
 
 
 def decode(jpeg: bytes, name: str) -> np.ndarray:
     """Return the image, uint8 (64, 64, 3), RGB. Raise `UserError` naming the file.
 
-    Small damage inside the picture data goes through, as libjpeg mends it silently: zips tell it by
-    their CRC-32, and Tiny ImageNet by its content hash.
+    libjpeg mends small damage silently: zips tell it by their CRC-32, Tiny ImageNet by its hash.
     """
     try:
         with Image.open(io.BytesIO(jpeg), formats=["JPEG"]) as image:

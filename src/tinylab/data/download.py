@@ -25,35 +25,28 @@ ZIP_BYTES = 248_100_043
 ZIP_SHA256 = "6198c8ae015e2b3e007c7841da39ec069199b9aa3bfa943a462022fe5e43c821"
 
 
-def find(
-    source: str | Path = "auto", data_root: Path = Path("data"), urls: Sequence[str] = URLS
-) -> Path:
+def find(source: str | Path = "auto", data_root: Path = Path("data")) -> Path:
     """Return the zip or folder that `source` means, downloaded if need be.
 
     "auto" is the first of: $TINY_IMAGENET, the zip or the extracted folder in `data_root` or data/,
-    a download to `data_root`. Else a URL, a zip or a folder. What comes from `urls` has the right
+    a download to `data_root`. Else a URL, a zip or a folder. What comes from `URLS` has the right
     sha256. Raise `UserError` if there is nothing, or the download fails.
     """
-    if str(source) == "auto":
-        if named := os.environ.get("TINY_IMAGENET"):
-            return existing(named, f"TINY_IMAGENET is set to {named}")
-        for root in (Path(data_root), Path("data")):
+    source, statement = str(source), f"the source is {source}"
+    if source == "auto" and (named := os.environ.get("TINY_IMAGENET")):
+        source, statement = named, f"TINY_IMAGENET is set to {named}"
+    elif source == "auto":
+        for root in (data_root, Path("data")):
             for path in (root / f"{NAME}.zip", root / NAME / "wnids.txt"):
                 if path.is_file():
                     return path if path.suffix == ".zip" else path.parent
-        return download(urls, Path(data_root) / f"{NAME}.zip", ZIP_SHA256)
-    if re.match(r"https?://", str(source)):
-        path = urllib.parse.unquote(urllib.parse.urlsplit(str(source)).path)
+        return download(URLS, data_root / f"{NAME}.zip", ZIP_SHA256)
+    elif re.match(r"https?://", source):
+        path = urllib.parse.unquote(urllib.parse.urlsplit(source).path)
         name = re.sub(r"[^A-Za-z0-9._-]", "_", Path(path).name).strip("._") or f"{NAME}.zip"
-        known = ZIP_SHA256 if str(source) in urls else None
-        return download([str(source)], Path(data_root) / name, known)
-    return existing(source, f"the source is {source}")
-
-
-def existing(named: str | Path, statement: str) -> Path:
-    """Return the path if a zip or a folder is there."""
-    path = Path(named).expanduser()
-    if not (path.is_file() or path.is_dir()):
+        return download([source], data_root / name, ZIP_SHA256 if source in URLS else None)
+    path = Path(source).expanduser()
+    if not path.exists():
         raise UserError(f"{statement}, but there is no zip file and no folder of that name")
     return path
 
@@ -77,14 +70,11 @@ def download(urls: Sequence[str], target: Path, sha256: str | None = None) -> Pa
                 known = f"sha256:{sha256}" if sha256 else None
                 pooch.retrieve(url, known, target.name, target.parent, downloader=fetch)
                 return target
-            except requests.RequestException as error:
-                problems.append(f"{host}: {printable(error)[:120]}")
-            except ValueError as error:  # pooch's word for a wrong hash, and for a bad address
-                wrong = "sends other bytes" if "hash" in str(error) else printable(error)[:120]
+            except (requests.RequestException, ValueError) as error:  # the latter: a wrong hash
+                wrong = "sends other bytes" if "hash" in str(error) else printable(error, 120)
                 problems.append(f"{host}: {wrong}")
             except OSError as error:
                 raise UserError(f"cannot write {target}: {error.strerror or error}") from error
-    raise UserError(
-        f"cannot download {target.name} ({'; '.join(dict.fromkeys(problems))}): get it by other "
-        f"means and put it at {target}, or set TINY_IMAGENET to where it is"
-    )
+    tried = "; ".join(dict.fromkeys(problems))
+    way = f"get it by other means and put it at {target}, or set TINY_IMAGENET to where it is"
+    raise UserError(f"cannot download {target.name} ({tried}): {way}")

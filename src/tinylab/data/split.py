@@ -20,35 +20,27 @@ PROTOCOLS = ("merged", "official", "select")
 
 @dataclass(frozen=True)
 class Split:
-    """Row numbers of the data set, in canonical order, of the first `classes` classes.
-
-    train, test: int64, ascending, disjoint. sha256: over protocol, classes and both lists of rows.
-    """
+    """Row numbers of the data set, of the first `classes` classes."""
 
     protocol: str
     classes: int
-    train: np.ndarray
-    test: np.ndarray
-    sha256: str
+    train: np.ndarray  # int64, ascending
+    test: np.ndarray  # the same, disjoint from `train`
+    sha256: str  # over all of the above
 
 
 def make_split(dataset: Dataset, protocol: str, limit_classes: int | None = None) -> Split:
     """Split the first `limit_classes` classes, by sorted wnid, or all.
 
     Each class is split by itself, from its wnid alone: fewer classes give a part of the full split.
-    Membership follows SHA-256 ranks, not a random generator's stream, which libraries may change.
     Raise `UserError` for an impossible protocol or number of classes, or a class that is too small.
     """
     if protocol not in PROTOCOLS:
         raise UserError(f"unknown split '{protocol}'; there are: {', '.join(PROTOCOLS)}")
     most = len(dataset.wnids)
     classes = most if limit_classes is None else limit_classes
-    if most < 2:
-        raise UserError("the data set has a single class: there is nothing to tell apart")
     if not 2 <= classes <= most:
-        raise UserError(
-            f"limit-classes must be from 2 to {most}, the classes of this data set, not {classes}"
-        )
+        raise UserError(f"limit-classes must be from 2 to {most} (all classes), not {classes}")
 
     parts = []
     for label, wnid in enumerate(dataset.wnids[:classes]):
@@ -58,24 +50,19 @@ def make_split(dataset: Dataset, protocol: str, limit_classes: int | None = None
         else:
             train, test = np.split(rows[ranks(len(rows), "merged", wnid)], [round(len(rows) * 0.7)])
         if protocol == "select":
-            train = np.sort(train)
-            ranked = train[ranks(len(train), "select", wnid)]
-            test, train = np.split(ranked, [round(len(train) / 11)])
-        if len(train) == 0 or len(test) == 0:
-            raise UserError(
-                f"class {wnid} has {len(rows)} images, too few for the split '{protocol}'"
-            )
+            train = np.sort(train)[ranks(len(train), "select", wnid)]
+            test, train = np.split(train, [round(len(train) / 11)])
+        if not (len(train) and len(test)):
+            raise UserError(f"class {wnid} has {len(rows)} images, too few for this split")
         parts.append((train, test))
 
-    train, test = (
-        np.sort(np.concatenate(rows)).astype(np.int64) for rows in zip(*parts, strict=True)
-    )
+    train, test = (np.sort(np.concatenate(part)) for part in zip(*parts, strict=True))
     header = f"tinylab split v1 {protocol} {classes} {len(train)} {len(test)}\n".encode()
     digest = hashlib.sha256(header + train.astype("<i8").tobytes() + test.astype("<i8").tobytes())
     return Split(protocol, classes, train, test, digest.hexdigest())
 
 
 def ranks(count: int, purpose: str, wnid: str) -> list[int]:
-    """Return 0..count - 1 in an order that looks random and is fixed by purpose and class."""
+    """Return 0..count - 1 in the order of their SHA-256: no library can change it."""
     name = f"tinylab {purpose} v1 {wnid}"
     return sorted(range(count), key=lambda i: hashlib.sha256(f"{name} {i}".encode()).digest())

@@ -1,9 +1,8 @@
 """A small made-up data set in the layout of the public archive: everything runs without that one.
 
-Every image shows one figure (a ring, a star, a striped square, ...) somewhere on a cluttered
-background. Place, size, turn, stretch and all colours are drawn independently of the class: only
-shape and pattern tell it. The box beside each image is the extent of the figure's own pixels, so
-whatever measures localisation can be tested against the truth.
+Every image shows one figure (a ring, a star, a striped square, ...) on a cluttered background. Only
+its shape and pattern tell the class; place, size, turn, stretch and colours do not. The box beside
+each image is the extent of the figure's pixels: localisation can be tested against the truth.
 """
 
 import colorsys
@@ -22,10 +21,7 @@ from tinylab.exceptions import UserError
 from tinylab.files import write_atomically
 from tinylab.recipe import SIZE
 
-BOX_SHARE = (0.1, 0.6)  # of the image, that a figure's box covers
 GREYSCALE_SHARE = 0.02  # of the labelled images; 1.8 % of the real ones
-VALIDATION_SHARE = 1 / 6
-TEST_IMAGES = 10  # without labels, as in the real archive: nothing reads them
 OTHER_WORDS = {
     "n80000001": "figure, shape",
     "n80000002": "background, clutter",
@@ -43,9 +39,6 @@ class Drawing(NamedTuple):
     box: tuple[int, int, int, int]  # x0 y0 x1 y1, the extent of `mask`, corners included
 
 
-# --- Classes --------------------------------------------------------------------------------------
-
-
 def star(x: np.ndarray, y: np.ndarray, points: int, inner: float) -> np.ndarray:
     """Return the distance to a star with tips at radius 1, one on top, and notches at `inner`."""
     half = np.pi / points
@@ -58,7 +51,7 @@ def star(x: np.ndarray, y: np.ndarray, points: int, inner: float) -> np.ndarray:
 
 
 # Functions of x and y, float32 (64, 64), in the figure's own axes and in units of its radius.
-SHAPES: dict[str, Callable] = {
+SHAPES = {
     "disc": lambda x, y: np.hypot(x, y) - 1,
     "ring": lambda x, y: np.abs(np.hypot(x, y) - 0.75) - 0.25,
     "square": lambda x, y: np.maximum(np.abs(x), np.abs(y)) - 0.85,
@@ -71,7 +64,7 @@ SHAPES: dict[str, Callable] = {
     "crescent": lambda x, y: np.maximum(np.hypot(x, y) - 1, 0.75 - np.hypot(x - 0.5, y)),
 }
 """Distance to the outline, negative inside."""
-PATTERNS: dict[str, Callable] = {
+PATTERNS = {
     "plain": lambda x, y: np.zeros(x.shape, bool),
     "stripes": lambda x, y: np.sin(x * 3 * np.pi) > 0,
     "checks": lambda x, y: np.sin(x * 2.5 * np.pi) * np.sin(y * 2.5 * np.pi) > 0,
@@ -80,7 +73,6 @@ PATTERNS: dict[str, Callable] = {
     "centre": lambda x, y: np.hypot(x, y) < 0.35,
 }
 """Where a figure has its second, dark colour."""
-
 
 # None is the mirror image of another: the recipe flips images.
 KINDS = (
@@ -98,9 +90,6 @@ KINDS = (
 """Name, shape and pattern of the classes there can be, in the order of their wnids."""
 
 
-# --- The archive ----------------------------------------------------------------------------------
-
-
 def write_sample(target: Path, *, classes: int = 10, per_class: int = 60, seed: int = 0) -> Path:
     """Write the made-up data set as a zip in the layout of the public archive; return its path.
 
@@ -109,10 +98,10 @@ def write_sample(target: Path, *, classes: int = 10, per_class: int = 60, seed: 
     `UserError` if the target cannot be written or a size is impossible.
     """
     if not (2 <= classes <= len(KINDS) and per_class >= 2 and seed >= 0):
-        raise UserError(
-            f"a sample has from 2 to {len(KINDS)} classes, at least 2 images of each, and a seed "
-            f"of 0 or more, not {classes}, {per_class} and {seed}"
+        wanted = (
+            f"from 2 to {len(KINDS)} classes, at least 2 images of each, and a seed of 0 or more"
         )
+        raise UserError(f"a sample has {wanted}, not {classes}, {per_class} and {seed}")
     if os.path.isdir(target):
         raise UserError(f"{target} is a folder; name the zip file to write in it")
     content = io.BytesIO()
@@ -127,35 +116,37 @@ def fill(archive: zipfile.ZipFile, classes: int, per_class: int, seed: int) -> N
     rng = np.random.default_rng(seed)
     labelled = classes * per_class
     grey = rng.choice(labelled, max(1, round(GREYSCALE_SHARE * labelled)), replace=False)
-    training = per_class - max(1, round(VALIDATION_SHARE * per_class))
+    training = per_class - max(1, round(per_class / 6))
 
-    def add(name: str, content: bytes | list[str]) -> None:
+    def add(name: str, content: bytes | str) -> None:
         # With zip's zero date: the clock must not change the bytes.
         member = zipfile.ZipInfo(f"{NAME}/{name}", date_time=(1980, 1, 1, 0, 0, 0))
-        lines = isinstance(content, list)
-        archive.writestr(member, "".join(f"{line}\n" for line in content) if lines else content)
+        archive.writestr(member, content)
+
+    def add_lines(name: str, lines: list[str]) -> None:
+        add(name, "".join(f"{line}\n" for line in lines))
 
     def add_image(name: str, label: int, number: int) -> str:
-        drawing = draw_numbered(label, number, seed)
-        picture = Image.fromarray(drawing.image)
+        image, _, box = draw_numbered(label, number, seed)
+        picture, buffer = Image.fromarray(image), io.BytesIO()
         if number < per_class and label * per_class + number in grey:
             picture = picture.convert("L")
-        buffer = io.BytesIO()
         picture.save(buffer, "JPEG", quality=90)
         add(name, buffer.getvalue())
-        return "\t".join(map(str, drawing.box))
+        return "\t".join(map(str, box))
 
     # As in the public archive: wnids.txt is not sorted, words.txt is and names more than classes.
     wnids = [f"n9{label + 1:07d}" for label in range(classes)]  # WordNet's own end before n2
     words = {wnid: KINDS[label][0] for label, wnid in enumerate(wnids)} | OTHER_WORDS
-    add("wnids.txt", wnids[1::2] + wnids[::2])
-    add("words.txt", [f"{wnid}\t{words[wnid]}" for wnid in sorted(words)])
+    add_lines("wnids.txt", wnids[1::2] + wnids[::2])
+    add_lines("words.txt", [f"{wnid}\t{words[wnid]}" for wnid in sorted(words)])
 
     for label, wnid in enumerate(wnids):
-        names = [f"{wnid}_{number}.JPEG" for number in range(training)]
-        boxes = [add_image(f"train/{wnid}/images/{n}", label, i) for i, n in enumerate(names)]
-        lines = [f"{name}\t{box}" for name, box in zip(names, boxes, strict=True)]
-        add(f"train/{wnid}/{wnid}_boxes.txt", lines)
+        boxes = []
+        for number in range(training):
+            name = f"{wnid}_{number}.JPEG"
+            boxes.append(f"{name}\t{add_image(f'train/{wnid}/images/{name}', label, number)}")
+        add_lines(f"train/{wnid}/{wnid}_boxes.txt", boxes)
 
     held_out = [(label, i) for label in range(classes) for i in range(training, per_class)]
     annotations = []
@@ -163,13 +154,10 @@ def fill(archive: zipfile.ZipFile, classes: int, per_class: int, seed: int) -> N
         name = f"val_{position}.JPEG"
         box = add_image(f"val/images/{name}", label, number)
         annotations.append(f"{name}\t{wnids[label]}\t{box}")
-    add("val/val_annotations.txt", annotations)
+    add_lines("val/val_annotations.txt", annotations)
 
-    for i in range(TEST_IMAGES):
+    for i in range(10):  # without labels, as in the real archive: nothing reads them
         add_image(f"test/images/test_{i}.JPEG", i % classes, per_class + i // classes)
-
-
-# --- One image ------------------------------------------------------------------------------------
 
 
 def draw_numbered(label: int, number: int, seed: int = 0) -> Drawing:
@@ -192,12 +180,10 @@ def draw_numbered(label: int, number: int, seed: int = 0) -> Drawing:
     return Drawing(np.rint(canvas.clip(0, 1) * 255).astype(np.uint8), mask, extent(mask))
 
 
-def place(
-    distance: Callable, rng: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def place(distance: Callable, rng: np.random.Generator) -> tuple[np.ndarray, ...]:
     """Return a figure's axes x, y and its coverage 0..1 of every pixel, each float32 (64, 64).
 
-    Drawn again until the whole figure lies in the image and its box has a size in `BOX_SHARE`.
+    Drawn again until the whole figure lies in the image and its box covers 10 to 60 % of it.
     """
     while True:
         radius, stretch, turn = rng.uniform(14, 34), rng.uniform(0.75, 1), rng.uniform(-0.5, 0.5)
@@ -207,9 +193,8 @@ def place(
         # A ramp, one pixel wide, across the outline: the picture is not jagged.
         coverage = (0.5 - distance(x, y) * radius).clip(0, 1)
         x0, y0, x1, y1 = extent(coverage > 0)
-        if min(x0, y0) < 1 or max(x1, y1) > SIZE - 2:
-            continue
-        if BOX_SHARE[0] <= (x1 - x0 + 1) * (y1 - y0 + 1) / SIZE**2 <= BOX_SHARE[1]:
+        inside = min(x0, y0) >= 1 and max(x1, y1) <= SIZE - 2
+        if inside and 0.1 <= (x1 - x0 + 1) * (y1 - y0 + 1) / SIZE**2 <= 0.6:
             # What wraps round the edge lies outside the figure.
             move = rng.integers(1 - y0, SIZE - 1 - y1), rng.integers(1 - x0, SIZE - 1 - x1)
             return tuple(np.roll(plane, move, axis=(0, 1)) for plane in (x, y, coverage))
@@ -221,10 +206,8 @@ def extent(mask: np.ndarray) -> tuple[int, int, int, int]:
     return int(columns[0]), int(rows[0]), int(columns[-1]), int(rows[-1])
 
 
-def colour(
-    rng: np.random.Generator, saturation: tuple[float, float], value: tuple[float, float]
-) -> np.ndarray:
-    """Draw a colour of any hue, float32 (3,), 0..1."""
+def colour(rng: np.random.Generator, saturation: tuple, value: tuple) -> np.ndarray:
+    """Draw a colour of any hue with saturation and value in these ranges, float32 (3,), 0..1."""
     hue, saturated, bright = rng.random(), rng.uniform(*saturation), rng.uniform(*value)
     return np.array(colorsys.hsv_to_rgb(hue, saturated, bright), np.float32)
 
