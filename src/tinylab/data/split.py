@@ -39,6 +39,8 @@ def make_split(dataset: Dataset, protocol: str, limit_classes: int | None = None
         raise UserError(f"unknown split '{protocol}'; there are: {', '.join(PROTOCOLS)}")
     most = len(dataset.wnids)
     classes = most if limit_classes is None else limit_classes
+    if most < 2:
+        raise UserError("the data set has a single class: there is nothing to tell apart")
     if not 2 <= classes <= most:
         raise UserError(f"limit-classes must be from 2 to {most} (all classes), not {classes}")
 
