@@ -14,8 +14,8 @@ from torch import nn
 
 from tinylab.data.dataset import Dataset
 from tinylab.exceptions import UserError
-from tinylab.explain.gradcam import STAGES, explain, gradcam, misclassified
-from tinylab.explain.mistakes import softmax
+from tinylab.explain.gradcam import STAGES, gradcam
+from tinylab.explain.mistakes import explain, misclassified, softmax
 from tinylab.explain.sampling import bootstrap, sample
 from tinylab.model import ResNet18
 

@@ -22,7 +22,6 @@ GFLOP_PER_IMAGE = 13.33
 multiplication and an addition being two. (torch.utils.flop_counter has 13.32: no gradient goes to
 the image itself.)"""
 
-
 Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 BelowOne = Annotated[float, Field(ge=0, lt=1)]

@@ -1,4 +1,4 @@
-"""Every number that was ever published, as a named recipe with a reason beside it."""
+"""The named recipes: every number with a reason beside it."""
 
 from dataclasses import replace
 
@@ -7,7 +7,7 @@ from tinylab.recipe import Recipe
 
 
 def published() -> Recipe:
-    """The published course run, setting by setting.
+    """The course run, setting by setting.
 
     Result: not yet measured on all 200 classes. The course run reports 57.55 % after 30 epochs
     (one run, unseeded split, fp32, 79 minutes of training on a Colab GPU); `results/` holds what
@@ -15,10 +15,9 @@ def published() -> Recipe:
     and 1 (CPU, fp32, torch 2.14.1, 22 and 26 minutes; `tinylab train published --limit-classes 20
     --epochs 2`). Command: `tinylab train published`.
 
-    Source of every number: the published notebook (gokul-pv, EVA6 assignments, session 10). Where
-    it is silent this recipe says what was taken: network weights start from PyTorch's own defaults,
-    and the padding mirrors without repeating the edge (OpenCV's and torch's "reflect"), as
-    albumentations did by default when the notebook was written.
+    Source of every number: the course run's notebook (gokul-pv, EVA6 assignments, session 10). It
+    is silent on two: weights start from PyTorch's defaults, and the padding mirrors without
+    repeating the edge, as albumentations did by default at that time.
     """
     return Recipe(
         name="published",
@@ -46,8 +45,7 @@ def smoke() -> Recipe:
     """The published recipe shrunk so that the made-up sample data trains in a minute on a CPU.
 
     Result: 83.3 % on the sample data with seed 0 (10 classes, 420 / 180 images; CPU with bf16, two
-    threads, torch 2.15; 81.7 % on one thread): the sample data is made so that it ends between 60 %
-    and 95 %. It proves the chain, no more. Command: `tinylab train smoke --data data/sample`.
+    threads, torch 2.15; 81.7 % on one thread). Command: `tinylab train smoke --data data/sample`.
     """
     return replace(
         published(),
@@ -69,8 +67,7 @@ def accurate() -> Recipe:
 
     Where the course run loses its points: with a peak of 0.02 and weight decay of 1e-4 the decay
     never acts (its time constant, batch / (learning rate x decay), momentum aside, is 1,662
-    epochs), and 385 images per class are learned by heart. Reasons stand beside the numbers; every
-    number is a first choice from published runs, not tuned here.
+    epochs), and 385 images per class are memorised. No number was tuned here; reasons are below.
     """
     return replace(
         published(),

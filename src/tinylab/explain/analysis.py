@@ -14,9 +14,12 @@ from tinylab.data.dataset import Dataset
 from tinylab.data.loader import make_loader
 from tinylab.data.split import Split
 from tinylab.exceptions import UserError
-from tinylab.explain.gradcam import Explanation, explain, gradcam
+from tinylab.explain.gradcam import gradcam
 from tinylab.explain.localisation import Localisation, localise
-from tinylab.explain.mistakes import Errors, analyse, answers, label_conflicts
+
+from tinylab.explain.mistakes import (  # isort: skip
+    Errors, Explanation, analyse, answers, explain, label_conflicts,
+)  # fmt: skip
 from tinylab.explain.road import faithfulness
 from tinylab.files import interactive
 from tinylab.run.folder import Run, note_figures

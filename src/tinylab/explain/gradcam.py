@@ -1,12 +1,11 @@
-"""Why the network was wrong: misclassified test images, and Grad-CAM for both classes.
+"""Grad-CAM of every stage, by pytorch-grad-cam.
 
 Grad-CAM (Selvaraju et al. 2017, arXiv:1610.02391) weighs the channels of a stage by the mean
-gradient of a class's logit: what of their sum is above zero is where the stage speaks for it.
+gradient of a class's logit: what of their sum is above zero is the evidence for it.
 """
 
 import copy
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -14,39 +13,9 @@ from pytorch_grad_cam import GradCAM
 from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 from torch import Tensor, nn
 
-from tinylab.data.dataset import Dataset
 from tinylab.exceptions import UserError
-from tinylab.explain.boxes import box_area, energy, usable
-from tinylab.explain.mistakes import answers
-from tinylab.explain.sampling import sample
 
 STAGES = ("layer1", "layer2", "layer3", "layer4")  # in the order of execution
-
-
-@dataclass(frozen=True)
-class Explanation:
-    """The chosen images, their maps and entries (see `explain`); all empty if none was wrong."""
-
-    images: np.ndarray  # uint8 (n, 64, 64, 3)
-    maps: dict[str, np.ndarray]  # of each stage, for the predicted class (see `gradcam`)
-    actual_maps: np.ndarray  # of the last stage, for the actual class
-    entries: list[dict]
-    tested: int
-    wrong: int
-    seed: int
-
-    def to_json(self) -> dict:
-        """Return how the images were chosen and explained, and an object for each."""
-        return {
-            "tested": self.tested, "wrong": self.wrong, "seed": self.seed, "method": "gradcam",
-            "explained_class": "predicted", "images": self.entries,
-        }  # fmt: skip
-
-
-def misclassified(logits: np.ndarray, labels: np.ndarray, count: int, seed: int = 0) -> np.ndarray:
-    """Draw at most `count` wrongly answered images, int64 indices; more begin with the same."""
-    shuffled = sample(len(labels), None, seed)
-    return shuffled[(logits.argmax(axis=1) != labels)[shuffled]][:count]
 
 
 class NativeGradCAM(GradCAM):
@@ -64,12 +33,9 @@ class NativeGradCAM(GradCAM):
 @torch.inference_mode(False)
 @torch.enable_grad()
 def gradcam(
-    model: nn.Module,
-    inputs: Tensor,
-    targets: Tensor,
-    stages: Sequence[str] = STAGES,
+    model: nn.Module, inputs: Tensor, targets: Tensor, stages: Sequence[str] = STAGES,
     batch_size: int = 32,
-) -> dict[str, np.ndarray]:
+) -> dict[str, np.ndarray]:  # fmt: skip
     """Return maps float32 (B, h, w) in 0..1 of each stage at its own size (64, 32, 16, 8 a side).
 
     inputs: float32 (B, 3, H, W), normalised. targets: integer (B,), the class of each map. Each map
@@ -102,44 +68,3 @@ def frozen_copy(model: nn.Module) -> nn.Module:
     while inner := getattr(model, "_orig_mod", None) or getattr(model, "module", None):
         model = inner
     return copy.deepcopy(model).float().eval().requires_grad_(False)
-
-
-def explain(
-    model: nn.Module | None,
-    dataset: Dataset,
-    *,
-    rows: np.ndarray,
-    logits: np.ndarray,
-    normalise: Callable[[Tensor], Tensor],
-    count: int = 10,
-    seed: int = 0,
-) -> Explanation:
-    """Draw `count` misclassified test images, with what spoke for each of their two classes.
-
-    rows (N,): the test images. logits (N, C): the answers. normalise: from uint8 (n, 64, 64, 3) to
-    the network's input. An entry holds what `answers` says, its box, and how each map meets it.
-    """
-    labels = dataset.labels[rows].astype(np.int64)
-    drawn = misclassified(logits, labels, count, seed)
-    images, boxes = (each[rows[drawn]] for each in (dataset.images, dataset.boxes))
-    maps, actual_maps = {}, np.empty((0, 8, 8), np.float32)
-    if len(drawn):
-        inputs = normalise(torch.from_numpy(images))
-        maps = gradcam(model, inputs, torch.from_numpy(logits[drawn].argmax(axis=1)))
-        actual_maps = gradcam(model, inputs, torch.from_numpy(labels[drawn]), ("layer4",))["layer4"]
-
-    def against_box(i: int, maps: np.ndarray) -> dict:
-        one, box = maps[i : i + 1], boxes[i : i + 1]
-        share = round(energy(one, box).item(), 4) if usable(box)[0] and one.any() else None
-        size, mean = list(one.shape[1:]), round(one.mean().item(), 4)
-        return {"size": size, "mean": mean, "energy_in_box": share}
-
-    entries = answers(rows[drawn], logits[drawn], dataset)
-    for i, (entry, area) in enumerate(zip(entries, box_area(boxes).tolist(), strict=True)):
-        for answer in (entry["predicted"], entry["actual"]):
-            answer["probability"] = round(answer["probability"], 6)
-        entry |= {"box": boxes[i].tolist(), "box_area": round(area, 4)}
-        entry["stages"] = {stage: against_box(i, each) for stage, each in maps.items()}
-        entry["actual_map"] = against_box(i, actual_maps)
-    wrong = int((logits.argmax(axis=1) != labels).sum())
-    return Explanation(images, maps, actual_maps, entries, len(rows), wrong, seed)

@@ -78,7 +78,7 @@ def localise(
 ) -> Localisation:
     """Score the maps of `count` test images, drawn by `seed`; None: of all.
 
-    The arguments are those of `gradcam.explain`. A wrong answer has two maps, of the predicted and
+    The arguments are those of `mistakes.explain`. A wrong answer has two maps, of the predicted and
     of the actual class.
     """
     order = sample(len(rows), count, seed)

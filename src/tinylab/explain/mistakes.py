@@ -1,22 +1,26 @@
-"""What a network gets wrong, from stored predictions: no network is needed.
+"""What a network gets wrong, from stored predictions; only `explain` needs the network.
 
 logits are float (N, C), labels integer (N,), of the N test images. Equal logits rank by class
 number, as in `evaluate.score`.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import combinations, islice
 from pathlib import Path
 
 import numpy as np
 import scipy.special
+import torch
 from scipy.cluster.hierarchy import leaves_list, linkage
 from scipy.optimize import brentq
 from scipy.spatial.distance import squareform
 
 from tinylab.data.dataset import Dataset
+from tinylab.explain.boxes import box_area, energy, usable
+from tinylab.explain.gradcam import gradcam
+from tinylab.explain.sampling import sample
 from tinylab.files import as_csv, write_atomically
 
 COLDEST, HOTTEST = 0.05, 20.0  # the best temperature is looked for between these
@@ -240,3 +244,73 @@ def label_conflicts(dataset: Dataset, rows: np.ndarray, logits: np.ndarray) -> d
         "answered_as_twin": sum(int(each.sum()) for each in as_twin),
         "wrong_in_all": total, "share_of_error": missed / total if total else None,
     }  # fmt: skip
+
+
+# --- Mistakes with their maps ---------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """The chosen images, their maps and entries (see `explain`); all empty if none was wrong."""
+
+    images: np.ndarray  # uint8 (n, 64, 64, 3)
+    maps: dict[str, np.ndarray]  # of each stage, for the predicted class (see `gradcam`)
+    actual_maps: np.ndarray  # of the last stage, for the actual class
+    entries: list[dict]
+    tested: int
+    wrong: int
+    seed: int
+
+    def to_json(self) -> dict:
+        """Return how the images were chosen and explained, and an object for each."""
+        return {
+            "tested": self.tested, "wrong": self.wrong, "seed": self.seed, "method": "gradcam",
+            "explained_class": "predicted", "images": self.entries,
+        }  # fmt: skip
+
+
+def misclassified(logits: np.ndarray, labels: np.ndarray, count: int, seed: int = 0) -> np.ndarray:
+    """Draw at most `count` wrongly answered images, int64 indices; more begin with the same."""
+    shuffled = sample(len(labels), None, seed)
+    return shuffled[(logits.argmax(axis=1) != labels)[shuffled]][:count]
+
+
+def explain(
+    model: torch.nn.Module | None,
+    dataset: Dataset,
+    *,
+    rows: np.ndarray,
+    logits: np.ndarray,
+    normalise: Callable[[torch.Tensor], torch.Tensor],
+    count: int = 10,
+    seed: int = 0,
+) -> Explanation:
+    """Draw `count` misclassified test images, with Grad-CAM of each of their two classes.
+
+    rows (N,): the test images. logits (N, C). normalise: from uint8 (n, 64, 64, 3) to
+    the network's input. An entry holds what `answers` says, its box, and how each map meets it.
+    """
+    labels = dataset.labels[rows].astype(np.int64)
+    drawn = misclassified(logits, labels, count, seed)
+    images, boxes = (each[rows[drawn]] for each in (dataset.images, dataset.boxes))
+    maps, actual_maps = {}, np.empty((0, 8, 8), np.float32)
+    if len(drawn):
+        inputs = normalise(torch.from_numpy(images))
+        maps = gradcam(model, inputs, torch.from_numpy(logits[drawn].argmax(axis=1)))
+        actual_maps = gradcam(model, inputs, torch.from_numpy(labels[drawn]), ("layer4",))["layer4"]
+
+    def against_box(i: int, maps: np.ndarray) -> dict:
+        one, box = maps[i : i + 1], boxes[i : i + 1]
+        share = round(energy(one, box).item(), 4) if usable(box)[0] and one.any() else None
+        size, mean = list(one.shape[1:]), round(one.mean().item(), 4)
+        return {"size": size, "mean": mean, "energy_in_box": share}
+
+    entries = answers(rows[drawn], logits[drawn], dataset)
+    for i, (entry, area) in enumerate(zip(entries, box_area(boxes).tolist(), strict=True)):
+        for answer in (entry["predicted"], entry["actual"]):
+            answer["probability"] = round(answer["probability"], 6)
+        entry |= {"box": boxes[i].tolist(), "box_area": round(area, 4)}
+        entry["stages"] = {stage: against_box(i, each) for stage, each in maps.items()}
+        entry["actual_map"] = against_box(i, actual_maps)
+    wrong = int((logits.argmax(axis=1) != labels).sum())
+    return Explanation(images, maps, actual_maps, entries, len(rows), wrong, seed)

@@ -44,7 +44,7 @@ def faithfulness(
 ) -> dict:
     """Return ROAD of the maps for the predicted class, and of random maps as coarse and smooth.
 
-    The arguments are those of `gradcam.explain`. `map` and `random` hold for each of `ORDERS` the
+    The arguments are those of `mistakes.explain`. `map` and `random` hold for each of `ORDERS` the
     mean change of the answer's probability at each percentile; `combined` and `random_combined`
     half the difference of the two orders (higher is better); then their `difference`.
     """
