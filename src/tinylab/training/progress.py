@@ -100,7 +100,7 @@ class Progress:
         # ---- once: what the run takes, from the steps after the second ----
         if self.forecast and self.second_step is None and step >= 2:
             self.second_step = (now, self.left())
-        elif self.forecast and self.second_step and now - self.second_step[0] >= 1:
+        elif self.forecast and self.second_step and now - self.second_step[0] >= 10:
             self.forecast = False
             rate = (self.second_step[1] - self.left()) / (now - self.second_step[0])
             rest = self.left() / rate
