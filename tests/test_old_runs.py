@@ -5,14 +5,12 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
 from golden import digest
 from publish import PARTS, publish_run
 
 from tinylab.cli import main
 from tinylab.data.archive import CONTENT_SHA256
 from tinylab.exceptions import UserError
-from tinylab.run.environment import device_name
 from tinylab.run.folder import Run
 
 HERE = Path(__file__).parent / "old_runs"
@@ -78,7 +76,7 @@ def test_an_unfinished_run_continues_as_it_would_have(
     assert [row["epoch"] for row in old.history] == [1, 2, 3]
     assert old.summary["stops"] == 1
     assert old.environment["earlier"] == [began]
-    here = {"device": device_name(torch.device("cpu")), "torch": str(torch.__version__)}
-    if any(began[name] != value for name, value in here.items()):
-        pytest.skip("another processor or torch rounds differently")
-    assert {name: digest(old.folder)[name] for name in OLD_RESULT} == OLD_RESULT
+    assert old.history[2]["train_loss"] == pytest.approx(2.1639, abs=0.005)
+    assert main([*CONTINUE[:-1], "fresh"]) == 0
+    if digest(Path("fresh")).items() >= OLD_RESULT.items():  # not on a CPU that rounds otherwise
+        assert digest(old.folder).items() >= OLD_RESULT.items()
