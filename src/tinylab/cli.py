@@ -103,10 +103,10 @@ class Training:
 
     def options(self, *more: str) -> dict:
         """Return the keyword arguments that `train` and `find_lr` have in common, and more."""
-        from tinylab.own import load_own
+        from tinylab.custom import load_custom
 
         names = ("seed", "limit_classes", "device", "precision", "workers", "init", *more)
-        own = {name: load_own(getattr(self, name)) for name in ("transform", "model", "loss")}
+        own = {name: load_custom(getattr(self, name)) for name in ("transform", "model", "loss")}
         return {name: getattr(self, name) for name in names} | own
 
 
@@ -211,7 +211,7 @@ class Evaluate(Finished):
         from tinylab.share.predict import load, open_finished
 
         finished, dataset, rows = open_finished(self.run_folder, self.data)
-        from tinylab.own import load_own
+        from tinylab.custom import load_custom
         from tinylab.run.environment import choose
         from tinylab.training.evaluate import score, test_logits, with_flip
 
@@ -219,7 +219,7 @@ class Evaluate(Finished):
         if self.precision == "auto" and compute.device.type == identity.get("device"):
             with contextlib.suppress(UserError):  # this processor lacks it
                 compute = choose(self.device, identity["precision"])
-        network = load(finished.folder, load_own(self.model))[0].to(compute.device)
+        network = load(finished.folder, load_custom(self.model))[0].to(compute.device)
         view = with_flip if self.tta == "flip" else None
         tested = test_logits(network, dataset, rows.test, finished.recipe, compute, view=view)
         print(f"{len(rows.test):,} test images of {finished.folder}, {compute}")
@@ -258,10 +258,10 @@ class Explain(Finished):
         for folder in filter(None, (self.figures, finished.figures)):
             require_writable(folder / "curves.png")
         from tinylab.explain.analysis import analyse_run
-        from tinylab.own import load_own
+        from tinylab.custom import load_custom
         from tinylab.run.environment import choose
 
-        compute, make = choose(self.device, "fp32"), load_own(self.model)
+        compute, make = choose(self.device, "fp32"), load_custom(self.model)
         maps = self.count or self.sample or self.all or self.faithfulness
         network = load(finished.folder, make)[0].to(compute.device) if maps else None
         sample = None if self.all else self.sample
@@ -329,11 +329,11 @@ class Predict:
 
         if self.gradcam:
             require_writable(self.gradcam / "x.png")
-        from tinylab.own import load_own
+        from tinylab.custom import load_custom
         from tinylab.share.picture import read_image
         from tinylab.share.predict import draw_answers, load, predict
 
-        model, metadata = load(self.run_folder, load_own(self.model))
+        model, metadata = load(self.run_folder, load_custom(self.model))
         with warnings.catch_warnings(record=True, action="always") as told:
             pictures = [read_image(path) for path in self.images]  # one that is bad stops all
         for each in told:
@@ -371,7 +371,7 @@ class Export:
     """FILE:NAME of what builds the network, if the run had one of its own."""
 
     def run(self) -> None:
-        from tinylab.own import load_own
+        from tinylab.custom import load_custom
         from tinylab.run.folder import Run, require_writable
 
         finished = Run(self.run_folder)
@@ -387,7 +387,7 @@ class Export:
             from tinylab.share.onnx import export_onnx
             from tinylab.share.predict import load
 
-            network = load(finished.folder, load_own(self.model))
+            network = load(finished.folder, load_custom(self.model))
             checked = export_onnx(*network, self.onnx)
         for path in write_hand_over(finished, folder):
             print(path)

@@ -17,7 +17,7 @@ from tinylab.exceptions import UserError
 from tinylab.explain.analysis import explain_answers
 from tinylab.explain.mistakes import softmax
 from tinylab.files import printable
-from tinylab.own import source_text
+from tinylab.custom import source_text
 from tinylab.recipe import SIZE
 from tinylab.run.folder import Run
 from tinylab.run.weights import load_weights, normalised

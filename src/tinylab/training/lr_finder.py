@@ -19,7 +19,7 @@ from tinylab.data.dataset import Dataset
 from tinylab.data.loader import Batch, make_loader
 from tinylab.data.split import make_split
 from tinylab.exceptions import UserError
-from tinylab.own import Loss, bring
+from tinylab.custom import Loss, customise
 from tinylab.recipe import Recipe
 from tinylab.run.environment import Compute, choose, fastest_convolutions
 from tinylab.training.progress import print_line, silent, watched
@@ -58,8 +58,8 @@ def find_lr(
     compute = choose(device, precision)
     rows = make_split(dataset, split, limit_classes)
     require_batches(recipe, len(rows.train))
-    own, where = bring(transform, model, loss, init), (seed, compute.device, workers)
-    loader = make_loader(dataset, rows.train, recipe, *where, transform=own.transform)
+    custom, where = customise(transform, model, loss, init), (seed, compute.device, workers)
+    loader = make_loader(dataset, rows.train, recipe, *where, transform=custom.transform)
 
     def batches() -> Iterator[Batch]:
         for epoch in itertools.cycle(range(1, recipe.epochs + 1)):
@@ -67,7 +67,7 @@ def find_lr(
 
     say = silent if quiet else print_line
     with closing(loader), fastest_convolutions(compute), memory_hint(recipe, compute):
-        network = {"make": model, "init": own.init}
+        network = {"make": model, "init": custom.init}
         state = new_state(recipe, rows.classes, seed, loader.steps, compute, **network)
         with closing(watched(batches(), "range test", steps, say)) as endless:
             return range_test(state, recipe, compute, endless, start, stop, steps, loss)

@@ -14,7 +14,7 @@ from tinylab.data.dataset import Dataset
 from tinylab.data.split import Split
 from tinylab.exceptions import UserError
 from tinylab.files import write_atomically
-from tinylab.own import gflop_per_image
+from tinylab.custom import gflop_per_image
 from tinylab.recipe import Recipe, training_petaflop
 from tinylab.run import checkpoint
 from tinylab.run.environment import Compute

@@ -16,7 +16,7 @@ from tinylab.data.augment import normalise, resize
 from tinylab.data.loader import Batch
 from tinylab.exceptions import RecipeFailed, UserError
 from tinylab.model import build_model
-from tinylab.own import Loss, build_own, fitting
+from tinylab.custom import Loss, build_custom, fitting
 from tinylab.recipe import Recipe
 from tinylab.run.environment import Compute
 from tinylab.training.average import make_average
@@ -122,7 +122,7 @@ def new_state(
     make: builds another network for so many classes. init: weights that replace those of their name
     and shape.
     """
-    model = build_own(make, classes, seed) if make else build_model(recipe, classes, seed)
+    model = build_custom(make, classes, seed) if make else build_model(recipe, classes, seed)
     if init:
         model.load_state_dict(fitting(init, model), strict=False)
     model = model.to(compute.device)

@@ -18,7 +18,7 @@ from tinylab.data.loader import Images, make_loader, statistics_batches
 from tinylab.data.split import make_split
 from tinylab.exceptions import Stopped, UserError
 from tinylab.files import lock
-from tinylab.own import bring, fit_line
+from tinylab.custom import customise, fit_line
 from tinylab.recipe import Recipe
 from tinylab.run import checkpoint, environment
 from tinylab.run.folder import Run, default_folder, enter_run, hashes
@@ -52,7 +52,7 @@ def train(
     the first so many. workers: processes that run albumentations; they change no bit. mirror: a
     folder of this run's own that gets each checkpoint, too; the run continues from the newest whole
     one of both. test_every: epochs; the last one is always tested. continue_anyway: though the
-    code has changed. transform, model, loss, init: see `own.bring`. quiet: no log, no bar.
+    code has changed. transform, model, loss, init: see `custom.customise`. quiet: no log, no bar.
     Under torchrun every process calls this and trains its share; the first one writes.
     Raise `UserError` if the run cannot be made, `RecipeFailed` if its loss is no longer finite,
     `Stopped` after SIGINT or SIGTERM.
@@ -73,7 +73,7 @@ def train(
     if test_every < 1:
         raise UserError(f"test-every must be at least 1, not {test_every}")
     tracker = Tracker(run.folder) if track else None
-    own = bring(transform, model, loss, init)
+    custom = customise(transform, model, loss, init)
 
     with contextlib.ExitStack() as stack:
         ranks = stack.enter_context(join(compute.device))
@@ -87,7 +87,7 @@ def train(
 
         # ---- set up: everything slow, before the clock starts ----
         images = Images(dataset.images, dataset.labels, compute.device)
-        how = {"images": images, "transform": own.transform}
+        how = {"images": images, "transform": custom.transform}
         how |= {"rank": ranks.rank, "ranks": ranks.size}
         loader = make_loader(dataset, rows.train, recipe, seed, compute.device, workers, **how)
         stack.enter_context(contextlib.closing(loader))
@@ -95,17 +95,17 @@ def train(
             stack.enter_context(run.lock())
         if writes and mirror:
             stack.enter_context(lock(mirror))
-        how = (compute, ranks, compiled, model, own.init)
+        how = (compute, ranks, compiled, model, custom.init)
         state = new_state(recipe, rows.classes, seed, loader.steps, *how)
-        identity = identity_of(dataset, rows, seed, compute, compiled) | own.identity
+        identity = identity_of(dataset, rows, seed, compute, compiled) | custom.identity
         state.run = dataclasses.asdict(recipe) | identity
         state.environment = environment.describe_environment(compute, ranks.size) | hashes(identity)
         found = restore(run, mirror, state, continue_anyway) if writes else None
         finished, saved, note = ranks.gather(found)[0]
         if not finished:
             say(heading(compute, compiled, dataset, recipe, rows, loader.steps))
-            if own.init:
-                say(fit_line(own.init, state.model))
+            if custom.init:
+                say(fit_line(custom.init, state.model))
             if compiled or (compute.device.type == "cuda" and not several):
                 say("warming up")
                 warm_up(state, recipe, compute, counts, loss)  # before the folder is this run's
@@ -173,7 +173,7 @@ def train(
             progress.begin()
             with progress.bar, contextlib.closing(loader.epoch(state.epoch, state.step)) as batches:
                 for batch in batches:
-                    own.seed_step(seed, state.epoch, state.step, ranks.rank)
+                    custom.seed_step(seed, state.epoch, state.step, ranks.rank)
                     train_step(state, recipe, compute, batch, ranks, loss)
                     progress.step()
                     stop_if_asked()

@@ -8,7 +8,7 @@ import torch
 
 from tinylab.data.loader import Batch, evaluation_batch_size
 from tinylab.exceptions import RecipeFailed, UserError
-from tinylab.own import Loss
+from tinylab.custom import Loss
 from tinylab.recipe import SIZE, Recipe
 from tinylab.run.environment import Compute
 from tinylab.training.average import reestimate_batch_norm

@@ -32,7 +32,7 @@ PROBES = 32  # tries of a transform before the run: one in two draws may do noth
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-def load_own(reference: str | None) -> object | None:
+def load_custom(reference: str | None) -> object | None:
     """Return the object that FILE:NAME names, or None for None.
 
     Raise `UserError` if there is none, or if the file itself fails.
@@ -45,7 +45,7 @@ def load_own(reference: str | None) -> object | None:
         raise UserError(f"'{printable(reference)}' is no FILE:NAME, as in mine.py:resnet34")
     if not path.is_file():
         raise UserError(f"{printable(path)} does not exist")
-    spec = importlib.util.spec_from_file_location(f"own_{path.stem}", path)
+    spec = importlib.util.spec_from_file_location(f"custom_{path.stem}", path)
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     sys.path.append(str(path.parent.resolve()))  # what lies beside it can be imported
     try:
@@ -80,10 +80,10 @@ def source_text(part: Callable) -> str:
 
 
 @dataclass(frozen=True)
-class Own:
+class Custom:
     """What replaces a part of the experiment; None: nothing."""
 
-    transform: "OwnTransform | None"
+    transform: "CustomTransform | None"
     model: Callable[[int], nn.Module] | None
     loss: Loss | None
     init: dict[str, torch.Tensor] | None  # weights to start from
@@ -96,13 +96,13 @@ class Own:
             torch.manual_seed(int(draw) + rank)
 
 
-def bring(
+def customise(
     transform: Callable | None = None, model: Callable[[int], nn.Module] | None = None,
     loss: Loss | None = None, init: Path | None = None,
-) -> Own:  # fmt: skip
+) -> Custom:  # fmt: skip
     """Return the arguments of `train` in the form in which they are used.
 
-    transform: of one image, in place of the recipe's augmentation; `OwnTransform` says how it is
+    transform: of one image, in place of the recipe's augmentation; `CustomTransform` says how it is
     called. model: builds a network for so many classes, from normalised images (B, 3, H, W) to
     logits. loss: in place of the cross-entropy. init: a run's folder or a weights file, of which
     all is taken that fits by name and shape.
@@ -112,10 +112,10 @@ def bring(
     weights = None
     if init is not None:
         weights, identity["init_sha256"] = read_init(init)
-    return Own(OwnTransform(transform) if transform else None, model, loss, weights, identity)
+    return Custom(CustomTransform(transform) if transform else None, model, loss, weights, identity)
 
 
-class OwnTransform:
+class CustomTransform:
     """A transform of one image, as a loader calls it: from uint8 (64, 64, 3) to the same.
 
     An albumentations Compose draws from the generator that it is given. Anything else gets a PIL
@@ -155,7 +155,7 @@ class OwnTransform:
         return result
 
 
-def build_own(make: Callable[[int], nn.Module], classes: int, seed: int = 0) -> nn.Module:
+def build_custom(make: Callable[[int], nn.Module], classes: int, seed: int = 0) -> nn.Module:
     """Return the network that `make` builds for so many classes, its weights drawn by `seed`.
 
     Raise `UserError` if that fails, or if two normalised images do not give (2, classes) logits.

@@ -1,4 +1,4 @@
-"""Own transforms, networks, losses and first weights: what a researcher brings along."""
+"""Custom transforms, networks, losses and first weights: what a researcher brings along."""
 
 import json
 import random
@@ -23,7 +23,7 @@ from tinylab.data.loader import Batch, make_loader
 from tinylab.data.split import make_split
 from tinylab.exceptions import Stopped, UserError
 from tinylab.explain.gradcam import gradcam, stages_of
-from tinylab.own import OwnTransform, build_own, gflop_per_image, load_own, source_text
+from tinylab.custom import CustomTransform, build_custom, gflop_per_image, load_custom, source_text
 from tinylab.recipe import training_petaflop
 from tinylab.run.folder import Run
 from tinylab.run.weights import load_weights, read_weights
@@ -66,7 +66,7 @@ def test_a_transform_draws_by_seed_epoch_and_position_alone(
     recipe, rows = replace(narrow, batch_size=4), make_split(tiny_dataset, "merged").train
 
     def batches(workers: int = 0, **ranks: int) -> list[Batch]:
-        own = OwnTransform(transform)
+        own = CustomTransform(transform)
         loader = make_loader(tiny_dataset, rows, recipe, 5, CPU, workers, transform=own, **ranks)
         found = [list(loader.epoch(epoch, start=epoch - 1)) for epoch in (1, 2)]
         loader.close()
@@ -98,7 +98,7 @@ def test_a_transform_draws_by_seed_epoch_and_position_alone(
 def test_a_recipe_mixes_what_an_own_transform_returns(tiny_dataset, rich) -> None:
     recipe = replace(rich, cutmix_probability=0.4, mixup_probability=0.4)
     rows = make_split(tiny_dataset, "merged").train
-    loader = make_loader(tiny_dataset, rows, recipe, 1, CPU, transform=OwnTransform(np.flipud))
+    loader = make_loader(tiny_dataset, rows, recipe, 1, CPU, transform=CustomTransform(np.flipud))
     ways = set()
     for epoch, step in product((1, 2), range(3)):
         batch, rng = loader.batch(epoch, step), generator(1, Stream.MIX, epoch, step)
@@ -121,13 +121,13 @@ def test_what_is_no_transform_network_or_loss_is_refused_in_a_line(tmp_path) -> 
     with pytest.raises(
         UserError, match=r"the transform fails: OSError: no such font \(line \d+ of"
     ):
-        OwnTransform(broken)
+        CustomTransform(broken)
     with pytest.raises(UserError, match=r"returns uint8 \(32, 64, 3\): uint8 \(64, 64, 3\) is"):
-        OwnTransform(lambda image: np.asarray(image)[:32])
+        CustomTransform(lambda image: np.asarray(image)[:32])
     with pytest.raises(UserError, match=r"of 2 images the network makes \(2, 7\): \(2, 3\) is"):
-        build_own(lambda classes: vgg(7), 3)
+        build_custom(lambda classes: vgg(7), 3)
     with pytest.raises(UserError, match="the network cannot be used: TypeError"):
-        build_own(lambda: vgg(7), 3)
+        build_custom(lambda: vgg(7), 3)
 
     file = tmp_path / "mine.py"
     file.write_text("import math\n\nhalf = 1 / 0\n")
@@ -136,10 +136,10 @@ def test_what_is_no_transform_network_or_loss_is_refused_in_a_line(tmp_path) -> 
         (f"{file}:half", r"ZeroDivisionError: division by zero \(line 3 of"),
     ):  # fmt: skip
         with pytest.raises(UserError, match=said):
-            load_own(reference)
+            load_custom(reference)
     file.write_text("one = 1\n")
     with pytest.raises(UserError, match="nothing to call that is named one"):
-        load_own(f"{file}:one")
+        load_custom(f"{file}:one")
 
 
 def test_an_own_loss_is_the_mean_over_the_batch() -> None:
@@ -194,7 +194,7 @@ def assert_equal_runs_of_own(run: Run, reference: Run) -> None:
 
 
 def test_maps_of_a_network_without_stages_are_its_last_convolutions() -> None:
-    network, inputs = build_own(vgg, 3, seed=1).eval(), torch.randn(2, 3, 64, 64)
+    network, inputs = build_custom(vgg, 3, seed=1).eval(), torch.randn(2, 3, 64, 64)
     assert stages_of(network) == ("3",)
     maps = gradcam(network, inputs, torch.tensor([2, 0]))["3"]
     assert maps.shape == (2, 15, 15)
