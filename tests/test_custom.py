@@ -18,12 +18,12 @@ from torch import nn
 from torchvision.transforms import TrivialAugmentWide
 
 from tinylab.cli import main
+from tinylab.custom import CustomTransform, build_custom, gflop_per_image, load_custom, source_text
 from tinylab.data.augment import Stream, generator, mix_batch, mixing_of
 from tinylab.data.loader import Batch, make_loader
 from tinylab.data.split import make_split
 from tinylab.exceptions import Stopped, UserError
 from tinylab.explain.gradcam import gradcam, stages_of
-from tinylab.custom import CustomTransform, build_custom, gflop_per_image, load_custom, source_text
 from tinylab.recipe import training_petaflop
 from tinylab.run.folder import Run
 from tinylab.run.weights import load_weights, read_weights

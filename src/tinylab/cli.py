@@ -257,8 +257,8 @@ class Explain(Finished):
 
         for folder in filter(None, (self.figures, finished.figures)):
             require_writable(folder / "curves.png")
-        from tinylab.explain.analysis import analyse_run
         from tinylab.custom import load_custom
+        from tinylab.explain.analysis import analyse_run
         from tinylab.run.environment import choose
 
         compute, make = choose(self.device, "fp32"), load_custom(self.model)

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from tinylab import figures as plots
+from tinylab.custom import source_text
 from tinylab.data.archive import class_order_sha256
 from tinylab.data.dataset import FOLDER, Dataset, open_dataset
 from tinylab.data.split import Split, make_split
@@ -17,7 +18,6 @@ from tinylab.exceptions import UserError
 from tinylab.explain.analysis import explain_answers
 from tinylab.explain.mistakes import softmax
 from tinylab.files import printable
-from tinylab.custom import source_text
 from tinylab.recipe import SIZE
 from tinylab.run.folder import Run
 from tinylab.run.weights import load_weights, normalised

@@ -15,11 +15,11 @@ from pathlib import Path
 import numpy as np
 from torch import nn
 
+from tinylab.custom import Loss, customise
 from tinylab.data.dataset import Dataset
 from tinylab.data.loader import Batch, make_loader
 from tinylab.data.split import make_split
 from tinylab.exceptions import UserError
-from tinylab.custom import Loss, customise
 from tinylab.recipe import Recipe
 from tinylab.run.environment import Compute, choose, fastest_convolutions
 from tinylab.training.progress import print_line, silent, watched

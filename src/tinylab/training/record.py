@@ -9,12 +9,12 @@ import numpy as np
 import torch
 from torch import nn
 
+from tinylab.custom import gflop_per_image
 from tinylab.data.archive import class_order_sha256
 from tinylab.data.dataset import Dataset
 from tinylab.data.split import Split
 from tinylab.exceptions import UserError
 from tinylab.files import write_atomically
-from tinylab.custom import gflop_per_image
 from tinylab.recipe import Recipe, training_petaflop
 from tinylab.run import checkpoint
 from tinylab.run.environment import Compute

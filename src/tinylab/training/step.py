@@ -12,11 +12,11 @@ from torch import nn
 from torch.optim.lr_scheduler import OneCycleLR
 from torch.optim.swa_utils import AveragedModel
 
+from tinylab.custom import Loss, build_custom, fitting
 from tinylab.data.augment import normalise, resize
 from tinylab.data.loader import Batch
 from tinylab.exceptions import RecipeFailed, UserError
 from tinylab.model import build_model
-from tinylab.custom import Loss, build_custom, fitting
 from tinylab.recipe import Recipe
 from tinylab.run.environment import Compute
 from tinylab.training.average import make_average

@@ -13,12 +13,12 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
+from tinylab.custom import customise, fit_line
 from tinylab.data.dataset import Dataset, refuse_inside
 from tinylab.data.loader import Images, make_loader, statistics_batches
 from tinylab.data.split import make_split
 from tinylab.exceptions import Stopped, UserError
 from tinylab.files import lock
-from tinylab.custom import customise, fit_line
 from tinylab.recipe import Recipe
 from tinylab.run import checkpoint, environment
 from tinylab.run.folder import Run, default_folder, enter_run, hashes

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 import torch
 
+from tinylab.custom import Loss
 from tinylab.data.loader import Batch, evaluation_batch_size
 from tinylab.exceptions import RecipeFailed, UserError
-from tinylab.custom import Loss
 from tinylab.recipe import SIZE, Recipe
 from tinylab.run.environment import Compute
 from tinylab.training.average import reestimate_batch_norm
