@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "src" / "tinylab"
 LAYERS = (
     {"exceptions"}, {"files", "figures"}, {"recipe"}, {"recipes", "options"}, {"data", "model"},
-    {"run"}, {"training"}, {"explain"}, {"share"}, {"cli"}, {"__main__"},
+    {"run"}, {"custom"}, {"training"}, {"explain"}, {"share"}, {"cli"}, {"__main__"},
 )  # fmt: skip
 """Each folder or module imports from those before it, and from its own."""
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

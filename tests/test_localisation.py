@@ -232,6 +232,7 @@ def scored(dataset: Dataset, **options) -> Localisation:
     logits = np.eye(10, dtype=np.float16)[(dataset.labels[rows] + rows % 2) % 10]
     numbered = dataset_of(np.arange(len(dataset)), dataset.labels, dataset.boxes)
     every = {"normalise": lambda images: images, "count": None} | options
+    every.setdefault("stage", "layer4")
     return localise(nn.Identity(), numbered, rows=rows, logits=logits, **every)
 
 

@@ -86,7 +86,7 @@ def test_losses_that_are_known(narrow, compute, monkeypatch, losses, kept) -> No
     recipe = replace(narrow, optimizer="muon", muon_learning_rate=0.05)  # of others it is 0.02
     state, left, seen = state_of(recipe, compute), iter(losses), []
 
-    def step(*_) -> None:
+    def step(*_, **__) -> None:
         state.totals += torch.tensor([4 * next(left), 0, 0, 4])
         seen.append([(group["lr"], group["momentum"]) for group in state.optimizer.param_groups])
 
@@ -147,7 +147,12 @@ def find(tiny_dataset, tmp_path, monkeypatch) -> Callable[..., RangeTest]:
 
 def test_it_sees_training_images_only(find, tiny_dataset, narrow, tmp_path, monkeypatch) -> None:
     make_loader, seen = lr_finder.make_loader, []
-    monkeypatch.setattr(lr_finder, "make_loader", lambda *a: seen.append(a[1]) or make_loader(*a))
+
+    def made(*how, **more):
+        seen.append(how[1])
+        return make_loader(*how, **more)
+
+    monkeypatch.setattr(lr_finder, "make_loader", made)
     first, again, other = (find(narrow, steps=10, seed=seed).losses for seed in (0, 0, 1))
     np.testing.assert_array_equal(seen[0], make_split(tiny_dataset, "official").train)
     np.testing.assert_array_equal(first, again)

@@ -34,7 +34,6 @@ OF_THE_USER = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCE
 MOST_EXPLAINED = 400  # rows of the figure of heat maps: a PNG has at most 65,535 pixels
 DeviceName = Literal["auto", "cpu", "cuda", "mps"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
-Stage = Literal["layer1", "layer2", "layer3", "layer4"]
 RecipeFields = Annotated[Recipe, tyro.conf.arg(name="", help="")]
 RunFolder = Annotated[Positional[Path], tyro.conf.arg(name="run", metavar="RUN")]
 
@@ -93,11 +92,22 @@ class Training:
     """Number format of convolutions and matrix products."""
     workers: int | None = None
     """Processes that run albumentations; they do not change the result."""
+    transform: str | None = None
+    """FILE:NAME of a transform of one image, in place of the recipe's augmentation."""
+    model: str | None = None
+    """FILE:NAME of what builds another network for a number of classes."""
+    loss: str | None = None
+    """FILE:NAME of another loss than cross-entropy, of logits and labels."""
+    init: Path | None = None
+    """A run or a weights file to start from: all is taken that fits by name and shape."""
 
     def options(self, *more: str) -> dict:
         """Return the keyword arguments that `train` and `find_lr` have in common, and more."""
-        names = ("seed", "limit_classes", "device", "precision", "workers", *more)
-        return {name: getattr(self, name) for name in names}
+        from tinylab.custom import load_custom
+
+        names = ("seed", "limit_classes", "device", "precision", "workers", "init", *more)
+        own = {name: load_custom(getattr(self, name)) for name in ("transform", "model", "loss")}
+        return {name: getattr(self, name) for name in names} | own
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,6 +194,8 @@ class Finished:
     """The data folder, if it has moved since training."""
     device: DeviceName = "auto"
     """Where to compute."""
+    model: str | None = None
+    """FILE:NAME of what builds the network, if the run had one of its own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,17 +205,21 @@ class Evaluate(Finished):
     tta: Literal["none", "flip"] = "none"
     """flip: the mean of the logits of each image and its mirror image; report it apart."""
     precision: Precision = "auto"
-    """Number format; with the one of training come the numbers of training."""
+    """Number format; by default the one of training, which gives its numbers again."""
 
     def run(self) -> None:
         from tinylab.share.predict import load, open_finished
 
         finished, dataset, rows = open_finished(self.run_folder, self.data)
+        from tinylab.custom import load_custom
         from tinylab.run.environment import choose
         from tinylab.training.evaluate import score, test_logits, with_flip
 
-        compute = choose(self.device, self.precision)
-        network = load(finished.folder)[0].to(compute.device)
+        compute, identity = choose(self.device, self.precision), finished.identity
+        if self.precision == "auto" and compute.device.type == identity.get("device"):
+            with contextlib.suppress(UserError):  # this processor lacks it
+                compute = choose(self.device, identity["precision"])
+        network = load(finished.folder, load_custom(self.model))[0].to(compute.device)
         view = with_flip if self.tta == "flip" else None
         tested = test_logits(network, dataset, rows.test, finished.recipe, compute, view=view)
         print(f"{len(rows.test):,} test images of {finished.folder}, {compute}")
@@ -217,8 +233,9 @@ class Explain(Finished):
 
     count: int = 10
     """Misclassified test images to show, drawn at random from all of them."""
-    stage: Annotated[Stage, tyro.conf.arg(aliases=("--layer",))] = "layer4"
-    """The stage whose maps are compared with the boxes."""
+    stage: Annotated[str | None, tyro.conf.arg(aliases=("--layer",))] = None
+    """The layer whose maps are compared with the boxes; by default layer4, or the last convolution
+    of a network without it."""
     sample: int = 2000
     """Test images whose maps are compared with the boxes, drawn by a fixed seed; 0: none."""
     all: bool = False
@@ -240,12 +257,13 @@ class Explain(Finished):
 
         for folder in filter(None, (self.figures, finished.figures)):
             require_writable(folder / "curves.png")
+        from tinylab.custom import load_custom
         from tinylab.explain.analysis import analyse_run
         from tinylab.run.environment import choose
 
-        compute = choose(self.device, "fp32")
+        compute, make = choose(self.device, "fp32"), load_custom(self.model)
         maps = self.count or self.sample or self.all or self.faithfulness
-        network = load(finished.folder)[0].to(compute.device) if maps else None
+        network = load(finished.folder, make)[0].to(compute.device) if maps else None
         sample = None if self.all else self.sample
         how = {"count": self.count, "stage": self.stage, "faithful": self.faithfulness}
         how |= {"sample": sample, "progress": True}
@@ -272,7 +290,8 @@ class Report(Finished):
         require_writable(out, finished)
         explanation = finished.explanation
         if explanation is None:
-            Explain(run_folder=self.run_folder, data=self.data, device=self.device).run()
+            own = {"data": self.data, "device": self.device, "model": self.model}
+            Explain(run_folder=self.run_folder, **own).run()
             explanation = finished.explanation
         from tinylab.share.report import page
 
@@ -298,6 +317,8 @@ class Predict:
     """One JSON object per image on stdout, nothing else."""
     gradcam: Path | None = None
     """A folder that gets a figure for each image: Grad-CAM of the predicted class."""
+    model: str | None = None
+    """FILE:NAME of what builds the network, if the run had one of its own."""
 
     def run(self) -> None:
         if not 1 <= self.top <= 1000:
@@ -308,10 +329,11 @@ class Predict:
 
         if self.gradcam:
             require_writable(self.gradcam / "x.png")
+        from tinylab.custom import load_custom
         from tinylab.share.picture import read_image
         from tinylab.share.predict import draw_answers, load, predict
 
-        model, metadata = load(self.run_folder)
+        model, metadata = load(self.run_folder, load_custom(self.model))
         with warnings.catch_warnings(record=True, action="always") as told:
             pictures = [read_image(path) for path in self.images]  # one that is bad stops all
         for each in told:
@@ -345,8 +367,11 @@ class Export:
     default RUN/export."""
     onnx: Path | None = None
     """An ONNX file to write, whose outputs are compared with the network's in onnxruntime."""
+    model: str | None = None
+    """FILE:NAME of what builds the network, if the run had one of its own."""
 
     def run(self) -> None:
+        from tinylab.custom import load_custom
         from tinylab.run.folder import Run, require_writable
 
         finished = Run(self.run_folder)
@@ -362,7 +387,8 @@ class Export:
             from tinylab.share.onnx import export_onnx
             from tinylab.share.predict import load
 
-            checked = export_onnx(*load(finished.folder), self.onnx)
+            network = load(finished.folder, load_custom(self.model))
+            checked = export_onnx(*network, self.onnx)
         for path in write_hand_over(finished, folder):
             print(path)
         if checked:

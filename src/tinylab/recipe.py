@@ -226,13 +226,15 @@ def schema() -> type[BaseModel]:
     return create_model("Fields", __config__=strict, **{name: (hints[name], ...) for name in hints})
 
 
-def training_petaflop(recipe: Recipe, train_images: int) -> float:
+def training_petaflop(recipe: Recipe, train_images: int, gflop: float | None = None) -> float:
     """PFLOP of a run's forward and backward passes; tests and the optimiser come on top.
 
     It goes by the area of the images and by the square of the width, and does not depend on the
-    machine: what makes runs on different machines comparable.
+    machine: what makes runs on different machines comparable. gflop: of an image of 64 x 64, if
+    the network is another one.
     """
     areas = sum((recipe.resolution_at(epoch) / SIZE) ** 2 for epoch in range(1, recipe.epochs + 1))
     images = min(train_images, recipe.steps_per_epoch(train_images) * recipe.batch_size)
-    petaflop = areas * images * GFLOP_PER_IMAGE * (recipe.width / 64) ** 2 / 1e6
+    gflop = gflop or GFLOP_PER_IMAGE * (recipe.width / 64) ** 2
+    petaflop = areas * images * gflop / 1e6
     return float(f"{petaflop:.4g}")

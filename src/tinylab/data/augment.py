@@ -34,6 +34,7 @@ class Stream(IntEnum):
     MIX = 2
     FLIP = 3
     STATISTICS = 4
+    NETWORK = 5  # draws of an own network or loss: dropout, say
 
 
 def generator(seed: int, stream: Stream, epoch: int, position: int = 0) -> np.random.Generator:

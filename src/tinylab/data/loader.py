@@ -8,7 +8,7 @@ import os
 import shutil
 import signal
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -35,6 +35,8 @@ from tinylab.recipe import SIZE, Recipe
 
 TIMEOUT = 300  # seconds without a batch, after which the workers hang
 EVALUATION_BATCH = 500
+# From one image uint8 (64, 64, 3), with draws from the generator alone, to another.
+Transform = Callable[[np.ndarray, np.random.Generator], np.ndarray]
 
 
 class Batch(NamedTuple):
@@ -70,17 +72,19 @@ def make_loader(
     rank: int = 0,
     ranks: int = 1,
     images: "Images | None" = None,
+    transform: Transform | None = None,
 ) -> "WorkerLoader | DeviceLoader":
     """Return the loader that the recipe's `augmentation` asks for, of the training images `rows`.
 
-    images: the data set on the device, if it is there already. Raise `UserError` for a seed or a
-    number of workers that cannot be.
+    images: the data set on the device, if it is there already. transform: in place of the recipe's
+    augmentation, image by image. Raise `UserError` for a seed or a number of workers that cannot
+    be.
     """
     if not 0 <= seed < 2**63:
         raise UserError(f"seed must be a whole number from 0 to 2**63 - 1, not {seed}")
     order = EpochRows(rows, recipe, seed, rank, ranks)
-    if recipe.augmentation == "albumentations":
-        return WorkerLoader(dataset, order, device, workers)
+    if transform or recipe.augmentation == "albumentations":
+        return WorkerLoader(dataset, order, device, workers, transform)
     if workers:
         raise UserError("workers run albumentations; this recipe augments on the device")
     return DeviceLoader(order, images or Images(dataset.images, dataset.labels, device))
@@ -108,6 +112,26 @@ class EpochRows:
         first = step * self.recipe.batch_size
         return self._order[first : first + self.recipe.batch_size]
 
+    def share_at(self, epoch: int, step: int) -> tuple[np.ndarray, np.ndarray, int, Callable]:
+        """Return this process's share of a batch: rows, positions, the whole batch's size, mix.
+
+        If the batch is mixed, the image before the share comes first: each image is mixed with the
+        one before it. mix: from images and labels of these rows to a `Batch`.
+        """
+        rows = self.rows_at(epoch, step)
+        total, mine = len(rows), share(len(rows), self.rank, self.ranks)
+        rng = generator(self.seed, Stream.MIX, epoch, step)
+        way = mixing_of(self.recipe, rng, epoch)
+        positions = np.arange(mine.start - (way is not None), mine.stop) % total
+
+        def mix(images: torch.Tensor, labels: torch.Tensor) -> Batch:
+            if way is None:
+                return Batch(images, labels, total=total)
+            images, weight = mix_batch(images[1:], images[:-1], way, self.recipe, rng)
+            return Batch(images, labels[1:], labels[:-1], weight, total)
+
+        return rows[positions], positions, total, mix
+
 
 class AugmentedBatches:
     """Item (epoch, step) is that step's augmented batch on the CPU, from its two numbers alone.
@@ -115,22 +139,21 @@ class AugmentedBatches:
     So any worker may build any batch, and persistent workers need not be told of a new epoch.
     """
 
-    def __init__(self, dataset: Dataset, order: EpochRows) -> None:
+    def __init__(self, dataset: Dataset, order: EpochRows, transform: Transform | None) -> None:
         self.dataset, self.order = dataset, order
-        self.transform = build_transform(order.recipe)
+        self.transform = transform or partial(augment, build_transform(order.recipe))
 
     def __getitem__(self, key: tuple[int, int]) -> Batch:
         """Return this process's share."""
         (epoch, step), order = key, self.order
-        rows = order.rows_at(epoch, step)
-        mine = share(len(rows), order.rank, order.ranks)
-        images = np.empty((len(mine), SIZE, SIZE, 3), dtype=np.uint8)
-        for i, position in enumerate(mine):
+        rows, positions, _, mix = order.share_at(epoch, step)
+        images = np.empty((len(rows), SIZE, SIZE, 3), dtype=np.uint8)
+        for i, position in enumerate(positions.tolist()):
             where = step * order.recipe.batch_size + position
             rng = generator(order.seed, Stream.AUGMENT, epoch, where)
-            images[i] = augment(self.transform, self.dataset.images[rows[position]], rng)
-        labels = self.dataset.labels[rows[mine.start : mine.stop]].astype(np.int64)
-        return Batch(torch.from_numpy(images), torch.from_numpy(labels), total=len(rows))
+            images[i] = self.transform(self.dataset.images[rows[i]], rng)
+        labels = self.dataset.labels[rows].astype(np.int64)
+        return mix(torch.from_numpy(images), torch.from_numpy(labels))
 
 
 class WorkerLoader:
@@ -141,8 +164,9 @@ class WorkerLoader:
     """
 
     def __init__(
-        self, dataset: Dataset, order: EpochRows, device: torch.device, workers: int | None = None
-    ) -> None:
+        self, dataset: Dataset, order: EpochRows, device: torch.device,
+        workers: int | None = None, transform: Transform | None = None,
+    ) -> None:  # fmt: skip
         if workers is not None and not 0 <= workers <= 256:
             raise UserError(f"workers must be from 0 to 256, not {workers}")
         # A container may have 64 MiB of it. Three more batches are on their way to the device.
@@ -157,7 +181,7 @@ class WorkerLoader:
             raise UserError(f"{few}: use --workers 0, or start the container with --shm-size=1g")
         self.steps, self.rows_at = order.steps, order.rows_at
         self._device, self._keys = device, []
-        self._batches = AugmentedBatches(dataset, order)
+        self._batches = AugmentedBatches(dataset, order, transform)
         self._loader = DataLoader(
             self._batches,
             batch_size=None,  # an item is a whole batch already
@@ -178,9 +202,11 @@ class WorkerLoader:
         """Yield the batches of an epoch (from 1), from step `start` (from 0) on."""
         self._keys[:] = [(epoch, step) for step in range(start, self.steps)]
         pinned = self._device.type == "cuda"
-        for images, labels, *rest in self._loader:
-            both = [each.to(self._device, non_blocking=pinned) for each in (images, labels)]
-            yield Batch(*both, *rest)
+        for batch in self._loader:
+            yield Batch(*(
+                each.to(self._device, non_blocking=pinned) if torch.is_tensor(each) else each
+                for each in batch
+            ))  # fmt: skip
 
     def batch(self, epoch: int, step: int) -> Batch:
         """Return one step's batch, on the CPU."""
@@ -247,25 +273,12 @@ class DeviceLoader:
 
     def batch(self, epoch: int, step: int) -> Batch:
         """Return one step's batch."""
-        order, recipe = self._order, self._order.recipe
-
-        # ---- which images: this process's share and, if the batch is mixed, the one before it ----
-        rows = order.rows_at(epoch, step)
-        total, mine = len(rows), share(len(rows), order.rank, order.ranks)
-        mixing = generator(order.seed, Stream.MIX, epoch, step)
-        way = mixing_of(recipe, mixing, epoch)
-        positions = np.arange(mine.start - (way is not None), mine.stop) % total
-        rows = rows[positions]
-
-        # ---- pixels ----
+        order = self._order
+        rows, positions, total, mix = order.share_at(epoch, step)
         draws = Draws(generator(order.seed, Stream.AUGMENT, epoch, step), total, positions)
         mirrored = send(self._mirrored[rows], self._images.device)
-        images = augment_batch(self._images.at(rows), recipe, draws, mirrored, epoch)
-        labels = self._images.labels(rows)
-        if way is None:
-            return Batch(images, labels, total=total)
-        images, weight = mix_batch(images[1:], images[:-1], way, recipe, mixing)
-        return Batch(images, labels[1:], labels[:-1], weight, total)
+        images = augment_batch(self._images.at(rows), order.recipe, draws, mirrored, epoch)
+        return mix(images, self._images.labels(rows))
 
 
 def statistics_batches(

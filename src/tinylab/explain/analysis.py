@@ -14,7 +14,7 @@ from tinylab.data.dataset import Dataset
 from tinylab.data.loader import make_loader
 from tinylab.data.split import Split
 from tinylab.exceptions import UserError
-from tinylab.explain.gradcam import gradcam
+from tinylab.explain.gradcam import gradcam, stages_of
 from tinylab.explain.localisation import Localisation, localise
 
 from tinylab.explain.mistakes import (  # isort: skip
@@ -81,7 +81,7 @@ def analyse_run(
     model: nn.Module | None,
     *,
     count: int = 10,
-    stage: str = "layer4",
+    stage: str | None = None,
     sample: int | None = 2000,
     faithful: int = 0,
     progress: bool = False,
@@ -111,17 +111,20 @@ def analyse_run(
     loader = make_loader(dataset, rows.train, recipe, run.identity["seed"], torch.device("cpu"))
     first = loader.rows_at(1, 0)[:16]
     images, titles = dataset.images[first], [names[label] for label in dataset.labels[first]]
-    augmented = loader.batch(1, 0).images[:16].numpy()
     _, *rates = zip(*schedule(recipe, len(rows.train)), strict=True)
     steps = recipe.steps_per_epoch(len(rows.train))
     correct, total = errors.matrix.diagonal(), errors.matrix.sum(axis=1)
     figures = {
         "samples": plots.image_grid(images, titles, dataset.boxes[first], title="Training images"),
-        "augmentation": plots.before_after(images, augmented, titles, title="Augmentation"),
         "learning_rate": plots.learning_rate_curve(*rates, steps),
         "curves": plots.accuracy_and_loss(run.history, run.course_run, run.title),
         "classes": plots.class_accuracy(names, 100 * correct / total.clip(1), total),
     }
+
+    if "transform" not in run.identity:  # an own one is not run from its record
+        augmented = loader.batch(1, 0).images[:16].numpy()
+        drawn = images, augmented, titles
+        figures["augmentation"] = plots.before_after(*drawn, title="Augmentation")
 
     # ---- errors: confusions, pairs with images, single images, calibration, twins ----
     def confused(actual: int, predicted: int) -> np.ndarray:
@@ -150,8 +153,9 @@ def analyse_run(
     if entries or not explanation.wrong:  # else none was asked for, not that there is none
         own, title = explanation.actual_maps, "Mistakes, drawn at random"
         figures["misclassified"] = plots.misclassified(seen, entries, title=title)
-        last, title = explanation.maps.get("layer4", own), "Grad-CAM of both classes"
-        figures["class_maps"] = plots.class_maps(seen, last, own, entries, title=title)
+        last, maps = list(explanation.maps.items() or {"": own}.items())[-1]
+        how = {"stage": last, "title": "Grad-CAM of both classes"}
+        figures["class_maps"] = plots.class_maps(seen, maps, own, entries, **how)
         for name, some in (("gradcam", slice(None)), ("gradcam_short", slice(4))):
             maps = {stage: values[some] for stage, values in explanation.maps.items()}
             drawn = seen[some], maps, entries[some]
@@ -172,4 +176,5 @@ def explain_answers(
     """
     classes = torch.tensor([metadata["wnids"].index(answer[0]["wnid"]) for answer in answers])
     inputs = normalised(metadata)(torch.from_numpy(pictures))
-    return gradcam(model, inputs, classes, ("layer4",))["layer4"]
+    last = stages_of(model)[-1]
+    return gradcam(model, inputs, classes, (last,))[last]

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from tinylab.data.dataset import Dataset
 from tinylab.explain.boxes import box_area, centre_hits, energy, hits, usable
-from tinylab.explain.gradcam import gradcam
+from tinylab.explain.gradcam import gradcam, stages_of
 from tinylab.explain.sampling import RESAMPLES, bootstrap, sample
 from tinylab.files import as_csv, write_atomically
 
@@ -71,16 +71,17 @@ def localise(
     rows: np.ndarray,
     logits: np.ndarray,
     normalise: Callable[[Tensor], Tensor],
-    stage: str = "layer4",
+    stage: str | None = None,
     count: int | None = 2000,
     seed: int = 0,
     progress: bool = False,
 ) -> Localisation:
     """Score the maps of `count` test images, drawn by `seed`; None: of all.
 
-    The arguments are those of `mistakes.explain`. A wrong answer has two maps, of the predicted and
-    of the actual class.
+    The arguments are those of `mistakes.explain`. stage: the layer; None: the last of `stages_of`.
+    A wrong answer has two maps, of the predicted and of the actual class.
     """
+    stage = stage or stages_of(model)[-1]
     order = sample(len(rows), count, seed)
     good = order[usable(dataset.boxes[rows[order]])]
     table, size = [], []

@@ -297,7 +297,8 @@ def explain(
     if len(drawn):
         inputs = normalise(torch.from_numpy(images))
         maps = gradcam(model, inputs, torch.from_numpy(logits[drawn].argmax(axis=1)))
-        actual_maps = gradcam(model, inputs, torch.from_numpy(labels[drawn]), ("layer4",))["layer4"]
+        last = list(maps)[-1]
+        actual_maps = gradcam(model, inputs, torch.from_numpy(labels[drawn]), (last,))[last]
 
     def against_box(i: int, maps: np.ndarray) -> dict:
         one, box = maps[i : i + 1], boxes[i : i + 1]

@@ -18,7 +18,7 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from tinylab.data.dataset import Dataset
-from tinylab.explain.gradcam import frozen_copy, gradcam
+from tinylab.explain.gradcam import frozen_copy, gradcam, stages_of
 from tinylab.explain.sampling import bootstrap, sample
 
 PERCENTILES = (10, 20, 30, 40, 50, 60, 70, 80, 90)  # at 80, a fifth of all pixels goes
@@ -37,7 +37,7 @@ def faithfulness(
     rows: np.ndarray,
     logits: np.ndarray,
     normalise: Callable[[Tensor], Tensor],
-    stage: str = "layer4",
+    stage: str | None = None,
     count: int = 200,
     seed: int = 0,
     progress: bool = False,
@@ -48,7 +48,7 @@ def faithfulness(
     mean change of the answer's probability at each percentile; `combined` and `random_combined`
     half the difference of the two orders (higher is better); then their `difference`.
     """
-    started = time.perf_counter()
+    started, stage = time.perf_counter(), stage or stages_of(model)[-1]
     chosen = sample(len(rows), count, seed)
     generator, device = torch.Generator().manual_seed(seed), next(model.parameters()).device
     batches = [np.empty((2, len(ORDERS), len(PERCENTILES), 0))]

@@ -17,6 +17,7 @@ tensorboard/       by `tinylab train --track tensorboard`
 import contextlib
 import csv
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -316,7 +317,9 @@ def enter_run(
 
 
 def short(value: object) -> object:
-    """Return the first digits of a hash, and any other value as it is."""
+    """Return the first digits of a hash, or of a source text's, and any other value as it is."""
+    if isinstance(value, str) and "\n" in value:
+        value = hashlib.sha256(value.encode("utf-8", "surrogatepass")).hexdigest()
     digest = isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value)
     return value[:12] if digest else value
 

@@ -10,6 +10,7 @@ import safetensors
 import safetensors.torch
 from torch import Tensor, nn
 
+from tinylab.data.archive import file_sha256
 from tinylab.data.augment import network_input
 from tinylab.exceptions import UserError
 from tinylab.files import printable
@@ -25,11 +26,12 @@ def weights_file(
     names: tuple[str, ...],
     metrics: dict,
     content_sha256: str,
+    source: str | None = None,
 ) -> bytes:
     """Return a safetensors file that can be used without this project.
 
     Its metadata holds as JSON the classes in the order of the logits (wnids and names), the
-    normalisation, the recipe, the final metrics and the data set's hash.
+    normalisation, the recipe, the final metrics and the data set's hash. source: of an own network.
     """
     state = model.state_dict()
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
@@ -43,15 +45,39 @@ def weights_file(
         "content_sha256": content_sha256,
     }
     metadata = {"format": "pt", "architecture": "ResNet-18, 3x3 stem, no max-pool"}
+    if source is not None:
+        values["model"], metadata["architecture"] = source, "own: see its source, `model`"
     metadata |= {key: json.dumps(value) for key, value in values.items()}
     return safetensors.torch.save(tensors, metadata)
 
 
-def load_weights(path: Path, sha256: str | None = None) -> tuple[ResNet18, dict]:
+def load_weights(
+    path: Path, sha256: str | None = None, make: Callable[[int], nn.Module] | None = None
+) -> tuple[nn.Module, dict]:
     """Return the network of a `weights_file`, in eval mode on the CPU, and its metadata, decoded.
 
-    float16 weights are widened. sha256: of the file, if it must be a certain one.
-    Raise `UserError` if the file is missing, is something else, or has another hash.
+    float16 weights are widened. make: builds the network of a run that had one of its own.
+    Raise `UserError` as `read_weights` does, and if network and weights do not fit.
+    """
+    tensors, metadata = read_weights(path, sha256)
+    if "model" in metadata and make is None:
+        asked = "name it with --model FILE:NAME"
+        raise UserError(f"{path} holds weights of a network that is not tinylab's: {asked}")
+    classes = len(metadata["wnids"])
+    try:
+        model = make(classes) if make else ResNet18(classes, metadata["recipe"]["width"])
+        model.load_state_dict(tensors)  # widens float16
+    except (KeyError, TypeError, RuntimeError) as error:
+        reason = printable(error) or type(error).__name__
+        raise UserError(f"{path} does not fit the network: {reason}") from error
+    return model.eval(), metadata
+
+
+def read_weights(path: Path, sha256: str | None = None) -> tuple[dict[str, Tensor], dict]:
+    """Return the tensors of a `weights_file` and its metadata, decoded.
+
+    sha256: of the file, if it must be a certain one. Raise `UserError` if the file is missing, is
+    something else, or has another hash.
     """
     try:
         data = path.read_bytes()
@@ -60,14 +86,12 @@ def load_weights(path: Path, sha256: str | None = None) -> tuple[ResNet18, dict]
         tensors = safetensors.torch.load(data)
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
         keys = ("wnids", "names", "recipe", "mean", "std", "metrics", "content_sha256")
-        metadata = {key: json.loads(header[key]) for key in keys}
-        classes, width = len(metadata["wnids"]), metadata["recipe"]["width"]
-        if len(metadata["names"]) != classes:
-            raise ValueError(f"it has {classes} classes and {len(metadata['names'])} names")
+        metadata = {key: json.loads(header[key]) for key in (*keys, *{"model"} & header.keys())}
+        counts = (len(metadata["wnids"]), len(metadata["names"]))
+        if counts[0] != counts[1]:
+            raise ValueError("it has {} classes and {} names".format(*counts))
         if not all(tensor.isfinite().all() for tensor in tensors.values()):
             raise ValueError("it has numbers that are not finite")
-        model = ResNet18(classes, width)
-        model.load_state_dict(tensors)  # widens float16
     except FileNotFoundError as error:
         raise UserError(f"{path} is missing: the run is not finished") from error
     except (
@@ -75,7 +99,13 @@ def load_weights(path: Path, sha256: str | None = None) -> tuple[ResNet18, dict]
     ) as error:  # fmt: skip
         reason = printable(error) or type(error).__name__
         raise UserError(f"{path} does not hold weights that tinylab wrote: {reason}") from error
-    return model.eval(), metadata
+    return tensors, metadata
+
+
+def read_init(path: Path) -> tuple[dict[str, Tensor], str]:
+    """Return the weights in a run's folder or in a weights file, and the file's sha256."""
+    file = path / "model.safetensors" if path.is_dir() else path
+    return read_weights(file)[0], file_sha256(file)
 
 
 def recipe_of(metadata: dict) -> Recipe:

@@ -13,7 +13,7 @@ from pathlib import Path
 from tinylab.exceptions import UserError
 from tinylab.files import as_csv, plain_text, printable, write_atomically
 from tinylab.run.folder import Run
-from tinylab.run.weights import load_weights
+from tinylab.run.weights import read_weights
 from tinylab.share.template import render
 
 MARK = "<!-- model card written by tinylab -->"  # so that no other README is ever replaced
@@ -27,7 +27,7 @@ def write_hand_over(run: Run, folder: Path) -> list[Path]:
     files of these names that no earlier call wrote.
     """
     refuse_others_files(folder)
-    _, metadata = load_weights(run.weights, run.summary["model_sha256"])
+    _, metadata = read_weights(run.weights, run.summary["model_sha256"])
     classes = enumerate(zip(metadata["wnids"], metadata["names"], strict=True))
     # The card first: with it a later call knows the others for its own.
     contents = {

@@ -40,7 +40,7 @@ def export_onnx(model: nn.Module, metadata: dict, path: Path, opset: int = 18) -
     side = recipe_of(metadata).test_resolution
     options = {
         "input_names": ["images"], "output_names": ["logits"], "opset_version": opset,
-        "dynamic_shapes": {"x": {0: torch.export.Dim("batch")}}, "dynamo": True, "verbose": False,
+        "dynamic_shapes": ({0: torch.export.Dim("batch")},), "dynamo": True, "verbose": False,
     }  # fmt: skip
     disabled, silent = logging.root.manager.disable, io.StringIO()
     logging.disable(logging.WARNING)  # the exporter prints its progress, and warns of versions

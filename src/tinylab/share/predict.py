@@ -1,5 +1,7 @@
 """A finished run's network, and what it says of pictures."""
 
+import sys
+from collections.abc import Callable
 from itertools import chain, count
 from pathlib import Path
 
@@ -8,6 +10,7 @@ import torch
 from torch import nn
 
 from tinylab import figures as plots
+from tinylab.custom import source_text
 from tinylab.data.archive import class_order_sha256
 from tinylab.data.dataset import FOLDER, Dataset, open_dataset
 from tinylab.data.split import Split, make_split
@@ -15,17 +18,17 @@ from tinylab.exceptions import UserError
 from tinylab.explain.analysis import explain_answers
 from tinylab.explain.mistakes import softmax
 from tinylab.files import printable
-from tinylab.model import ResNet18
 from tinylab.recipe import SIZE
 from tinylab.run.folder import Run
 from tinylab.run.weights import load_weights, normalised
 
 
-def load(path: Path) -> tuple[ResNet18, dict]:
+def load(path: Path, make: Callable[[int], nn.Module] | None = None) -> tuple[nn.Module, dict]:
     """Return the network of a finished run, in eval mode on the CPU, and its file's metadata.
 
     path: a run's folder, a model.safetensors, or the folder that `tinylab export` made. The weights
     of a run must be the file that its summary names, and of the classes that it was trained on.
+    make: builds the network, if the run had one of its own.
     """
     path = Path(path)
     if not any((path / name).exists() for name in ("run.json", "recipe.json", "summary.json")):
@@ -34,9 +37,11 @@ def load(path: Path) -> tuple[ResNet18, dict]:
             problem = "holds no run and no weights" if path.is_dir() else "does not exist"
             advice = "name a finished run's folder, or a model.safetensors"
             raise UserError(f"{printable(path)} {problem}: {advice}")
-        return load_weights(file)
+        return load_weights(file, make=make)
     run = Run(path)
-    network, metadata = load_weights(run.weights, run.summary["model_sha256"])
+    network, metadata = load_weights(run.weights, run.summary["model_sha256"], make)
+    if make and source_text(make) != metadata.get("model"):
+        print("note: this is not the source that the run's network was built by", file=sys.stderr)
     order = class_order_sha256(metadata["wnids"])
     # Runs that began before there was such a field are held to their number of classes.
     trained = (run.identity["classes"], run.identity.get("class_order_sha256", order))

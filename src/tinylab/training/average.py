@@ -42,7 +42,8 @@ class WeightAverage(AveragedModel):
                 [each for each in network.buffers() if each.is_floating_point() == floating]
                 for network in (self.module, model)
             ]
-            torch._foreach_copy_(*buffers)
+            if buffers[0]:
+                torch._foreach_copy_(*buffers)
 
 
 def make_average(model: nn.Module, recipe: Recipe) -> AveragedModel | None:

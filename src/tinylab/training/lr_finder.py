@@ -7,12 +7,15 @@ factor per step is fastai's. No file is written, and the state is as before.
 import itertools
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
+from torch import nn
 
+from tinylab.custom import Loss, customise
 from tinylab.data.dataset import Dataset
 from tinylab.data.loader import Batch, make_loader
 from tinylab.data.split import make_split
@@ -43,7 +46,8 @@ def find_lr(
     recipe: Recipe, dataset: Dataset, *, split: str = "select", seed: int = 0,
     limit_classes: int | None = None, device: str = "auto", precision: str = "auto",
     start: float = 1e-5, stop: float = 10.0, steps: int = 100, workers: int | None = None,
-    quiet: bool = False,
+    transform: Callable | None = None, model: Callable[[int], nn.Module] | None = None,
+    loss: Loss | None = None, init: Path | None = None, quiet: bool = False,
 ) -> RangeTest:  # fmt: skip
     """Test `recipe` on the training images of the split, with the first weights of that seed.
 
@@ -54,7 +58,8 @@ def find_lr(
     compute = choose(device, precision)
     rows = make_split(dataset, split, limit_classes)
     require_batches(recipe, len(rows.train))
-    loader = make_loader(dataset, rows.train, recipe, seed, compute.device, workers)
+    custom, where = customise(transform, model, loss, init), (seed, compute.device, workers)
+    loader = make_loader(dataset, rows.train, recipe, *where, transform=custom.transform)
 
     def batches() -> Iterator[Batch]:
         for epoch in itertools.cycle(range(1, recipe.epochs + 1)):
@@ -62,14 +67,15 @@ def find_lr(
 
     say = silent if quiet else print_line
     with closing(loader), fastest_convolutions(compute), memory_hint(recipe, compute):
-        state = new_state(recipe, rows.classes, seed, loader.steps, compute)
+        network = {"make": model, "init": custom.init}
+        state = new_state(recipe, rows.classes, seed, loader.steps, compute, **network)
         with closing(watched(batches(), "range test", steps, say)) as endless:
-            return range_test(state, recipe, compute, endless, start, stop, steps)
+            return range_test(state, recipe, compute, endless, start, stop, steps, loss)
 
 
 def range_test(
     state: TrainState, recipe: Recipe, compute: Compute, batches: Iterator[Batch],
-    start: float = 1e-5, stop: float = 10.0, steps: int = 100,
+    start: float = 1e-5, stop: float = 10.0, steps: int = 100, loss: Loss | None = None,
 ) -> RangeTest:  # fmt: skip
     """Train while the learning rate grows from `start` to `stop` by the same factor each step.
 
@@ -90,7 +96,7 @@ def range_test(
             for group, share in zip(state.optimizer.param_groups, shares, strict=True):
                 group["lr"], group["momentum"] = rate * share, recipe.base_momentum
             state.scheduler.last_epoch = 0
-            train_step(state, recipe, compute, batch)
+            train_step(state, recipe, compute, batch, loss=loss)
             total, images = state.totals[[0, 3]].tolist()
             if images == 0 or not math.isfinite(total):
                 break

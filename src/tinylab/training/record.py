@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from tinylab.custom import gflop_per_image
 from tinylab.data.archive import class_order_sha256
 from tinylab.data.dataset import Dataset
 from tinylab.data.split import Split
@@ -122,6 +123,7 @@ def finish(
     cpu_seconds = sum(row.get("train_cpu_seconds", math.nan) for row in state.history)
     images = min(len(rows.train), steps * recipe.batch_size)
     warm = train_seconds + last["eval_seconds"]
+    gflop = gflop_per_image(state.model) if "model" in state.run else None
     muon = muon_petaflop(state.model, steps * recipe.epochs)
     tested = ("train_loss", "train_top1", "test_loss", "test_top1", "test_top5", "test_correct")
     summary = {
@@ -135,7 +137,7 @@ def finish(
         **{name: last[name] for name in tested},
         "parameters": sum(parameter.numel() for parameter in state.model.parameters()),
         "set_up_seconds": round(state.set_up_seconds, 3),
-        "train_petaflop": training_petaflop(recipe, len(rows.train)),
+        "train_petaflop": training_petaflop(recipe, len(rows.train), gflop),
         "muon_petaflop": muon if recipe.optimizer == "muon" else None,
         "train_seconds": round(train_seconds, 3),
         "train_cpu_seconds": None if math.isnan(cpu_seconds) else round(cpu_seconds, 3),
@@ -150,7 +152,8 @@ def finish(
 
     # ---- weights, and what says that all is there ----
     classes = (dataset.wnids[: rows.classes], dataset.names[: rows.classes])
-    weights = weights_file(state.tested, recipe, *classes, summary, dataset.content_sha256)
+    source = state.run.get("model")
+    weights = weights_file(state.tested, recipe, *classes, summary, dataset.content_sha256, source)
     write_atomically(run.weights, weights)
     summary["model_sha256"] = hashlib.sha256(weights).hexdigest()
     write_checksums(run, summary)

@@ -4,6 +4,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,7 @@ from torch import nn
 from torch.optim.lr_scheduler import OneCycleLR
 from torch.optim.swa_utils import AveragedModel
 
+from tinylab.custom import Loss, build_custom, fitting
 from tinylab.data.augment import normalise, resize
 from tinylab.data.loader import Batch
 from tinylab.exceptions import RecipeFailed, UserError
@@ -112,10 +114,18 @@ def require_batches(recipe: Recipe, images: int, ranks: Ranks = ALONE) -> None:
 
 def new_state(
     recipe: Recipe, classes: int, seed: int, steps_per_epoch: int, compute: Compute,
-    ranks: Ranks = ALONE, compiled: bool = False,
+    ranks: Ranks = ALONE, compiled: bool = False, make: Callable[[int], nn.Module] | None = None,
+    init: dict[str, torch.Tensor] | None = None,
 ) -> TrainState:  # fmt: skip
-    """Return the state before the first step: weights from `seed`, schedule over the whole run."""
-    model = build_model(recipe, classes, seed).to(compute.device)
+    """Return the state before the first step: weights from `seed`, schedule over the whole run.
+
+    make: builds another network for so many classes. init: weights that replace those of their name
+    and shape.
+    """
+    model = build_custom(make, classes, seed) if make else build_model(recipe, classes, seed)
+    if init:
+        model.load_state_dict(fitting(init, model), strict=False)
+    model = model.to(compute.device)
     average, scaler = make_average(model, recipe), compute.grad_scaler()
     optimizer, scheduler = make_optimizer(model, recipe, recipe.epochs * steps_per_epoch)
     if compiled:
@@ -128,11 +138,13 @@ def new_state(
 
 
 def train_step(
-    state: TrainState, recipe: Recipe, compute: Compute, batch: Batch, ranks: Ranks = ALONE
-) -> None:
+    state: TrainState, recipe: Recipe, compute: Compute, batch: Batch, ranks: Ranks = ALONE,
+    loss: Loss | None = None,
+) -> None:  # fmt: skip
     """Do one optimiser update, one step of the schedule and of the average; add to the totals.
 
     The gradient is that of the mean loss over the whole batch, however it is cut into pieces.
+    loss: in place of the cross-entropy.
     """
     # ---- forward and backward, piece by piece ----
     resolution = recipe.resolution_at(state.epoch)
@@ -144,10 +156,10 @@ def train_step(
             with compute.autocast():
                 logits = state.network(normalise(resize(piece.images, resolution), recipe))
             logits = logits.float()
-            loss = batch_loss(logits, piece, recipe.label_smoothing)
+            nats = batch_loss(logits, piece, recipe.label_smoothing, loss)
             # Gradients of several processes are averaged: `size` makes the average a sum again.
-            state.scaler.scale(loss * (ranks.size / batch.size)).backward()
-        count(state, loss.detach(), logits.detach(), piece)
+            state.scaler.scale(nats * (ranks.size / batch.size)).backward()
+        count(state, nats.detach(), logits.detach(), piece)
 
     # ---- update ----
     if state.scaler.is_enabled():
@@ -169,13 +181,21 @@ def pieces_of(batch: Batch, micro_batch: int | None, processes: int) -> list[Bat
     return [Batch(*parts, batch.share, batch.size) for parts in zip(*cut, strict=True)]
 
 
-def batch_loss(logits: torch.Tensor, batch: Batch, label_smoothing: float) -> torch.Tensor:
-    """Return the sum over images of the cross-entropy, in nats; mixed images have two labels."""
-    how = {"reduction": "sum", "label_smoothing": label_smoothing}
-    loss = F.cross_entropy(logits, batch.labels, **how)
+def batch_loss(
+    logits: torch.Tensor, batch: Batch, label_smoothing: float, loss: Loss | None = None
+) -> torch.Tensor:
+    """Return the sum over images of the cross-entropy, in nats; mixed images have two labels.
+
+    loss: another one, of logits (B, classes) and labels (B,), whose mean over the images it is.
+    """
+    if loss is None:
+        loss = partial(F.cross_entropy, reduction="sum", label_smoothing=label_smoothing)
+    else:
+        mean, loss = loss, lambda *both: len(batch.labels) * mean(*both)
+    whole = loss(logits, batch.labels)
     if batch.partners is None:
-        return loss
-    return batch.share * loss + (1 - batch.share) * F.cross_entropy(logits, batch.partners, **how)
+        return whole
+    return batch.share * whole + (1 - batch.share) * loss(logits, batch.partners)
 
 
 def count(state: TrainState, loss: torch.Tensor, logits: torch.Tensor, batch: Batch) -> None:

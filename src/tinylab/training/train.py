@@ -8,10 +8,12 @@ import dataclasses
 import itertools
 import signal
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
+from tinylab.custom import customise, fit_line
 from tinylab.data.dataset import Dataset, refuse_inside
 from tinylab.data.loader import Images, make_loader, statistics_batches
 from tinylab.data.split import make_split
@@ -41,7 +43,8 @@ def train(
     seed: int = 0, limit_classes: int | None = None, device: str = "auto", precision: str = "auto",
     compiled: bool = False, workers: int | None = None, mirror: Path | None = None,
     test_every: int = 1, continue_anyway: bool = False, track: Literal["tensorboard"] | None = None,
-    quiet: bool = False,
+    transform: Callable | None = None, model: Callable | None = None, loss: Callable | None = None,
+    init: Path | None = None, quiet: bool = False,
 ) -> Run:  # fmt: skip
     """Train `recipe` and return the finished run. A stopped run continues bit for bit.
 
@@ -49,7 +52,7 @@ def train(
     the first so many. workers: processes that run albumentations; they change no bit. mirror: a
     folder of this run's own that gets each checkpoint, too; the run continues from the newest whole
     one of both. test_every: epochs; the last one is always tested. continue_anyway: though the
-    code has changed. quiet: no log, no bar.
+    code has changed. transform, model, loss, init: see `custom.customise`. quiet: no log, no bar.
     Under torchrun every process calls this and trains its share; the first one writes.
     Raise `UserError` if the run cannot be made, `RecipeFailed` if its loss is no longer finite,
     `Stopped` after SIGINT or SIGTERM.
@@ -70,6 +73,7 @@ def train(
     if test_every < 1:
         raise UserError(f"test-every must be at least 1, not {test_every}")
     tracker = Tracker(run.folder) if track else None
+    custom = customise(transform, model, loss, init)
 
     with contextlib.ExitStack() as stack:
         ranks = stack.enter_context(join(compute.device))
@@ -83,24 +87,28 @@ def train(
 
         # ---- set up: everything slow, before the clock starts ----
         images = Images(dataset.images, dataset.labels, compute.device)
-        share = {"rank": ranks.rank, "ranks": ranks.size, "images": images}
-        loader = make_loader(dataset, rows.train, recipe, seed, compute.device, workers, **share)
+        how = {"images": images, "transform": custom.transform}
+        how |= {"rank": ranks.rank, "ranks": ranks.size}
+        loader = make_loader(dataset, rows.train, recipe, seed, compute.device, workers, **how)
         stack.enter_context(contextlib.closing(loader))
         if writes:
             stack.enter_context(run.lock())
         if writes and mirror:
             stack.enter_context(lock(mirror))
-        state = new_state(recipe, rows.classes, seed, loader.steps, compute, ranks, compiled)
-        identity = identity_of(dataset, rows, seed, compute, compiled)
+        how = (compute, ranks, compiled, model, custom.init)
+        state = new_state(recipe, rows.classes, seed, loader.steps, *how)
+        identity = identity_of(dataset, rows, seed, compute, compiled) | custom.identity
         state.run = dataclasses.asdict(recipe) | identity
         state.environment = environment.describe_environment(compute, ranks.size) | hashes(identity)
         found = restore(run, mirror, state, continue_anyway) if writes else None
         finished, saved, note = ranks.gather(found)[0]
         if not finished:
             say(heading(compute, compiled, dataset, recipe, rows, loader.steps))
+            if custom.init:
+                say(fit_line(custom.init, state.model))
             if compiled or (compute.device.type == "cuda" and not several):
                 say("warming up")
-                warm_up(state, recipe, compute, counts)  # before the folder is this run's
+                warm_up(state, recipe, compute, counts, loss)  # before the folder is this run's
         if saved:
             state.load_checkpoint(saved)
             state.totals *= writes  # saved as the sum over all processes
@@ -165,7 +173,8 @@ def train(
             progress.begin()
             with progress.bar, contextlib.closing(loader.epoch(state.epoch, state.step)) as batches:
                 for batch in batches:
-                    train_step(state, recipe, compute, batch, ranks=ranks)
+                    custom.seed_step(seed, state.epoch, state.step, ranks.rank)
+                    train_step(state, recipe, compute, batch, ranks, loss)
                     progress.step()
                     stop_if_asked()
                     if ranks.any(progress.since_saved > SAVE_SECONDS):

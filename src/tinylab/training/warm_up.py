@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
+from tinylab.custom import Loss
 from tinylab.data.loader import Batch, evaluation_batch_size
 from tinylab.exceptions import RecipeFailed, UserError
 from tinylab.recipe import SIZE, Recipe
@@ -27,7 +28,10 @@ def rehearsal(state: TrainState) -> Iterator[None]:
         state.load_checkpoint(saved)
 
 
-def warm_up(state: TrainState, recipe: Recipe, compute: Compute, images: tuple[int, int]) -> None:
+def warm_up(
+    state: TrainState, recipe: Recipe, compute: Compute, images: tuple[int, int],
+    loss: Loss | None = None,
+) -> None:  # fmt: skip
     """Run every shape of the run once on made-up images, before the clock starts.
 
     Compilation, the choice of convolution algorithms and the first allocation of memory happen
@@ -47,7 +51,7 @@ def warm_up(state: TrainState, recipe: Recipe, compute: Compute, images: tuple[i
     with rehearsal(state):
         for state.epoch in epoch_of.values():
             for size in 2 * sizes:  # the second step has momentum
-                train_step(state, recipe, compute, made_up(size))
+                train_step(state, recipe, compute, made_up(size), loss=loss)
         forward = make_forward(state.tested, recipe, compute)
         if state.average is not None:
             plain = made_up(min(recipe.batch_size, largest)).images
