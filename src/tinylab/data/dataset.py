@@ -13,7 +13,7 @@ that exists is complete.
 
 import errno
 import hashlib
-import io
+import itertools
 import json
 import math
 import os
@@ -28,18 +28,14 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from tinylab.data.archive import (
-    CONTENT_SHA256,
-    SAMPLE_SHA256,
-    WNIDS_SHA256,
-    Archive,
-    class_order_sha256,
-    content_sha256,
+from tinylab.data.archive import (  # isort: skip
+    CONTENT_SHA256, SAMPLE_SHA256, WNIDS_SHA256, Archive, class_order_sha256, content_sha256,
     file_sha256,
 )  # fmt: skip
 from tinylab.data.download import URLS, find
+from tinylab.data.picture import decode
 from tinylab.exceptions import UserError
-from tinylab.files import interactive, lock, printable
+from tinylab.files import interactive, lock, new_folder, printable
 from tinylab.recipe import SIZE
 
 FORMAT_VERSION = 1
@@ -60,6 +56,7 @@ class Dataset:
     names: tuple[str, ...]  # of the classes, for people
     train_count: int  # rows below it were the official training images, the others validation
     content_sha256: str
+    title: str = ""  # what somebody's own images are called; "" for Tiny ImageNet's layout
 
     @property
     def is_tiny_imagenet(self) -> bool:
@@ -98,9 +95,11 @@ def open_dataset(folder: Path = FOLDER) -> Dataset:
             arrays.append(array)
         _, labels, boxes = arrays
         in_range = labels.min() >= 0 and labels.max() < len(wnids) and boxes.max() < SIZE
-        if not in_range or list(wnids) != sorted(set(wnids)):
+        if not in_range or list(wnids) != sorted(set(wnids)) or "/" in "".join(wnids):
             raise ValueError("labels, classes and boxes do not fit")
-        return Dataset(folder, *arrays, wnids, tuple(names), train_count, meta["content_sha256"])
+        own = printable(meta.get("title", ""))
+        content = meta["content_sha256"]
+        return Dataset(folder, *arrays, wnids, tuple(names), train_count, content, own)
     except Exception as error:  # np.load passes on what its parsers raise for a damaged header
         raise damaged(folder, printable(error, 100)) from error
 
@@ -125,16 +124,9 @@ def read_meta(folder: Path) -> dict:
     try:
         raw = (folder / "meta.json").read_bytes()
         meta = json.loads(raw)
-    except NotADirectoryError as error:
-        way = f"`tinylab prepare --source {folder}` makes {FOLDER} of an archive"
-        raise UserError(f"{folder} is a file, not a data folder: {way}") from error
-    except FileNotFoundError as error:
-        way = f"run `tinylab prepare --data {folder}`"
-        if folder.suffix == ".zip":
-            way = "there is no such archive either"
+    except (FileNotFoundError, NotADirectoryError) as error:
+        way = f"`tinylab prepare --{'source' if folder.is_file() else 'data'} {folder}` makes one"
         raise UserError(f"no data set in {folder}: {way}") from error
-    except OSError as error:
-        raise UserError(f"cannot read {folder / 'meta.json'}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
         raise damaged(folder, "meta.json is not JSON") from error
     if not isinstance(meta, dict) or meta.get("format_version") != FORMAT_VERSION:
@@ -167,7 +159,7 @@ def damaged(folder: Path, problem: str) -> UserError:
 
 def prepare(
     source: str | Path = "auto",
-    folder: Path = FOLDER,
+    folder: str | Path = FOLDER,
     workers: int | None = None,
     progress: bool = True,
 ) -> Dataset:
@@ -177,104 +169,84 @@ def prepare(
     several processes one builds, the others wait. Raise `UserError`, naming the file at fault; then
     nothing is left behind.
     """
-    folder, elsewhere = Path(folder), "choose another place with --data"
-    if workers is not None and workers < 1:
-        raise UserError(f"workers must be at least 1, not {workers}")
-    try:
-        if (folder / "meta.json").exists():
-            return open_dataset(folder)
-        folder.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(folder)
+    if not (folder / "meta.json").exists():
         with lock(folder, f"another process is preparing {folder}; waiting for it"):
-            if (folder / "meta.json").exists():
-                return open_dataset(folder)
-            if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-                raise UserError(f"{folder} exists, but is no data set: {elsewhere}")
-            with Archive(find(source, folder.parent)) as archive:
+            if not (folder / "meta.json").exists():
                 strict = str(source) in ("auto", *URLS)
-                build(archive, folder, workers or available_cores(), progress, strict)
-    except OSError as error:
-        reason = error.strerror or error
-        raise UserError(f"cannot write {folder}: {reason}; {elsewhere}") from error
+                with new_folder(folder) as building:
+                    archive = Archive(find(source, folder.parent))
+                    build(archive, building, max(1, workers or available_cores()), progress, strict)
+    elif str(source) != "auto":
+        print(f"note: {folder} was prepared before: {source} is not read", file=sys.stderr)
     return open_dataset(folder)
 
 
 def build(archive: Archive, folder: Path, workers: int, progress: bool, strict: bool) -> None:
     """Decode the archive into `folder`. strict: refuse Tiny ImageNet's classes with other files."""
-    building = folder.with_name(f"{folder.name}.tinylab-building")
-    shutil.rmtree(building, ignore_errors=True)  # of a killed process: the lock is ours
-    try:
-        building.mkdir()
-        labels = [file.label for file in archive.files]
-        np.save(building / "labels.npy", np.array(labels, np.int16))
-        np.save(building / "boxes.npy", np.array([file.box for file in archive.files], np.uint8))
-        digests = write_images(archive, building / "images.npy", workers, progress)
+    labels = [file.label for file in archive.files]
+    np.save(folder / "labels.npy", np.array(labels, np.int16))
+    np.save(folder / "boxes.npy", np.array([file.box for file in archive.files], np.uint8))
 
-        # ---- identity ----
-        written = ("labels.npy", "boxes.npy", "images.npy")  # the order in meta.json
-        content = content_sha256(archive.files, archive.wnids, digests)
-        if content != CONTENT_SHA256 and class_order_sha256(archive.wnids) == WNIDS_SHA256:
-            problem = f"{archive.path} has Tiny ImageNet's classes, but other files ({content})"
-            if strict:
-                raise UserError(f"{problem}: name it with --source to use it all the same")
-            print(f"note: {problem}", file=sys.stderr)
-        elif content != CONTENT_SHA256 and strict:
-            print(f"note: {archive.path} is not Tiny ImageNet", file=sys.stderr)
-        meta = {
-            "format_version": FORMAT_VERSION,
-            "is_tiny_imagenet": content == CONTENT_SHA256,
-            "content_sha256": content,
-            "train_count": archive.train_count,
-            "val_count": len(labels) - archive.train_count,
-            "sha256": {name: file_sha256(building / name) for name in written},
-            "wnids": archive.wnids,
-            "names": archive.names,
-        }
-        meta["sha256"]["meta.json"] = meta_sha256(meta)
-        (building / "meta.json").write_bytes(meta_bytes(meta))
-        building.rename(folder)
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
+    # ---- images ----
+    shape, digests = (len(labels), SIZE, SIZE, 3), []
+    if shutil.disk_usage(folder).free < math.prod(shape):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
+    def load(path: str) -> tuple[str, np.ndarray]:
+        content = archive.read(path)
+        return hashlib.sha256(content).hexdigest(), decode(content, printable(path))
 
-def write_images(archive: Archive, path: Path, workers: int, progress: bool) -> list[str]:
-    """Decode all images into the .npy file; return the sha256 of every JPEG file."""
-    shape, digests = (len(archive.files), SIZE, SIZE, 3), []
-    reserve(path.parent, math.prod(shape))
     hidden = not (progress and interactive())
     bar = tqdm(total=shape[0], desc="decoding", unit=" images", mininterval=0.3, disable=hidden)
     quiet = warnings.catch_warnings(action="ignore")  # Pillow's, of files that decode all the same
-    with bar, quiet, open(path, "wb") as file, ThreadPoolExecutor(workers) as pool:
+    with bar, quiet, open(folder / "images.npy", "wb") as file, ThreadPoolExecutor(workers) as pool:
         header = {"descr": "|u1", "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(file, header)
         for first in range(0, shape[0], CHUNK):
-            names = [each.path for each in archive.files[first : first + CHUNK]]
-            jpegs = [archive.read(name) for name in names]
-            digests += [hashlib.sha256(jpeg).hexdigest() for jpeg in jpegs]
+            paths = [each.path for each in archive.files[first : first + CHUNK]]
+            some, images = zip(*pool.map(load, paths), strict=True)
             # Written, not memory-mapped: on a full disk this is an exception, not a signal.
-            file.write(np.stack(list(pool.map(decode, jpegs, names))).data)
-            bar.update(len(names))
-    return digests
+            file.write(np.stack(images).data)
+            digests += some
+            bar.update(len(paths))
+
+    # ---- identity ----
+    written = ("labels.npy", "boxes.npy", "images.npy")  # the order in meta.json
+    content = content_sha256(archive.files, archive.wnids, digests)
+    if content != CONTENT_SHA256 and class_order_sha256(archive.wnids) == WNIDS_SHA256:
+        problem = f"{archive.path} has Tiny ImageNet's classes, but other files ({content})"
+        if strict:
+            raise UserError(f"{problem}: name it with --source to use it all the same")
+        print(f"note: {problem}", file=sys.stderr)
+    meta = {
+        "format_version": FORMAT_VERSION,
+        "is_tiny_imagenet": content == CONTENT_SHA256,
+        "content_sha256": content,
+        "train_count": archive.train_count,
+        "val_count": len(labels) - archive.train_count,
+        "sha256": {name: file_sha256(folder / name) for name in written},
+        "wnids": archive.wnids,
+        "names": archive.names,
+    } | ({"title": archive.title} if archive.title else {})
+    meta["sha256"]["meta.json"] = meta_sha256(meta)
+    (folder / "meta.json").write_bytes(meta_bytes(meta))
 
 
-def reserve(folder: Path, size: int) -> None:
-    """Refuse a disk with less than `size` bytes free, before any work is done."""
-    if shutil.disk_usage(folder).free < size:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+def write_folders(dataset: Dataset, folder: Path) -> None:
+    """Write `folder`/train and /val as torchvision's ImageFolder reads them, and words.txt.
 
-
-def decode(jpeg: bytes, name: str) -> np.ndarray:
-    """Return the image, uint8 (64, 64, 3), RGB. Raise `UserError` naming the file.
-
-    libjpeg mends small damage silently: zips tell it by their CRC-32, Tiny ImageNet by its hash.
+    PNG files, named by their row: the very pixels that tinylab trains on, from any data folder,
+    with no archive at hand; JPEG decoders differ, and a second JPEG would lose.
     """
-    try:
-        with Image.open(io.BytesIO(jpeg), formats=["JPEG"]) as image:
-            if image.size == (SIZE, SIZE):
-                return np.asarray(image.convert("RGB"))
-            problem = f"has {image.width} x {image.height} pixels instead of {SIZE} x {SIZE}"
-    except Exception:  # Pillow raises many kinds for broken files, SyntaxError among them
-        problem = "is not a sound JPEG file"
-    raise UserError(f"{printable(name)} {problem}; use an unmodified copy of the archive")
+    words = zip(dataset.wnids, dataset.names, strict=True)
+    with new_folder(folder) as building:
+        for part, wnid in itertools.product(("train", "val"), dataset.wnids):
+            (building / part / wnid).mkdir(parents=True)
+        (building / "words.txt").write_text("".join(f"{w}\t{n}\n" for w, n in words), "utf-8")
+        for row, (image, label) in enumerate(zip(dataset.images, dataset.labels, strict=True)):
+            part = "train" if row < dataset.train_count else "val"
+            Image.fromarray(image).save(building / part / dataset.wnids[label] / f"{row:06}.png")
 
 
 def available_cores() -> int:

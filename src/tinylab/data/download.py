@@ -21,7 +21,6 @@ URLS = (
     "https://zenodo.org/records/10720917/files/tiny-imagenet-200.zip?download=1",
     "https://huggingface.co/datasets/cnak47/cv-datasets/resolve/main/tiny-imagenet-200.zip",
 )
-ZIP_BYTES = 248_100_043
 ZIP_SHA256 = "6198c8ae015e2b3e007c7841da39ec069199b9aa3bfa943a462022fe5e43c821"
 
 

@@ -7,7 +7,6 @@ each image is the extent of the figure's pixels: localisation can be tested agai
 
 import colorsys
 import io
-import os
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -22,11 +21,7 @@ from tinylab.files import write_atomically
 from tinylab.recipe import SIZE
 
 GREYSCALE_SHARE = 0.02  # of the labelled images; 1.8 % of the real ones
-OTHER_WORDS = {
-    "n80000001": "figure, shape",
-    "n80000002": "background, clutter",
-    "n95000000": "texture, pattern",
-}
+OTHER_WORDS = {"n80000001": "figure, shape", "n95000000": "texture, pattern"}
 """Entries of words.txt that are no class: the real file names 82,114 wnids, of which 200 are."""
 ROWS, COLUMNS = np.mgrid[:SIZE, :SIZE].astype(np.float32)
 
@@ -95,28 +90,16 @@ def write_sample(target: Path, *, classes: int = 10, per_class: int = 60, seed: 
 
     `classes` are the first of `KINDS`. Of the `per_class` images one sixth goes to val/, the others
     to train/. One seed gives the same bytes every time, with the same numpy and Pillow. Raise
-    `UserError` if the target cannot be written or a size is impossible.
+    `UserError` if the target cannot be written or the seed is negative.
     """
-    if not (2 <= classes <= len(KINDS) and per_class >= 2 and seed >= 0):
-        wanted = (
-            f"from 2 to {len(KINDS)} classes, at least 2 images of each, and a seed of 0 or more"
-        )
-        raise UserError(f"a sample has {wanted}, not {classes}, {per_class} and {seed}")
-    if os.path.isdir(target):
-        raise UserError(f"{target} is a folder; name the zip file to write in it")
-    content = io.BytesIO()
-    with zipfile.ZipFile(content, "w") as archive:
-        fill(archive, classes, per_class, seed)
-    write_atomically(target, content.getbuffer())
-    return target
-
-
-def fill(archive: zipfile.ZipFile, classes: int, per_class: int, seed: int) -> None:
-    """Add every member of the sample to the open archive."""
+    if seed < 0:
+        raise UserError(f"seed must be 0 or more, not {seed}")
     rng = np.random.default_rng(seed)
     labelled = classes * per_class
     grey = rng.choice(labelled, max(1, round(GREYSCALE_SHARE * labelled)), replace=False)
     training = per_class - max(1, round(per_class / 6))
+    content = io.BytesIO()
+    archive = zipfile.ZipFile(content, "w")
 
     def add(name: str, content: bytes | str) -> None:
         # With zip's zero date: the clock must not change the bytes.
@@ -142,11 +125,10 @@ def fill(archive: zipfile.ZipFile, classes: int, per_class: int, seed: int) -> N
     add_lines("words.txt", [f"{wnid}\t{words[wnid]}" for wnid in sorted(words)])
 
     for label, wnid in enumerate(wnids):
-        boxes = []
-        for number in range(training):
-            name = f"{wnid}_{number}.JPEG"
-            boxes.append(f"{name}\t{add_image(f'train/{wnid}/images/{name}', label, number)}")
-        add_lines(f"train/{wnid}/{wnid}_boxes.txt", boxes)
+        files = [f"{wnid}_{number}.JPEG" for number in range(training)]
+        boxes = (add_image(f"train/{wnid}/images/{f}", label, i) for i, f in enumerate(files))
+        pairs = zip(files, boxes, strict=True)
+        add_lines(f"train/{wnid}/{wnid}_boxes.txt", [f"{file}\t{box}" for file, box in pairs])
 
     held_out = [(label, i) for label in range(classes) for i in range(training, per_class)]
     annotations = []
@@ -158,6 +140,9 @@ def fill(archive: zipfile.ZipFile, classes: int, per_class: int, seed: int) -> N
 
     for i in range(10):  # without labels, as in the real archive: nothing reads them
         add_image(f"test/images/test_{i}.JPEG", i % classes, per_class + i // classes)
+    archive.close()
+    write_atomically(target, content.getbuffer())
+    return target
 
 
 def draw_numbered(label: int, number: int, seed: int = 0) -> Drawing:
