@@ -38,10 +38,10 @@ def _here(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_every_command_works(desk: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["evaluate", "runs/a"]) == 0
+    assert main(["evaluate", "runs/a", "--precision", "fp32"]) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert result["test_correct"] == Run(desk / "runs/a").summary["test_correct"]
-    assert main(["evaluate", "runs/a", "--tta", "flip"]) == 0
+    assert main(["evaluate", "runs/a", "--tta", "flip", "--precision", "fp32"]) == 0
     flipped = json.loads(capsys.readouterr().out.splitlines()[-1])["test_top1"]
     assert flipped == Run(desk / "runs/a").summary["flip_tta_top1"]
     assert main(["explain", "runs/a", "--count", "2", "--sample", "4"]) == 0

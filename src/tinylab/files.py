@@ -24,7 +24,7 @@ def write_atomically(path: Path, *parts: bytes | memoryview, keep_as: Path | Non
     Written under another name, flushed to the disk, renamed: the file is whole or as before, also
     after a kill or on a full disk. Folders above it are made. Raise `UserError` if that fails.
     """
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary = Path(f"{path}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:

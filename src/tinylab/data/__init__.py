@@ -7,9 +7,8 @@ Others use `dataset.prepare` and `open_dataset`, `split.make_split`, `loader.mak
 
 
 def __getattr__(name: str) -> object:
-    """Load `TinyImageNet` when it is asked for: the rest does without torch."""
     if name != "TinyImageNet":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from tinylab.data.tiny_imagenet import TinyImageNet
+        raise AttributeError(name)
+    from tinylab.data.tiny_imagenet import TinyImageNet  # only now, as it needs torch
 
     return TinyImageNet

@@ -11,17 +11,15 @@ The published archive (248 MB, Stanford's CS231n course) holds
       val/images/val_<n>.JPEG                50 per class
       test/                                  without labels: never read, may be missing
 
-Read as well, and equal to it: the root under another name or deeper; train/<wnid>/<file>; val/
-sorted into class folders; no words.txt; no boxes. Without a wnids.txt it is anybody's images:
-<class>/<file>, or train/<class>/<file> and val/<class>/<file>, at any depth.
-
-Nothing is extracted: files are read one by one from a folder or a zip, with caps on their size; a
-tar is read once, into memory.
+Equal to it are: the root under another name or deeper; train/<wnid>/<file>; val/ sorted into class
+folders; no words.txt; no boxes. Without a wnids.txt it is anybody's images: <class>/<file>, or
+train/<class>/<file> and val/<class>/<file>, also deeper. Nothing is extracted: files are read one
+by one from a folder or a zip, with caps on their size; a tar is read once, into memory.
 """
 
+import glob
 import hashlib
 import io
-import os
 import posixpath
 import re
 import statistics
@@ -33,7 +31,7 @@ from collections.abc import Callable, Iterable, Sequence, Set
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from tinylab.data.download import NAME, ZIP_SHA256
+from tinylab.data.download import NAME
 from tinylab.data.picture import MOST_BYTES
 from tinylab.exceptions import UserError
 from tinylab.files import printable
@@ -88,21 +86,11 @@ def class_order_sha256(wnids: Sequence[str]) -> str:
     return hashlib.sha256("".join(f"{wnid}\n" for wnid in wnids).encode()).hexdigest()
 
 
-def file_sha256(path: Path) -> str:
-    """Return the sha256 of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def contents(path: Path) -> tuple[list[str], Callable[[str], BinaryIO]]:
     """Return the names of the files in a folder, a zip or a tar, and what opens one of them."""
     if path.is_dir():
-        names = []
-        for folder, folders, files in os.walk(path, followlinks=True):
-            below = Path(folder).relative_to(path)
-            if len(below.parts) > 8:  # a link may lead in a circle
-                folders.clear()
-            names += [(below / file).as_posix() for file in files]
+        every = glob.iglob("**", root_dir=path, recursive=True)  # it follows links
+        names = [Path(name).as_posix() for name in every if (path / name).is_file()]
         return names, lambda name: open(path / name, "rb")
 
     if tarfile.is_tarfile(path):
@@ -163,10 +151,7 @@ class Archive:
         try:
             with self._open(name) as file:
                 content = file.read(limit + 1)  # with a size, zipfile stops unpacking there
-        except OSError as error:
-            reason = error.strerror or error
-            raise UserError(f"cannot read {printable(name)} in {self.path}: {reason}") from error
-        except Exception as error:
+        except Exception as error:  # of the disk, or as above
             raise self.refusal(f"{printable(name)} is damaged ({printable(error)})") from error
         if len(content) > limit:
             raise self.refusal(f"{printable(name)} has more than {limit:,} bytes")
@@ -283,20 +268,17 @@ class Archive:
 def verify_archive(path: Path) -> str:
     """Read all that is labelled at `path`, and say in one line what it is. Nothing is decoded.
 
-    Raise `UserError` for damage, and for Tiny ImageNet's classes with other files.
+    Raise `UserError` for damage, and for Tiny ImageNet's classes with anything but its files.
     """
-    if path.is_file() and file_sha256(path) == ZIP_SHA256:
-        return f"{path} is the published archive, sha256 {ZIP_SHA256}"
     opened = Archive(path)
     digests = (hashlib.sha256(opened.read(file.path)).hexdigest() for file in opened.files)
     content = content_sha256(opened.files, opened.wnids, digests)
     names = "".join(f"{w}\t{name}\n" for w, name in zip(opened.wnids, opened.names, strict=True))
     lists = hashlib.sha256(names.encode() + b"".join(bytes(file.box) for file in opened.files))
-    if content == CONTENT_SHA256 and lists.hexdigest() == LISTS_SHA256:
-        return f"{path} holds the published files, packed anew (content sha256 {content})"
-    if content == CONTENT_SHA256:
-        raise opened.refusal("it has the published images, but other class names or boxes")
-    if class_order_sha256(opened.wnids) == WNIDS_SHA256:
-        raise opened.refusal(f"it has Tiny ImageNet's classes, but other files ({content})")
+    found = (content, lists.hexdigest())
+    if class_order_sha256(opened.wnids) == WNIDS_SHA256 and found != (CONTENT_SHA256, LISTS_SHA256):
+        other = "class names or boxes" if content == CONTENT_SHA256 else f"files ({content})"
+        raise opened.refusal(f"it has Tiny ImageNet's classes, but other {other}")
     counts = f"{len(opened.wnids):,} classes, {len(opened.files):,} labelled images"
-    return f"{path} is whole, but not Tiny ImageNet: {counts} (content sha256 {content})"
+    name = DATA_NAMES.get(content, "not Tiny ImageNet")
+    return f"{path} is whole: {name}, {counts}, content sha256 {content}"

@@ -11,13 +11,9 @@ in canonical order (see `archive.Archive`). It is built under another name and r
 that exists is complete.
 """
 
-import errno
 import hashlib
-import itertools
 import json
-import math
 import os
-import shutil
 import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -30,9 +26,8 @@ from tqdm import tqdm
 
 from tinylab.data.archive import (  # isort: skip
     CONTENT_SHA256, SAMPLE_SHA256, WNIDS_SHA256, Archive, class_order_sha256, content_sha256,
-    file_sha256,
 )  # fmt: skip
-from tinylab.data.download import URLS, find
+from tinylab.data.download import find
 from tinylab.data.picture import decode
 from tinylab.exceptions import UserError
 from tinylab.files import interactive, lock, new_folder, printable
@@ -40,7 +35,9 @@ from tinylab.recipe import SIZE
 
 FORMAT_VERSION = 1
 FOLDER = Path("data/tiny-imagenet")
-ARRAYS = ("images.npy", "labels.npy", "boxes.npy")
+ARRAYS = {"images.npy": (np.uint8, (SIZE, SIZE, 3)), "labels.npy": (np.int16, ()),
+          "boxes.npy": (np.uint8, (4,))}  # fmt: skip
+"""Type of each file, and shape of an image's entry."""
 CHUNK = 500  # images that are decoded and written at once: 6 MB
 
 
@@ -51,7 +48,7 @@ class Dataset:
     folder: Path
     images: np.ndarray  # uint8 (N, 64, 64, 3), RGB, memory-mapped
     labels: np.ndarray  # int16 (N,), indices into `wnids`
-    boxes: np.ndarray  # uint8 (N, 4): x0, y0, x1, y1 in pixels, corners included
+    boxes: np.ndarray  # uint8 (N, 4): x0, y0, x1, y1 in pixels, corners included; 0: there is none
     wnids: tuple[str, ...]  # sorted
     names: tuple[str, ...]  # of the classes, for people
     train_count: int  # rows below it were the official training images, the others validation
@@ -75,7 +72,7 @@ class Dataset:
         return open_dataset, (self.folder,)  # another process maps the files, too
 
 
-def open_dataset(folder: Path = FOLDER) -> Dataset:
+def open_dataset(folder: str | Path = FOLDER) -> Dataset:
     """Return the data set in `folder`, images memory-mapped.
 
     Raise `UserError` if there is none, of another version, or not as meta.json describes it. The
@@ -84,22 +81,19 @@ def open_dataset(folder: Path = FOLDER) -> Dataset:
     folder = Path(folder)
     meta = read_meta(folder)
     try:
-        wnids, train_count = tuple(meta["wnids"]), meta["train_count"]
+        wnids, train_count, arrays = tuple(meta["wnids"]), meta["train_count"], []
         names = (printable(n) or wnid for n, wnid in zip(meta["names"], wnids, strict=True))
-        rows, arrays = train_count + meta["val_count"], []
-        shapes, types = ((rows, SIZE, SIZE, 3), (rows,), (rows, 4)), ("u1", "i2", "u1")
-        for name, shape, dtype in zip(ARRAYS, shapes, types, strict=True):
+        for name, (dtype, shape) in ARRAYS.items():
             array = np.load(folder / name, mmap_mode="r", allow_pickle=False)
-            if array.shape != shape or array.dtype != dtype:
+            if array.shape != (train_count + meta["val_count"], *shape) or array.dtype != dtype:
                 raise ValueError(f"{name} is {array.dtype}{array.shape}")
             arrays.append(array)
         _, labels, boxes = arrays
         in_range = labels.min() >= 0 and labels.max() < len(wnids) and boxes.max() < SIZE
         if not in_range or list(wnids) != sorted(set(wnids)) or "/" in "".join(wnids):
             raise ValueError("labels, classes and boxes do not fit")
-        own = printable(meta.get("title", ""))
-        content = meta["content_sha256"]
-        return Dataset(folder, *arrays, wnids, tuple(names), train_count, content, own)
+        what = meta["content_sha256"], printable(meta.get("title", ""))
+        return Dataset(folder, *arrays, wnids, tuple(names), train_count, *what)
     except Exception as error:  # np.load passes on what its parsers raise for a damaged header
         raise damaged(folder, printable(error, 100)) from error
 
@@ -113,7 +107,7 @@ def refuse_inside(dataset: Dataset, folder: Path, what: str) -> None:
 
 def verify(dataset: Dataset) -> None:
     """Read all of the data set and compare it with the sha256 in its meta.json."""
-    hashes = read_meta(dataset.folder).get("sha256") or {}
+    hashes = read_meta(dataset.folder).get("sha256", {})
     for name in ARRAYS:
         if file_sha256(dataset.folder / name) != hashes.get(name):
             raise damaged(dataset.folder, f"{name} has changed since it was prepared")
@@ -124,15 +118,14 @@ def read_meta(folder: Path) -> dict:
     try:
         raw = (folder / "meta.json").read_bytes()
         meta = json.loads(raw)
+        version, hashes = meta["format_version"], meta.get("sha256", {})
     except (FileNotFoundError, NotADirectoryError) as error:
         way = f"`tinylab prepare --{'source' if folder.is_file() else 'data'} {folder}` makes one"
         raise UserError(f"no data set in {folder}: {way}") from error
-    except (ValueError, RecursionError) as error:
-        raise damaged(folder, "meta.json is not JSON") from error
-    if not isinstance(meta, dict) or meta.get("format_version") != FORMAT_VERSION:
-        other = f"{folder} has another format than this tinylab reads (version {FORMAT_VERSION})"
-        raise UserError(f"{other}: delete it and run `tinylab prepare --data {folder}`")
-    hashes = meta.get("sha256") or {}
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise damaged(folder, "meta.json is not JSON, or none of a data set") from error
+    if version != FORMAT_VERSION:
+        raise damaged(folder, f"it has another format than this tinylab reads ({FORMAT_VERSION})")
     own = hashes.get("meta.json")  # folders prepared before it had one lack it
     unknown = hashes.keys() - {*ARRAYS, "meta.json"}
     if unknown or (own and (own != meta_sha256(meta) or raw != meta_bytes(meta))):
@@ -151,8 +144,14 @@ def meta_sha256(meta: dict) -> str:
     return hashlib.sha256(meta_bytes(meta | {"sha256": others})).hexdigest()
 
 
+def file_sha256(path: Path) -> str:
+    """Return the sha256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def damaged(folder: Path, problem: str) -> UserError:
-    """Return the error of a damaged data set."""
+    """Return the error of a data set that must be made anew."""
     again = f"delete it and run `tinylab prepare --data {folder}`"
     return UserError(f"{folder} is damaged: {problem}; {again}")
 
@@ -173,25 +172,22 @@ def prepare(
     if not (folder / "meta.json").exists():
         with lock(folder, f"another process is preparing {folder}; waiting for it"):
             if not (folder / "meta.json").exists():
-                strict = str(source) in ("auto", *URLS)
                 with new_folder(folder) as building:
                     archive = Archive(find(source, folder.parent))
-                    build(archive, building, max(1, workers or available_cores()), progress, strict)
+                    build(archive, building, max(1, workers or available_cores()), progress)
     elif str(source) != "auto":
         print(f"note: {folder} was prepared before: {source} is not read", file=sys.stderr)
     return open_dataset(folder)
 
 
-def build(archive: Archive, folder: Path, workers: int, progress: bool, strict: bool) -> None:
-    """Decode the archive into `folder`. strict: refuse Tiny ImageNet's classes with other files."""
+def build(archive: Archive, folder: Path, workers: int, progress: bool) -> None:
+    """Decode the archive into `folder`."""
     labels = [file.label for file in archive.files]
     np.save(folder / "labels.npy", np.array(labels, np.int16))
     np.save(folder / "boxes.npy", np.array([file.box for file in archive.files], np.uint8))
 
     # ---- images ----
     shape, digests = (len(labels), SIZE, SIZE, 3), []
-    if shutil.disk_usage(folder).free < math.prod(shape):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def load(path: str) -> tuple[str, np.ndarray]:
         content = archive.read(path)
@@ -215,10 +211,8 @@ def build(archive: Archive, folder: Path, workers: int, progress: bool, strict: 
     written = ("labels.npy", "boxes.npy", "images.npy")  # the order in meta.json
     content = content_sha256(archive.files, archive.wnids, digests)
     if content != CONTENT_SHA256 and class_order_sha256(archive.wnids) == WNIDS_SHA256:
-        problem = f"{archive.path} has Tiny ImageNet's classes, but other files ({content})"
-        if strict:
-            raise UserError(f"{problem}: name it with --source to use it all the same")
-        print(f"note: {problem}", file=sys.stderr)
+        note = f"note: {archive.path} has Tiny ImageNet's classes, but other files ({content})"
+        print(note, file=sys.stderr)
     meta = {
         "format_version": FORMAT_VERSION,
         "is_tiny_imagenet": content == CONTENT_SHA256,
@@ -234,19 +228,19 @@ def build(archive: Archive, folder: Path, workers: int, progress: bool, strict: 
 
 
 def write_folders(dataset: Dataset, folder: Path) -> None:
-    """Write `folder`/train and /val as torchvision's ImageFolder reads them, and words.txt.
+    """Write train/ and val/ into `folder` as torchvision's ImageFolder reads them, and words.txt.
 
-    PNG files, named by their row: the very pixels that tinylab trains on, from any data folder,
-    with no archive at hand; JPEG decoders differ, and a second JPEG would lose.
+    As PNG, named by row: the very pixels that are trained on (JPEG decoders differ), made of any
+    data folder, its archive at hand or not.
     """
     words = zip(dataset.wnids, dataset.names, strict=True)
     with new_folder(folder) as building:
-        for part, wnid in itertools.product(("train", "val"), dataset.wnids):
-            (building / part / wnid).mkdir(parents=True)
         (building / "words.txt").write_text("".join(f"{w}\t{n}\n" for w, n in words), "utf-8")
-        for row, (image, label) in enumerate(zip(dataset.images, dataset.labels, strict=True)):
+        for row, label in enumerate(dataset.labels):
             part = "train" if row < dataset.train_count else "val"
-            Image.fromarray(image).save(building / part / dataset.wnids[label] / f"{row:06}.png")
+            target = building / part / dataset.wnids[label] / f"{row:06}.png"
+            target.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(dataset.images[row]).save(target)
 
 
 def available_cores() -> int:

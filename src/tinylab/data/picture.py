@@ -19,6 +19,12 @@ MOST_BYTES = 256 * 1024 * 1024
 MOST_PIXELS = 128_000_000  # of any picture: phones make JPEGs of 108 million
 MOST_HELD = 64_000_000  # pixels decoded into memory; a plain JPEG is shrunk in decoding
 
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90,
+}  # fmt: skip
+"""What turns a picture upright, by its EXIF orientation."""
 KNOWN = {
     "a HEIC or AVIF picture": rb"....ftyp(he[iv]|mif1|msf1|avi)",
     "a TIFF picture": rb"II\*\0|MM\0\*", "a PDF document": b"%PDF",
@@ -75,18 +81,48 @@ def decode(content: bytes, name: str) -> np.ndarray:
     most = f"more than {MOST_HELD // 10**6} million pixels"
     too_large = f"{name} is too large: {most}; make it smaller"
     try:
-        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
-            if min(image.size) < SMALLEST:
-                size = f"{image.width:,} x {image.height:,} pixels"
-                raise UserError(f"{name} has {size}: at least {SMALLEST} on each side are needed")
-            every = image.width * image.height
-            if image.format in ("JPEG", "MPO"):
-                image.draft(None, (8 * SIZE, 8 * SIZE))
-            # All of a progressive JPEG is held until its last byte, whatever size is asked for.
-            held = every if image.info.get("progressive") else image.width * image.height
-            if every > MOST_PIXELS or held > MOST_HELD:
-                raise UserError(too_large)
-            return upright_square(image)
+        image = Image.open(io.BytesIO(content), formats=FORMATS)
+        if min(image.size) < SMALLEST:
+            size = f"{image.width:,} x {image.height:,} pixels"
+            raise UserError(f"{name} has {size}: at least {SMALLEST} on each side are needed")
+        every = image.width * image.height
+        if image.format in ("JPEG", "MPO"):
+            image.draft(None, (8 * SIZE, 8 * SIZE))
+        # All of a progressive JPEG is held until its last byte, whatever size is asked for.
+        held = every if image.info.get("progressive") else image.width * image.height
+        if every > MOST_PIXELS or held > MOST_HELD:
+            raise UserError(too_large)
+
+        # ---- upright ----
+        hidden = image.info.get("transparency")  # a PNG's transparent colour, a palette's opacities
+        coded = re.search(r";(\d+)", str(image.tile[0][3])) if image.format == "PNG" else None
+        bits = int(coded[1]) if coded else 8
+        image.load()
+        with contextlib.suppress(Exception):  # it has no EXIF, or a damaged one
+            image = image.transpose(UPRIGHT[image.getexif()[0x0112]])
+
+        # ---- RGB: Pillow compares `hidden`, as the file has it, with pixels made 8 bits ----
+        if image.mode == "RGB" and bits == 16 and hidden is not None:
+            image.info["transparency"] = tuple(value >> 8 for value in hidden)
+        elif image.mode == "L" and bits < 8 and hidden is not None:
+            image.info["transparency"] = hidden * 255 // (2**bits - 1)
+        if image.mode.startswith("I"):  # 16 bits of grey
+            values = np.asarray(image)
+            image = Image.fromarray(np.where(values == hidden, 255, values >> 8).astype(np.uint8))
+        elif image.has_transparency_data:
+            image = image.convert("RGBA")
+        elif image.mode not in ("L", "RGB"):
+            image = image.convert("RGB")
+
+        # ---- 64 x 64 ----
+        if image.size != (SIZE, SIZE):
+            side = min(image.size)
+            left, upper = (image.width - side) // 2, (image.height - side) // 2
+            way = Image.Resampling.BOX if side > SIZE else Image.Resampling.BILINEAR
+            image = image.resize((SIZE, SIZE), way, (left, upper, left + side, upper + side))
+        if image.mode == "RGBA":
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return np.asarray(image.convert("RGB"))
     except UserError:
         raise
     except (Image.DecompressionBombError, MemoryError) as error:
@@ -98,46 +134,3 @@ def decode(content: bytes, name: str) -> np.ndarray:
         raise UserError(f"{name} is {kind}, {advice}") from error
     except Exception as error:  # Pillow raises many kinds for broken files, SyntaxError among them
         raise UserError(f"{name} is a damaged picture, or cut short: get a whole copy") from error
-
-
-def upright_square(image: Image.Image) -> np.ndarray:
-    """Return the opened picture upright, its middle square, uint8 (64, 64, 3) RGB."""
-    hidden = image.info.get("transparency")  # a PNG's transparent colour, or a palette's opacities
-    coded = re.search(r";(\d+)", str(image.tile[0][3])) if image.format == "PNG" else None
-    bits = int(coded[1]) if coded else 8
-    image.load()
-    orientation = 1
-    with contextlib.suppress(Exception):  # the EXIF is damaged; the picture may be sound
-        orientation = image.getexif().get(0x0112, 1)
-    mirrored, upside_down = orientation in (2, 3, 7, 8), orientation in (3, 4, 6, 7)
-    transposed = orientation in (5, 6, 7, 8)
-
-    # Of an odd rest the larger half is cut off at the right or below once the picture is upright,
-    # so that equal pictures stay equal whichever way they are stored.
-    width, height = image.size
-    side = min(width, height)
-    left, upper = (width - side + mirrored) // 2, (height - side + upside_down) // 2
-    square = (left, upper, left + side, upper + side)
-
-    # Pillow compares that colour, as the file has it, with pixels that it has made 8 bits of.
-    if image.mode == "RGB" and bits == 16 and hidden is not None:
-        image.info["transparency"] = tuple(value >> 8 for value in hidden)
-    elif image.mode == "L" and bits < 8 and hidden is not None:
-        image.info["transparency"] = hidden * 255 // (2**bits - 1)
-    if image.mode.startswith("I"):  # 16 bits of grey
-        values = np.asarray(image)
-        grey = np.where(values == hidden, 255, values >> 8)
-        image = Image.fromarray(grey.astype(np.uint8))
-    elif image.has_transparency_data:
-        image = image.convert("RGBA")
-    elif image.mode not in ("L", "RGB"):
-        image = image.convert("RGB")
-    if image.size != (SIZE, SIZE):
-        way = Image.Resampling.BOX if side > SIZE else Image.Resampling.BILINEAR
-        image = image.resize((SIZE, SIZE), way, square)
-    if image.mode == "RGBA":
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-
-    pixels = np.asarray(image.convert("RGB"))
-    pixels = pixels[:: -1 if upside_down else 1, :: -1 if mirrored else 1]
-    return np.ascontiguousarray(pixels.swapaxes(0, 1) if transposed else pixels)

@@ -45,7 +45,7 @@ def make_split(dataset: Dataset, protocol: str, limit_classes: int | None = None
         raise UserError(f"limit-classes must be from 2 to {most} (all classes), not {classes}")
 
     if protocol == "official" and dataset.train_count == len(dataset.labels):
-        raise UserError("there are no validation images (val/): 'official' is no split of these")
+        raise UserError("without validation images (val/) there is no split 'official'")
 
     parts = []
     for label, wnid in enumerate(dataset.wnids[:classes]):
@@ -58,9 +58,8 @@ def make_split(dataset: Dataset, protocol: str, limit_classes: int | None = None
             train = np.sort(train)[ranks(len(train), "select", wnid)]
             test, train = np.split(train, [round(len(train) / 11)])
         if not (len(train) and len(test)):
-            parts = f"{len(rows)} images, {len(train)} to train on and {len(test)} to test on"
-            way = "take another split, or leave the class out"
-            raise UserError(f"class {wnid} has {parts} in the split '{protocol}': {way}")
+            few = f"{len(train)} to train on, {len(test)} to test on: too few"
+            raise UserError(f"class {wnid} has {len(rows)} images, in split '{protocol}' {few}")
         parts.append((train, test))
 
     train, test = (np.sort(np.concatenate(part)) for part in zip(*parts, strict=True))

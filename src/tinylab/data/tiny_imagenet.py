@@ -14,32 +14,27 @@ from tinylab.exceptions import UserError
 class TinyImageNet(torch.utils.data.Dataset):
     """Images and labels of a data folder, one by one, for any DataLoader.
 
-    root: the data folder, as `tinylab prepare` makes it. split: "train" or "val". transform: takes
+    root: the data folder that `tinylab prepare` makes. split: "train" or "val". transform: takes
     the PIL image, RGB, 64 x 64. download: find or download Tiny ImageNet if `root` is not there.
-    wnids, classes: ids and names of the classes; labels int64 (N,) are indices into both. boxes:
-    uint8 (N, 4), x0 y0 x1 y1 in pixels, corners included. Raise `UserError` if there is no data.
+    wnids, classes: ids and names of the classes; labels (N,): indices into both. boxes (N, 4): x0
+    y0 x1 y1 in pixels, corners included. Raise `UserError` if there is no data.
     """
 
     def __init__(
-        self,
-        root: str | Path = FOLDER,
-        split: str = "train",
-        transform: Callable[[Image.Image], Any] | None = None,
-        download: bool = False,
-    ) -> None:
+        self, root: str | Path = FOLDER, split: str = "train",
+        transform: Callable[[Image.Image], Any] | None = None, download: bool = False,
+    ) -> None:  # fmt: skip
         if split not in ("train", "val"):
             raise UserError(f"split must be 'train' or 'val', not {split!r}")
         self.data = prepare("auto", root) if download else open_dataset(root)
         every, count = range(len(self.data)), self.data.train_count
         self.rows = every[:count] if split == "train" else every[count:]
         self.transform, self.wnids, self.classes = transform, self.data.wnids, self.data.names
-        self.labels = self.data.labels[self.rows].astype("int64")
-        self.boxes = self.data.boxes[self.rows]
+        self.labels, self.boxes = self.data.labels[self.rows], self.data.boxes[self.rows]
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
-        row = self.rows[index]
-        image = Image.fromarray(self.data.images[row])
-        return self.transform(image) if self.transform else image, int(self.data.labels[row])
+        image = Image.fromarray(self.data.images[self.rows[index]])
+        return self.transform(image) if self.transform else image, int(self.labels[index])
