@@ -211,7 +211,7 @@ def drawn_masks(sample_dataset: Dataset) -> np.ndarray:
         zip(sample_dataset.labels.tolist(), sample_dataset.boxes.tolist(), strict=True)
     ):
         candidates = by_box[label, *box]
-        apart = [np.abs(each.image.mean(axis=2) - grey[row]).mean() for each in candidates]
+        apart = [np.abs(each[0].mean(axis=2) - grey[row]).mean() for each in candidates]
         masks[row] = candidates[int(np.argmin(apart))][1]
     return masks
 

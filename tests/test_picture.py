@@ -140,13 +140,12 @@ def encoded(image: Image.Image, kind: str = "JPEG") -> bytes:
 
 
 REFUSED = {
-    "empty": (b"", "is empty"),
+    "empty": (b"", "is not a picture, or damaged"),
     "text": (b"hello", "is not a picture"),
     "page": (b"\xef\xbb\xbf <!DOCTYPE html><p>", "is a web page"),
     "heic": (b"\0\0\0\x18ftypheic", "is a HEIC or AVIF picture"),
     "tiff": (encoded(tiles(), "TIFF"), "is a TIFF picture"),
     "cut": (encoded(tiles(400, 400), "PNG")[:-60], "is a damaged picture, or cut short"),
-    "small": (encoded(tiles(64, 7)), "at least 8 on each side"),
     "bomb": (png(60_000, 60_000, 8, 2, (b"IDAT", b"")), "is too large"),
 }
 

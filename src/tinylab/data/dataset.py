@@ -1,14 +1,8 @@
 """The data set as training reads it: decoded once into arrays on disk, then memory-mapped.
 
-A data set folder holds
-
-    images.npy    uint8 (N, 64, 64, 3), RGB
-    labels.npy    int16 (N,), indices into the sorted wnids
-    boxes.npy     uint8 (N, 4), x0 y0 x1 y1 in pixels, corners included
-    meta.json     classes, counts, the content's sha256, and the sha256 of these files and of itself
-
-in canonical order (see `archive.Archive`). It is built under another name and renamed: a folder
-that exists is complete.
+A data set folder holds the arrays of `Dataset` in images.npy, labels.npy and boxes.npy, in the
+order of `archive.Archive`, and meta.json: classes, counts, the content's sha256, and the sha256 of
+these files and of itself. It is built under another name: a folder that exists is complete.
 """
 
 import hashlib
@@ -25,7 +19,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from tinylab.data.archive import (  # isort: skip
-    CONTENT_SHA256, SAMPLE_SHA256, WNIDS_SHA256, Archive, class_order_sha256, content_sha256,
+    CONTENT_SHA256, SAMPLE_SHA256, WNIDS_SHA256, Archive, class_order_sha256,
 )  # fmt: skip
 from tinylab.data.download import find
 from tinylab.data.picture import decode
@@ -35,9 +29,7 @@ from tinylab.recipe import SIZE
 
 FORMAT_VERSION = 1
 FOLDER = Path("data/tiny-imagenet")
-ARRAYS = {"images.npy": (np.uint8, (SIZE, SIZE, 3)), "labels.npy": (np.int16, ()),
-          "boxes.npy": (np.uint8, (4,))}  # fmt: skip
-"""Type of each file, and shape of an image's entry."""
+ARRAYS = {"images.npy": ("u1", SIZE, SIZE, 3), "labels.npy": ("i2",), "boxes.npy": ("u1", 4)}
 CHUNK = 500  # images that are decoded and written at once: 6 MB
 
 
@@ -83,7 +75,7 @@ def open_dataset(folder: str | Path = FOLDER) -> Dataset:
     try:
         wnids, train_count, arrays = tuple(meta["wnids"]), meta["train_count"], []
         names = (printable(n) or wnid for n, wnid in zip(meta["names"], wnids, strict=True))
-        for name, (dtype, shape) in ARRAYS.items():
+        for name, (dtype, *shape) in ARRAYS.items():
             array = np.load(folder / name, mmap_mode="r", allow_pickle=False)
             if array.shape != (train_count + meta["val_count"], *shape) or array.dtype != dtype:
                 raise ValueError(f"{name} is {array.dtype}{array.shape}")
@@ -165,8 +157,7 @@ def prepare(
     """Return the data set in `folder`, decoded from `source` first if it is not there yet.
 
     source: see `download.find`; downloads go beside `folder`. workers: threads that decode. Of
-    several processes one builds, the others wait. Raise `UserError`, naming the file at fault; then
-    nothing is left behind.
+    several processes one builds, the others wait. Raise `UserError`, naming the file at fault.
     """
     folder = Path(folder)
     if not (folder / "meta.json").exists():
@@ -187,32 +178,30 @@ def build(archive: Archive, folder: Path, workers: int, progress: bool) -> None:
     np.save(folder / "boxes.npy", np.array([file.box for file in archive.files], np.uint8))
 
     # ---- images ----
-    shape, digests = (len(labels), SIZE, SIZE, 3), []
+    shape, paths, digests = (len(labels), SIZE, SIZE, 3), [file.path for file in archive.files], []
 
     def load(path: str) -> tuple[str, np.ndarray]:
         content = archive.read(path)
         return hashlib.sha256(content).hexdigest(), decode(content, printable(path))
 
-    hidden = not (progress and interactive())
-    bar = tqdm(total=shape[0], desc="decoding", unit=" images", mininterval=0.3, disable=hidden)
+    starts, look = range(0, len(paths), CHUNK), {"unit": " images", "unit_scale": CHUNK}
+    bar = tqdm(starts, "decoding", disable=not (progress and interactive()), **look)
     quiet = warnings.catch_warnings(action="ignore")  # Pillow's, of files that decode all the same
-    with bar, quiet, open(folder / "images.npy", "wb") as file, ThreadPoolExecutor(workers) as pool:
+    with quiet, open(folder / "images.npy", "wb") as file, ThreadPoolExecutor(workers) as pool:
         header = {"descr": "|u1", "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(file, header)
-        for first in range(0, shape[0], CHUNK):
-            paths = [each.path for each in archive.files[first : first + CHUNK]]
-            some, images = zip(*pool.map(load, paths), strict=True)
+        for first in bar:
+            some, images = zip(*pool.map(load, paths[first : first + CHUNK]), strict=True)
             # Written, not memory-mapped: on a full disk this is an exception, not a signal.
             file.write(np.stack(images).data)
             digests += some
-            bar.update(len(paths))
 
     # ---- identity ----
     written = ("labels.npy", "boxes.npy", "images.npy")  # the order in meta.json
-    content = content_sha256(archive.files, archive.wnids, digests)
+    content = archive.content_sha256(digests)
     if content != CONTENT_SHA256 and class_order_sha256(archive.wnids) == WNIDS_SHA256:
-        note = f"note: {archive.path} has Tiny ImageNet's classes, but other files ({content})"
-        print(note, file=sys.stderr)
+        what = f"has Tiny ImageNet's classes, but other files ({content})"
+        print(f"note: {archive.path} {what}", file=sys.stderr)
     meta = {
         "format_version": FORMAT_VERSION,
         "is_tiny_imagenet": content == CONTENT_SHA256,
@@ -233,9 +222,9 @@ def write_folders(dataset: Dataset, folder: Path) -> None:
     As PNG, named by row: the very pixels that are trained on (JPEG decoders differ), made of any
     data folder, its archive at hand or not.
     """
-    words = zip(dataset.wnids, dataset.names, strict=True)
+    words = map("\t".join, zip(dataset.wnids, dataset.names, strict=True))
     with new_folder(folder) as building:
-        (building / "words.txt").write_text("".join(f"{w}\t{n}\n" for w, n in words), "utf-8")
+        (building / "words.txt").write_text("\n".join(words) + "\n", "utf-8")
         for row, label in enumerate(dataset.labels):
             part = "train" if row < dataset.train_count else "val"
             target = building / part / dataset.wnids[label] / f"{row:06}.png"
@@ -245,6 +234,5 @@ def write_folders(dataset: Dataset, folder: Path) -> None:
 
 def available_cores() -> int:
     """Return the cores that this process may use: a container's share, not the machine's."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    known = hasattr(os, "sched_getaffinity")
+    return len(os.sched_getaffinity(0)) if known else os.cpu_count() or 1

@@ -63,16 +63,14 @@ def download(urls: Sequence[str], target: Path, sha256: str | None = None) -> Pa
 
     with lock(target, f"another process is downloading {target}; waiting for it"):
         for url in urls:
-            host = urllib.parse.urlsplit(url).netloc
             try:
                 known = f"sha256:{sha256}" if sha256 else None
                 pooch.retrieve(url, known, target.name, target.parent, downloader=fetch)
                 return target
             except (requests.RequestException, ValueError) as error:  # the latter: a wrong hash
                 wrong = "sends other bytes" if "hash" in str(error) else printable(error, 120)
-                problems.append(f"{host}: {wrong}")
+                problems.append(f"{urllib.parse.urlsplit(url).netloc}: {wrong}")
             except OSError as error:
                 raise UserError(f"cannot write {target}: {error.strerror or error}") from error
-    tried = "; ".join(dict.fromkeys(problems))
     way = f"get it by other means and put it at {target}, or set TINY_IMAGENET to where it is"
-    raise UserError(f"cannot download {target.name} ({tried}): {way}")
+    raise UserError(f"cannot download {target.name} ({'; '.join(problems)}): {way}")

@@ -14,17 +14,14 @@ from tinylab.files import printable
 from tinylab.recipe import SIZE
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # Pillow's other readers have more faults
-SMALLEST = 8  # pixels on the shorter side below which there is nothing to see
 MOST_BYTES = 256 * 1024 * 1024
-MOST_PIXELS = 128_000_000  # of any picture: phones make JPEGs of 108 million
 MOST_HELD = 64_000_000  # pixels decoded into memory; a plain JPEG is shrunk in decoding
 
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
     6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90,
-}  # fmt: skip
-"""What turns a picture upright, by its EXIF orientation."""
+}  # by EXIF orientation  # fmt: skip
 KNOWN = {
     "a HEIC or AVIF picture": rb"....ftyp(he[iv]|mif1|msf1|avi)",
     "a TIFF picture": rb"II\*\0|MM\0\*", "a PDF document": b"%PDF",
@@ -74,23 +71,17 @@ def decode(content: bytes, name: str) -> np.ndarray:
     The data set's own files go through unchanged. A large JPEG is shrunk while it is decoded, to no
     less than 512 pixels on its shorter side. Raise `UserError` with `name` for all else.
     """
-    if not content:
-        raise UserError(f"{name} is empty: get a whole copy")
     if len(content) > MOST_BYTES:
         raise UserError(f"{name} has more than {MOST_BYTES:,} bytes: make it smaller")
-    most = f"more than {MOST_HELD // 10**6} million pixels"
-    too_large = f"{name} is too large: {most}; make it smaller"
+    too_large = f"{name} is too large: more than 64 million pixels; make it smaller"
     try:
         image = Image.open(io.BytesIO(content), formats=FORMATS)
-        if min(image.size) < SMALLEST:
-            size = f"{image.width:,} x {image.height:,} pixels"
-            raise UserError(f"{name} has {size}: at least {SMALLEST} on each side are needed")
         every = image.width * image.height
         if image.format in ("JPEG", "MPO"):
             image.draft(None, (8 * SIZE, 8 * SIZE))
         # All of a progressive JPEG is held until its last byte, whatever size is asked for.
         held = every if image.info.get("progressive") else image.width * image.height
-        if every > MOST_PIXELS or held > MOST_HELD:
+        if held > MOST_HELD:
             raise UserError(too_large)
 
         # ---- upright ----
@@ -129,8 +120,7 @@ def decode(content: bytes, name: str) -> np.ndarray:
         raise UserError(too_large) from error
     except Image.UnidentifiedImageError as error:
         found = (kind for kind, start in KNOWN.items() if re.match(start, content, re.S))
-        kind = next(found, "not a picture, or damaged, or of a kind")
-        advice = "which cannot be read: save it as JPEG, PNG or WebP"
-        raise UserError(f"{name} is {kind}, {advice}") from error
+        what = f"{next(found, 'not a picture, or damaged, or of a kind')}, which cannot be read"
+        raise UserError(f"{name} is {what}: save it as JPEG, PNG or WebP") from error
     except Exception as error:  # Pillow raises many kinds for broken files, SyntaxError among them
         raise UserError(f"{name} is a damaged picture, or cut short: get a whole copy") from error

@@ -43,7 +43,6 @@ def make_split(dataset: Dataset, protocol: str, limit_classes: int | None = None
         raise UserError("the data set has a single class: there is nothing to tell apart")
     if not 2 <= classes <= most:
         raise UserError(f"limit-classes must be from 2 to {most} (all classes), not {classes}")
-
     if protocol == "official" and dataset.train_count == len(dataset.labels):
         raise UserError("without validation images (val/) there is no split 'official'")
 

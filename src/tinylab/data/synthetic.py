@@ -35,7 +35,8 @@ def star(x: np.ndarray, y: np.ndarray, points: int, inner: float) -> np.ndarray:
     return (edge_y * (along - 1) - edge_x * across) / np.hypot(edge_x, edge_y)
 
 
-# Functions of x and y, float32 (64, 64), in the figure's own axes and in units of its radius.
+# Functions of x and y, float32 (64, 64), in the figure's own axes and in units of its radius:
+# the distance to its outline, negative inside, and where it has its second, dark colour.
 SHAPES = {
     "disc": lambda x, y: np.hypot(x, y) - 1,
     "ring": lambda x, y: np.abs(np.hypot(x, y) - 0.75) - 0.25,
@@ -48,7 +49,6 @@ SHAPES = {
     ),
     "crescent": lambda x, y: np.maximum(np.hypot(x, y) - 1, 0.75 - np.hypot(x - 0.5, y)),
 }
-"""Distance to the outline, negative inside."""
 PATTERNS = {
     "plain": lambda x, y: np.zeros(x.shape, bool),
     "stripes": lambda x, y: np.sin(x * 3 * np.pi) > 0,
@@ -57,9 +57,8 @@ PATTERNS = {
     "spots": lambda x, y: np.cos(x * 4 * np.pi) + np.cos(y * 4 * np.pi) > 0.5,
     "centre": lambda x, y: np.hypot(x, y) < 0.35,
 }
-"""Where a figure has its second, dark colour."""
 
-# None is the mirror image of another: the recipe flips images.
+# Name, shape and pattern of each class. None is the mirror image of another: recipes flip images.
 KINDS = (
     ("ball, disc", "disc", "plain"),
     ("target, bull's-eye", "disc", "circles"),
@@ -72,15 +71,13 @@ KINDS = (
     ("cross, plus sign", "cross", "plain"),
     ("crescent, sickle moon", "crescent", "plain"),
 )
-"""Name, shape and pattern of the classes there can be, in the order of their wnids."""
 
 
 def write_sample(target: Path, *, classes: int = 10, per_class: int = 60, seed: int = 0) -> Path:
     """Write the made-up data set as a zip in the layout of the public archive; return its path.
 
     `classes` are the first of `KINDS`; one sixth of `per_class` images goes to val/. One seed gives
-    the same bytes every time, with the same numpy and Pillow. Raise `UserError` if `target` cannot
-    be written.
+    the same bytes every time, with the same numpy and Pillow.
     """
     if seed < 0:
         raise UserError(f"seed must be 0 or more, not {seed}")
@@ -135,9 +132,7 @@ def write_sample(target: Path, *, classes: int = 10, per_class: int = 60, seed: 
     return target
 
 
-def draw_numbered(
-    label: int, number: int, seed: int = 0
-) -> tuple[np.ndarray, np.ndarray, tuple[int, int, int, int]]:
+def draw_numbered(label: int, number: int, seed: int = 0) -> tuple:
     """Draw image `number` of a class, which depends on these numbers alone, and the truth about it.
 
     The image, uint8 (64, 64, 3), RGB; where the figure is, bool (64, 64); its extent, x0 y0 x1 y1.

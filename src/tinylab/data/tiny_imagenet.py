@@ -16,8 +16,8 @@ class TinyImageNet(torch.utils.data.Dataset):
 
     root: the data folder that `tinylab prepare` makes. split: "train" or "val". transform: takes
     the PIL image, RGB, 64 x 64. download: find or download Tiny ImageNet if `root` is not there.
-    wnids, classes: ids and names of the classes; labels (N,): indices into both. boxes (N, 4): x0
-    y0 x1 y1 in pixels, corners included. Raise `UserError` if there is no data.
+    wnids, classes: ids and names. labels (N,): indices into both. boxes (N, 4): x0 y0 x1 y1 in
+    pixels, corners included. Raise `UserError` if there is no data.
     """
 
     def __init__(
