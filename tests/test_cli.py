@@ -38,10 +38,10 @@ def _here(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_every_command_works(desk: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["evaluate", "runs/a"]) == 0
+    assert main(["evaluate", "runs/a", "--precision", "fp32"]) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert result["test_correct"] == Run(desk / "runs/a").summary["test_correct"]
-    assert main(["evaluate", "runs/a", "--tta", "flip"]) == 0
+    assert main(["evaluate", "runs/a", "--tta", "flip", "--precision", "fp32"]) == 0
     flipped = json.loads(capsys.readouterr().out.splitlines()[-1])["test_top1"]
     assert flipped == Run(desk / "runs/a").summary["flip_tta_top1"]
     assert main(["explain", "runs/a", "--count", "2", "--sample", "4"]) == 0
@@ -87,7 +87,7 @@ WRONG = {
     "nope": "unknown command 'nope'",
     "train": "which recipe?",
     "train nope": "unknown recipe 'nope'",
-    "train smoke --data nowhere": "no data set in nowhere: run `tinylab prepare",
+    "train smoke --data nowhere": "no data set in nowhere: `tinylab prepare",
     "train smoke --data data --epochs 0": "epochs",
     "train smoke --data data --seed -1": "seed must be",
     "train smoke --data data --batch-size 9999": "batch-size 9999 is more than",
@@ -105,12 +105,11 @@ WRONG = {
     "schedule published --images 0": "images must be from 1",
     "summary --width 0": "width from 1",
     "prepare --source nowhere --data other": "the source is nowhere",
-    "train smoke --data runs/a/run.json": "is a file, not a data folder",
-    "train smoke --data gone.zip": "there is no such archive either",
+    "train smoke --data runs/a/run.json": "no data set in runs/a/run.json",
     "train smoke --lr 0.1": "unknown option --lr: did you mean --max-learning-rate?",
     "train smoke --epoch=3": "unknown option --epoch: did you mean --epochs?",
-    "verify nowhere": "nowhere does not exist: name a data folder, a zip or a run",
-    "verify runs": "runs holds no data set, no run and no archive",
+    "verify nowhere": "nowhere does not exist: name a data folder, an archive or a run",
+    "verify runs": "runs holds neither Tiny ImageNet nor class folders",
     "evaluate runs/a --unknown 1": "unknown option --unknown",
 }
 

@@ -38,12 +38,12 @@ def prepared(tmp_path: Path, zipped: Path) -> Dataset:
 
 def test_arrays_hold_the_decoded_images_in_canonical_order(prepared: Dataset, zipped: Path) -> None:
     files = made_up()
-    with Archive(zipped) as archive:
-        for row, file in enumerate(archive.files):
-            decoded = Image.open(io.BytesIO(files[file.path])).convert("RGB")
-            np.testing.assert_array_equal(prepared.images[row], np.asarray(decoded))
-            assert prepared.labels[row] == file.label
-            assert tuple(prepared.boxes[row]) == file.box
+    archive = Archive(zipped)
+    for row, file in enumerate(archive.files):
+        decoded = Image.open(io.BytesIO(files[file.path])).convert("RGB")
+        np.testing.assert_array_equal(prepared.images[row], np.asarray(decoded))
+        assert prepared.labels[row] == file.label
+        assert tuple(prepared.boxes[row]) == file.box
     assert (prepared.images.dtype, prepared.labels.dtype) == (np.uint8, np.int16)
     assert prepared.names == ("goldfish", "fire [31msalamander", "n03")
     assert (len(prepared), prepared.train_count, prepared.is_tiny_imagenet) == (18, 12, False)
@@ -98,15 +98,11 @@ def test_verify_finds_a_single_flipped_bit(prepared: Dataset) -> None:
     assert "meta.json has changed" in refused(verify, prepared)
 
 
-def test_other_files_with_the_published_classes_are_refused_for_auto_and_noted_when_named(
+def test_other_files_with_the_published_classes_are_noted(
     tmp_path: Path, zipped: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    with Archive(zipped) as archive:
-        order = module.class_order_sha256(archive.wnids)
+    order = module.class_order_sha256(("n01", "n02", "n03"))
     monkeypatch.setattr(module, "WNIDS_SHA256", order)
-    monkeypatch.setenv("TINY_IMAGENET", str(zipped))
-    assert "but other files" in refused(prepare, "auto", tmp_path / "ds", progress=False)
-    assert leftovers(tmp_path) == set()
     prepare(zipped, tmp_path / "ds", progress=False)
     assert "note: " in capsys.readouterr().err
 
@@ -140,7 +136,7 @@ def test_damage_is_one_line_that_says_what_to_do(prepared: Dataset, case: str) -
 
 @pytest.mark.parametrize(
     ("content", "expected"),
-    [(b"no image", "is not a sound JPEG"), (jpeg(1, side=32), "has 32 x 32 pixels")],
+    [(b"no image", "is not a picture"), (jpeg(1)[:-300], "is a damaged picture, or cut short")],
 )
 def test_a_bad_image_is_named_and_nothing_is_left(
     tmp_path: Path, content: bytes, expected: str
@@ -155,22 +151,20 @@ def test_other_things_are_not_replaced_but_an_empty_folder_is_filled(
 ) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").touch()
-    assert "is no data set" in refused(prepare, zipped, tmp_path / "mine")
+    assert "is not empty" in refused(prepare, zipped, tmp_path / "mine")
     (tmp_path / "empty").mkdir()
     assert len(prepare(zipped, tmp_path / "empty", progress=False)) == 18
-    assert "at least 1" in refused(prepare, zipped, tmp_path / "ds", workers=0)
 
 
-@pytest.mark.parametrize("where", ["reserve", "np.save"])
 def test_a_full_disk_is_one_line_and_leaves_nothing(
-    tmp_path: Path, zipped: Path, monkeypatch: pytest.MonkeyPatch, where: str
+    tmp_path: Path, zipped: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(*((module, "reserve") if where == "reserve" else (np, "save")), full)
+    monkeypatch.setattr(np, "stack", full)
     problem = refused(prepare, zipped, tmp_path / "ds", progress=False)
-    assert "No space left on device; choose another place with --data" in problem
+    assert "No space left on device; choose another place" in problem
     assert leftovers(tmp_path) == set()
 
 

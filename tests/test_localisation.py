@@ -13,7 +13,7 @@ from torch import nn
 
 from tinylab.data.augment import normalise
 from tinylab.data.dataset import Dataset
-from tinylab.data.synthetic import Drawing, draw_numbered
+from tinylab.data.synthetic import draw_numbered
 from tinylab.exceptions import UserError
 from tinylab.explain.boxes import energy, hits
 from tinylab.explain.gradcam import gradcam
@@ -201,18 +201,18 @@ def drawn_masks(sample_dataset: Dataset) -> np.ndarray:
     drawing all again and taking, of the drawings of the class that have the row's box, the one most
     like the picture (a JPEG, some grey)."""
     masks = np.zeros((len(sample_dataset), 64, 64), np.float32)
-    by_box: dict[tuple, list[Drawing]] = {}
+    by_box: dict[tuple, list[tuple]] = {}
     for label in range(10):
         for number in range(60):
             drawing = draw_numbered(label, number)
-            by_box.setdefault((label, *drawing.box), []).append(drawing)
+            by_box.setdefault((label, *drawing[2]), []).append(drawing)
     grey = sample_dataset.images.mean(axis=3)
     for row, (label, box) in enumerate(
         zip(sample_dataset.labels.tolist(), sample_dataset.boxes.tolist(), strict=True)
     ):
         candidates = by_box[label, *box]
-        apart = [np.abs(each.image.mean(axis=2) - grey[row]).mean() for each in candidates]
-        masks[row] = candidates[int(np.argmin(apart))].mask
+        apart = [np.abs(each[0].mean(axis=2) - grey[row]).mean() for each in candidates]
+        masks[row] = candidates[int(np.argmin(apart))][1]
     return masks
 
 

@@ -55,24 +55,30 @@ class Sample:
 
 @dataclass(frozen=True)
 class Prepare:
-    """Find or download Tiny ImageNet and decode it once into the data folder."""
+    """Find or download Tiny ImageNet, or take your own images, and decode them once."""
 
     source: str = "auto"
-    """auto ($TINY_IMAGENET, the zip or folder below data/, else a download), or a URL, a zip or a
-    folder."""
+    """auto ($TINY_IMAGENET, the zip or folder below data/, else a download), or a URL, a zip, a tar
+    or a folder: Tiny ImageNet in any layout, or images in class folders."""
     data: Path = DATA
     """The data folder to make; one that is complete is only opened."""
     workers: int | None = None
-    """Processes that decode; by default one per core."""
+    """Threads that decode; by default one per core."""
+    to_folders: Path | None = None
+    """A folder that gets all images as PNG files, too, as torchvision's ImageFolder reads them."""
 
     def run(self) -> None:
-        from tinylab.data.dataset import prepare
+        from tinylab.data.dataset import prepare, write_folders
 
         dataset = prepare(self.source, self.data, workers=self.workers)
         validation = len(dataset) - dataset.train_count
         kinds = f"{dataset.train_count:,} training, {validation:,} validation"
-        print(f"{self.data}: {len(dataset):,} images ({kinds})")
+        of = f" of {dataset.title}" if dataset.title else ""
+        print(f"{self.data}: {len(dataset):,} images{of} ({kinds})")
         print(f"{len(dataset.wnids)} classes, content sha256 {dataset.content_sha256}")
+        if self.to_folders:
+            write_folders(dataset, self.to_folders)
+            print(f"{self.to_folders}: train/ and val/, a folder for each class")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -330,7 +336,7 @@ class Predict:
         if self.gradcam:
             require_writable(self.gradcam / "x.png")
         from tinylab.custom import load_custom
-        from tinylab.share.picture import read_image
+        from tinylab.data.picture import read_image
         from tinylab.share.predict import draw_answers, load, predict
 
         model, metadata = load(self.run_folder, load_custom(self.model))
@@ -351,7 +357,8 @@ class Predict:
             print(printable(path))
             for guess in answer:
                 share = f"{100 * guess['probability']:8.2f} %"
-                print(f"{share}  {guess['wnid']}  {printable(guess['name'])}")
+                both = dict.fromkeys((guess["wnid"], printable(guess["name"])))  # may be the same
+                print(f"{share}  {'  '.join(both)}")
             if figure:
                 print(f"            {figure}")
 
@@ -440,7 +447,7 @@ class Verify:
     """Compare a data folder, an archive or a run with its hashes."""
 
     path: Positional[Path] = DATA
-    """A data folder, a zip or a folder with the archive's files, a run folder, or a mirror's."""
+    """A data folder, an archive or a folder with its files, a run folder, or a mirror's."""
 
     def run(self) -> None:
         from tinylab.data.archive import verify_archive
@@ -455,11 +462,10 @@ class Verify:
             from tinylab.run import checkpoint
 
             print(f"{path}: {checkpoint.verify(path)}")
-        elif path.is_file() or inside("wnids.txt") or inside("tiny-imagenet-200/wnids.txt"):
-            print(verify_archive(path))
+        elif not path.exists():
+            raise UserError(f"{path} does not exist: name a data folder, an archive or a run")
         elif not inside("meta.json"):
-            what = "holds no data set, no run and no archive" if path.exists() else "does not exist"
-            raise UserError(f"{path} {what}: name a data folder, a zip or a run")
+            print(verify_archive(path))
         else:
             from tinylab.data.dataset import open_dataset, verify
 

@@ -6,6 +6,7 @@ import hashlib
 import io
 import os
 import re
+import shutil
 import sys
 import tempfile
 import unicodedata
@@ -23,7 +24,7 @@ def write_atomically(path: Path, *parts: bytes | memoryview, keep_as: Path | Non
     Written under another name, flushed to the disk, renamed: the file is whole or as before, also
     after a kill or on a full disk. Folders above it are made. Raise `UserError` if that fails.
     """
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary = Path(f"{path}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
@@ -47,6 +48,27 @@ def write_atomically(path: Path, *parts: bytes | memoryview, keep_as: Path | Non
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """Yield a folder to fill, which becomes `folder` at the end: that is whole, or not there.
+
+    Raise `UserError` if it cannot be written, or holds something already.
+    """
+    building, elsewhere = Path(f"{folder}.tinylab-building"), "choose another place"
+    try:
+        if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+            raise UserError(f"{folder} exists, and is not empty: {elsewhere}")
+        shutil.rmtree(building, ignore_errors=True)  # of a killed process
+        building.mkdir(parents=True)
+        yield building
+        building.rename(folder)
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"cannot write {folder}: {reason}; {elsewhere}") from error
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
 
 
 def sweep(folder: Path) -> None:

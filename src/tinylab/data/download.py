@@ -21,7 +21,6 @@ URLS = (
     "https://zenodo.org/records/10720917/files/tiny-imagenet-200.zip?download=1",
     "https://huggingface.co/datasets/cnak47/cv-datasets/resolve/main/tiny-imagenet-200.zip",
 )
-ZIP_BYTES = 248_100_043
 ZIP_SHA256 = "6198c8ae015e2b3e007c7841da39ec069199b9aa3bfa943a462022fe5e43c821"
 
 
@@ -29,25 +28,24 @@ def find(source: str | Path = "auto", data_root: Path = Path("data")) -> Path:
     """Return the zip or folder that `source` means, downloaded if need be.
 
     "auto" is the first of: $TINY_IMAGENET, the zip or the extracted folder in `data_root` or data/,
-    a download to `data_root`. Else a URL, a zip or a folder. What comes from `URLS` has the right
-    sha256. Raise `UserError` if there is nothing, or the download fails.
+    a download to `data_root`. Else a URL, an archive or a folder. What comes from `URLS` has the
+    right sha256. Raise `UserError` if there is nothing, or the download fails.
     """
-    source, statement = str(source), f"the source is {source}"
-    if source == "auto" and (named := os.environ.get("TINY_IMAGENET")):
-        source, statement = named, f"TINY_IMAGENET is set to {named}"
-    elif source == "auto":
+    named = os.environ.get("TINY_IMAGENET", "") if source == "auto" else str(source)
+    if not named:
         for root in (data_root, Path("data")):
             for path in (root / f"{NAME}.zip", root / NAME / "wnids.txt"):
                 if path.is_file():
                     return path if path.suffix == ".zip" else path.parent
         return download(URLS, data_root / f"{NAME}.zip", ZIP_SHA256)
-    elif re.match(r"https?://", source):
-        path = urllib.parse.unquote(urllib.parse.urlsplit(source).path)
+    if re.match(r"https?://", named):
+        path = urllib.parse.unquote(urllib.parse.urlsplit(named).path)
         name = re.sub(r"[^A-Za-z0-9._-]", "_", Path(path).name).strip("._") or f"{NAME}.zip"
-        return download([source], data_root / name, ZIP_SHA256 if source in URLS else None)
-    path = Path(source).expanduser()
+        return download([named], data_root / name, ZIP_SHA256 if named in URLS else None)
+    path = Path(named).expanduser()
     if not path.exists():
-        raise UserError(f"{statement}, but there is no zip file and no folder of that name")
+        who = "TINY_IMAGENET is set to" if source == "auto" else "the source is"
+        raise UserError(f"{who} {named}, but there is no archive and no folder of that name")
     return path
 
 
@@ -65,16 +63,14 @@ def download(urls: Sequence[str], target: Path, sha256: str | None = None) -> Pa
 
     with lock(target, f"another process is downloading {target}; waiting for it"):
         for url in urls:
-            host = urllib.parse.urlsplit(url).netloc
             try:
                 known = f"sha256:{sha256}" if sha256 else None
                 pooch.retrieve(url, known, target.name, target.parent, downloader=fetch)
                 return target
             except (requests.RequestException, ValueError) as error:  # the latter: a wrong hash
                 wrong = "sends other bytes" if "hash" in str(error) else printable(error, 120)
-                problems.append(f"{host}: {wrong}")
+                problems.append(f"{urllib.parse.urlsplit(url).netloc}: {wrong}")
             except OSError as error:
                 raise UserError(f"cannot write {target}: {error.strerror or error}") from error
-    tried = "; ".join(dict.fromkeys(problems))
     way = f"get it by other means and put it at {target}, or set TINY_IMAGENET to where it is"
-    raise UserError(f"cannot download {target.name} ({tried}): {way}")
+    raise UserError(f"cannot download {target.name} ({'; '.join(problems)}): {way}")

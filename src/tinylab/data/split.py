@@ -43,6 +43,8 @@ def make_split(dataset: Dataset, protocol: str, limit_classes: int | None = None
         raise UserError("the data set has a single class: there is nothing to tell apart")
     if not 2 <= classes <= most:
         raise UserError(f"limit-classes must be from 2 to {most} (all classes), not {classes}")
+    if protocol == "official" and dataset.train_count == len(dataset.labels):
+        raise UserError("without validation images (val/) there is no split 'official'")
 
     parts = []
     for label, wnid in enumerate(dataset.wnids[:classes]):
@@ -55,7 +57,8 @@ def make_split(dataset: Dataset, protocol: str, limit_classes: int | None = None
             train = np.sort(train)[ranks(len(train), "select", wnid)]
             test, train = np.split(train, [round(len(train) / 11)])
         if not (len(train) and len(test)):
-            raise UserError(f"class {wnid} has {len(rows)} images, too few for this split")
+            few = f"{len(train)} to train on, {len(test)} to test on: too few"
+            raise UserError(f"class {wnid} has {len(rows)} images, in split '{protocol}' {few}")
         parts.append((train, test))
 
     train, test = (np.sort(np.concatenate(part)) for part in zip(*parts, strict=True))

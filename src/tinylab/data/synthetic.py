@@ -7,11 +7,8 @@ each image is the extent of the figure's pixels: localisation can be tested agai
 
 import colorsys
 import io
-import os
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -22,21 +19,9 @@ from tinylab.files import write_atomically
 from tinylab.recipe import SIZE
 
 GREYSCALE_SHARE = 0.02  # of the labelled images; 1.8 % of the real ones
-OTHER_WORDS = {
-    "n80000001": "figure, shape",
-    "n80000002": "background, clutter",
-    "n95000000": "texture, pattern",
-}
+OTHER_WORDS = {"n80000001": "figure, shape", "n95000000": "texture, pattern"}
 """Entries of words.txt that are no class: the real file names 82,114 wnids, of which 200 are."""
 ROWS, COLUMNS = np.mgrid[:SIZE, :SIZE].astype(np.float32)
-
-
-class Drawing(NamedTuple):
-    """One made-up image and the truth about it."""
-
-    image: np.ndarray  # uint8 (64, 64, 3), RGB
-    mask: np.ndarray  # bool (64, 64), where the figure is; the hole of a ring is not part of it
-    box: tuple[int, int, int, int]  # x0 y0 x1 y1, the extent of `mask`, corners included
 
 
 def star(x: np.ndarray, y: np.ndarray, points: int, inner: float) -> np.ndarray:
@@ -50,7 +35,8 @@ def star(x: np.ndarray, y: np.ndarray, points: int, inner: float) -> np.ndarray:
     return (edge_y * (along - 1) - edge_x * across) / np.hypot(edge_x, edge_y)
 
 
-# Functions of x and y, float32 (64, 64), in the figure's own axes and in units of its radius.
+# Functions of x and y, float32 (64, 64), in the figure's own axes and in units of its radius:
+# the distance to its outline, negative inside, and where it has its second, dark colour.
 SHAPES = {
     "disc": lambda x, y: np.hypot(x, y) - 1,
     "ring": lambda x, y: np.abs(np.hypot(x, y) - 0.75) - 0.25,
@@ -63,7 +49,6 @@ SHAPES = {
     ),
     "crescent": lambda x, y: np.maximum(np.hypot(x, y) - 1, 0.75 - np.hypot(x - 0.5, y)),
 }
-"""Distance to the outline, negative inside."""
 PATTERNS = {
     "plain": lambda x, y: np.zeros(x.shape, bool),
     "stripes": lambda x, y: np.sin(x * 3 * np.pi) > 0,
@@ -72,9 +57,8 @@ PATTERNS = {
     "spots": lambda x, y: np.cos(x * 4 * np.pi) + np.cos(y * 4 * np.pi) > 0.5,
     "centre": lambda x, y: np.hypot(x, y) < 0.35,
 }
-"""Where a figure has its second, dark colour."""
 
-# None is the mirror image of another: the recipe flips images.
+# Name, shape and pattern of each class. None is the mirror image of another: recipes flip images.
 KINDS = (
     ("ball, disc", "disc", "plain"),
     ("target, bull's-eye", "disc", "circles"),
@@ -87,36 +71,22 @@ KINDS = (
     ("cross, plus sign", "cross", "plain"),
     ("crescent, sickle moon", "crescent", "plain"),
 )
-"""Name, shape and pattern of the classes there can be, in the order of their wnids."""
 
 
 def write_sample(target: Path, *, classes: int = 10, per_class: int = 60, seed: int = 0) -> Path:
     """Write the made-up data set as a zip in the layout of the public archive; return its path.
 
-    `classes` are the first of `KINDS`. Of the `per_class` images one sixth goes to val/, the others
-    to train/. One seed gives the same bytes every time, with the same numpy and Pillow. Raise
-    `UserError` if the target cannot be written or a size is impossible.
+    `classes` are the first of `KINDS`; one sixth of `per_class` images goes to val/. One seed gives
+    the same bytes every time, with the same numpy and Pillow.
     """
-    if not (2 <= classes <= len(KINDS) and per_class >= 2 and seed >= 0):
-        wanted = (
-            f"from 2 to {len(KINDS)} classes, at least 2 images of each, and a seed of 0 or more"
-        )
-        raise UserError(f"a sample has {wanted}, not {classes}, {per_class} and {seed}")
-    if os.path.isdir(target):
-        raise UserError(f"{target} is a folder; name the zip file to write in it")
-    content = io.BytesIO()
-    with zipfile.ZipFile(content, "w") as archive:
-        fill(archive, classes, per_class, seed)
-    write_atomically(target, content.getbuffer())
-    return target
-
-
-def fill(archive: zipfile.ZipFile, classes: int, per_class: int, seed: int) -> None:
-    """Add every member of the sample to the open archive."""
+    if seed < 0:
+        raise UserError(f"seed must be 0 or more, not {seed}")
     rng = np.random.default_rng(seed)
     labelled = classes * per_class
     grey = rng.choice(labelled, max(1, round(GREYSCALE_SHARE * labelled)), replace=False)
     training = per_class - max(1, round(per_class / 6))
+    content = io.BytesIO()
+    archive = zipfile.ZipFile(content, "w")
 
     def add(name: str, content: bytes | str) -> None:
         # With zip's zero date: the clock must not change the bytes.
@@ -142,11 +112,10 @@ def fill(archive: zipfile.ZipFile, classes: int, per_class: int, seed: int) -> N
     add_lines("words.txt", [f"{wnid}\t{words[wnid]}" for wnid in sorted(words)])
 
     for label, wnid in enumerate(wnids):
-        boxes = []
-        for number in range(training):
-            name = f"{wnid}_{number}.JPEG"
-            boxes.append(f"{name}\t{add_image(f'train/{wnid}/images/{name}', label, number)}")
-        add_lines(f"train/{wnid}/{wnid}_boxes.txt", boxes)
+        files = [f"{wnid}_{number}.JPEG" for number in range(training)]
+        boxes = (add_image(f"train/{wnid}/images/{f}", label, i) for i, f in enumerate(files))
+        pairs = zip(files, boxes, strict=True)
+        add_lines(f"train/{wnid}/{wnid}_boxes.txt", [f"{file}\t{box}" for file, box in pairs])
 
     held_out = [(label, i) for label in range(classes) for i in range(training, per_class)]
     annotations = []
@@ -158,68 +127,20 @@ def fill(archive: zipfile.ZipFile, classes: int, per_class: int, seed: int) -> N
 
     for i in range(10):  # without labels, as in the real archive: nothing reads them
         add_image(f"test/images/test_{i}.JPEG", i % classes, per_class + i // classes)
+    archive.close()
+    write_atomically(target, content.getbuffer())
+    return target
 
 
-def draw_numbered(label: int, number: int, seed: int = 0) -> Drawing:
-    """Draw what `write_sample` stores, in colour or in grey, as image `number` of a class.
+def draw_numbered(label: int, number: int, seed: int = 0) -> tuple:
+    """Draw image `number` of a class, which depends on these numbers alone, and the truth about it.
 
-    It depends on these three numbers alone: a larger sample holds the same images and more.
+    The image, uint8 (64, 64, 3), RGB; where the figure is, bool (64, 64); its extent, x0 y0 x1 y1.
     """
     rng, (_, shape, pattern) = np.random.default_rng((seed, label, number)), KINDS[label]
-    ground_colours = [colour(rng, saturation=(0, 0.5), value=(0.1, 0.6)) for _ in range(3)]
-    canvas = background(rng, ground_colours)
-    x, y, coverage = place(SHAPES[shape], rng)
-    light, dark = colour(rng, (0.3, 0.8), (0.75, 1)), colour(rng, (0.5, 1), (0.1, 0.4))
-    shadow = np.roll(coverage, (1, 1), axis=(0, 1))  # no figure in the outermost pixels: no wrap
-    canvas *= 1 - 0.4 * shadow[..., None]
-    paint = np.where(PATTERNS[pattern](x, y)[..., None], dark, light)
-    shading = 1 + 0.15 * (clouds(rng, 4) - 0.5)[..., None]
-    canvas += coverage[..., None] * (paint * shading - canvas)
-    canvas += rng.normal(0, 0.03, canvas.shape).astype(np.float32)
-    mask = coverage > 0.5
-    return Drawing(np.rint(canvas.clip(0, 1) * 255).astype(np.uint8), mask, extent(mask))
 
-
-def place(distance: Callable, rng: np.random.Generator) -> tuple[np.ndarray, ...]:
-    """Return a figure's axes x, y and its coverage 0..1 of every pixel, each float32 (64, 64).
-
-    Drawn again until the whole figure lies in the image and its box covers 10 to 60 % of it.
-    """
-    while True:
-        radius, stretch, turn = rng.uniform(14, 34), rng.uniform(0.75, 1), rng.uniform(-0.5, 0.5)
-        across, down = COLUMNS - SIZE / 2, ROWS - SIZE / 2
-        x = (across * np.cos(turn) + down * np.sin(turn)) / radius
-        y = (down * np.cos(turn) - across * np.sin(turn)) / (radius * stretch)
-        # A ramp, one pixel wide, across the outline: the picture is not jagged.
-        coverage = (0.5 - distance(x, y) * radius).clip(0, 1)
-        x0, y0, x1, y1 = extent(coverage > 0)
-        inside = min(x0, y0) >= 1 and max(x1, y1) <= SIZE - 2
-        if inside and 0.1 <= (x1 - x0 + 1) * (y1 - y0 + 1) / SIZE**2 <= 0.6:
-            # What wraps round the edge lies outside the figure.
-            move = rng.integers(1 - y0, SIZE - 1 - y1), rng.integers(1 - x0, SIZE - 1 - x1)
-            return tuple(np.roll(plane, move, axis=(0, 1)) for plane in (x, y, coverage))
-
-
-def extent(mask: np.ndarray) -> tuple[int, int, int, int]:
-    """Return x0 y0 x1 y1 of the true pixels, corners included."""
-    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-    return int(columns[0]), int(rows[0]), int(columns[-1]), int(rows[-1])
-
-
-def colour(rng: np.random.Generator, saturation: tuple, value: tuple) -> np.ndarray:
-    """Draw a colour of any hue with saturation and value in these ranges, float32 (3,), 0..1."""
-    hue, saturated, bright = rng.random(), rng.uniform(*saturation), rng.uniform(*value)
-    return np.array(colorsys.hsv_to_rgb(hue, saturated, bright), np.float32)
-
-
-def clouds(rng: np.random.Generator, cells: int) -> np.ndarray:
-    """Draw smooth noise 0..1, float32 (64, 64), about `cells` hills across."""
-    grid = Image.fromarray(rng.random((cells, cells), np.float32))
-    return np.asarray(grid.resize((SIZE, SIZE), Image.Resampling.BICUBIC)).clip(0, 1)
-
-
-def background(rng: np.random.Generator, colours: list[np.ndarray]) -> np.ndarray:
-    """Draw two textured regions and some clutter, float32 (64, 64, 3), 0..1."""
+    # ---- background: two textured regions ----
+    colours = [colour(rng, saturation=(0, 0.5), value=(0.1, 0.6)) for _ in range(3)]
     mottled = clouds(rng, rng.integers(3, 12))[..., None]
     turn, period = rng.uniform(0, np.pi), rng.uniform(4, 14)
     phase = (COLUMNS * np.cos(turn) + ROWS * np.sin(turn)) * 2 * np.pi / period
@@ -238,4 +159,48 @@ def background(rng: np.random.Generator, colours: list[np.ndarray]) -> np.ndarra
         distance = np.hypot((np.abs(along) - length / 2).clip(0), aside)
         coverage = (0.5 + width - distance).clip(0, 1)[..., None]
         canvas = canvas + coverage * (colour(rng, (0, 0.6), (0.1, 0.7)) - canvas)
-    return canvas
+
+    # ---- place: drawn again until all lies in the image, in a box of 10 to 60 % of it ----
+    inside, area = False, 0.0
+    while not (inside and 0.1 <= area <= 0.6):
+        radius, stretch, turn = rng.uniform(14, 34), rng.uniform(0.75, 1), rng.uniform(-0.5, 0.5)
+        across, down = COLUMNS - SIZE / 2, ROWS - SIZE / 2
+        x = (across * np.cos(turn) + down * np.sin(turn)) / radius
+        y = (down * np.cos(turn) - across * np.sin(turn)) / (radius * stretch)
+        # A ramp, one pixel wide, across the outline: the picture is not jagged.
+        coverage = (0.5 - SHAPES[shape](x, y) * radius).clip(0, 1)
+        x0, y0, x1, y1 = extent(coverage > 0)
+        inside = min(x0, y0) >= 1 and max(x1, y1) <= SIZE - 2
+        area = (x1 - x0 + 1) * (y1 - y0 + 1) / SIZE**2
+    # What wraps round the edge lies outside the figure.
+    move = rng.integers(1 - y0, SIZE - 1 - y1), rng.integers(1 - x0, SIZE - 1 - x1)
+    x, y, coverage = (np.roll(plane, move, axis=(0, 1)) for plane in (x, y, coverage))
+
+    # ---- figure ----
+    light, dark = colour(rng, (0.3, 0.8), (0.75, 1)), colour(rng, (0.5, 1), (0.1, 0.4))
+    shadow = np.roll(coverage, (1, 1), axis=(0, 1))  # no figure in the outermost pixels: no wrap
+    canvas *= 1 - 0.4 * shadow[..., None]
+    paint = np.where(PATTERNS[pattern](x, y)[..., None], dark, light)
+    shading = 1 + 0.15 * (clouds(rng, 4) - 0.5)[..., None]
+    canvas += coverage[..., None] * (paint * shading - canvas)
+    canvas += rng.normal(0, 0.03, canvas.shape).astype(np.float32)
+    mask = coverage > 0.5
+    return np.rint(canvas.clip(0, 1) * 255).astype(np.uint8), mask, extent(mask)
+
+
+def extent(mask: np.ndarray) -> tuple[int, int, int, int]:
+    """Return x0 y0 x1 y1 of the true pixels, corners included."""
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    return int(columns[0]), int(rows[0]), int(columns[-1]), int(rows[-1])
+
+
+def colour(rng: np.random.Generator, saturation: tuple, value: tuple) -> np.ndarray:
+    """Draw a colour of any hue with saturation and value in these ranges, float32 (3,), 0..1."""
+    hue, saturated, bright = rng.random(), rng.uniform(*saturation), rng.uniform(*value)
+    return np.array(colorsys.hsv_to_rgb(hue, saturated, bright), np.float32)
+
+
+def clouds(rng: np.random.Generator, cells: int) -> np.ndarray:
+    """Draw smooth noise 0..1, float32 (64, 64), about `cells` hills across."""
+    grid = Image.fromarray(rng.random((cells, cells), np.float32))
+    return np.asarray(grid.resize((SIZE, SIZE), Image.Resampling.BICUBIC)).clip(0, 1)

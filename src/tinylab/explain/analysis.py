@@ -42,6 +42,7 @@ class Analysis:
     localisation: Localisation | None
     faithfulness: dict | None
     figures: dict[str, plots.Figure]
+    boxed: bool = True  # whether the test images have boxes
 
     def save(self, run: Run, figures: Path | None = None) -> Iterator[Path]:
         """Write figures, tables and, last, explain.json into the run folder; yield their paths.
@@ -63,6 +64,7 @@ class Analysis:
         found = {"model_sha256": run.summary["model_sha256"], **self.explanation.to_json()}
         found |= {"errors": self.errors.to_json(), "label_conflicts": self.conflicts}
         found |= {"localisation": located, "faithfulness": self.faithfulness}
+        found |= {} if self.boxed else {"boxed": False}
         run.write("explain.json", found | {"figures": sorted(self.figures)})
         yield run.folder / "explain.json"
         if figures:
@@ -71,6 +73,8 @@ class Analysis:
     def in_words(self) -> str:
         """Return the result in a line or two."""
         counts = f"{self.explanation.wrong:,} of {self.explanation.tested:,} test images are wrong"
+        if not self.boxed:
+            return f"the test images have no boxes: maps are not compared with any\n{counts}"
         return f"{self.localisation.in_words()}\n{counts}" if self.localisation else counts
 
 
@@ -102,7 +106,8 @@ def analyse_run(
     what = {"rows": test, "logits": logits, "normalise": network_input(recipe)}
     explanation = explain(model, dataset, **what, count=count)
     what |= {"stage": stage, "progress": progress and interactive()}
-    located = localise(model, dataset, **what, count=sample) if sample != 0 else None
+    boxed = bool(dataset.boxes[test].any())  # somebody's own images have no boxes
+    located = localise(model, dataset, **what, count=sample) if boxed and sample != 0 else None
     faith = faithfulness(model, dataset, **what, count=faithful) if faithful else None
     errors = analyse(logits, labels, wnids, names)
     conflicts = label_conflicts(dataset, test, logits)
@@ -111,11 +116,12 @@ def analyse_run(
     loader = make_loader(dataset, rows.train, recipe, run.identity["seed"], torch.device("cpu"))
     first = loader.rows_at(1, 0)[:16]
     images, titles = dataset.images[first], [names[label] for label in dataset.labels[first]]
+    boxes = dataset.boxes[first] if dataset.boxes[first].any() else None
     _, *rates = zip(*schedule(recipe, len(rows.train)), strict=True)
     steps = recipe.steps_per_epoch(len(rows.train))
     correct, total = errors.matrix.diagonal(), errors.matrix.sum(axis=1)
     figures = {
-        "samples": plots.image_grid(images, titles, dataset.boxes[first], title="Training images"),
+        "samples": plots.image_grid(images, titles, boxes, title="Training images"),
         "learning_rate": plots.learning_rate_curve(*rates, steps),
         "curves": plots.accuracy_and_loss(run.history, run.course_run, run.title),
         "classes": plots.class_accuracy(names, 100 * correct / total.clip(1), total),
@@ -164,7 +170,7 @@ def analyse_run(
         figures["localisation"] = plots.localisation(located.summary | {"method": "Grad-CAM"})
     if faith:
         figures["faithfulness"] = plots.faithfulness(faith | {"method": "Grad-CAM"})
-    return Analysis(explanation, errors, conflicts, located, faith, figures)
+    return Analysis(explanation, errors, conflicts, located, faith, figures, boxed)
 
 
 def explain_answers(

@@ -310,7 +310,8 @@ def explain(
     for i, (entry, area) in enumerate(zip(entries, box_area(boxes).tolist(), strict=True)):
         for answer in (entry["predicted"], entry["actual"]):
             answer["probability"] = round(answer["probability"], 6)
-        entry |= {"box": boxes[i].tolist(), "box_area": round(area, 4)}
+        if boxes[i].any():
+            entry |= {"box": boxes[i].tolist(), "box_area": round(area, 4)}
         entry["stages"] = {stage: against_box(i, each) for stage, each in maps.items()}
         entry["actual_map"] = against_box(i, actual_maps)
     wrong = int((logits.argmax(axis=1) != labels).sum())

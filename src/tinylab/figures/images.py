@@ -1,6 +1,7 @@
 """Pages of images: samples, mistakes, heat maps. Images are uint8 (n, h, w, 3)."""
 
 import math
+import re
 import textwrap
 from collections.abc import Mapping, Sequence
 
@@ -226,6 +227,8 @@ def map_table(
     """
     if not len(images):
         return message("No misclassified image: there is nothing to explain.")
+    if not any(entry.get("box") for entry in entries):
+        notes = re.sub(r" ?White frame: the object's box\.( |(?=\n))", "", notes)
     margin, near, columns, between, far, text, below = 0.06, 0.03, 1, 0, 0.13, 0.27, 0.13
     if by_class:
         columns, between, far, text, below = 2, 0.26, 0.09, 0.23, 0.15

@@ -9,6 +9,7 @@ import contextlib
 import io
 import os
 import textwrap
+import warnings
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
@@ -56,7 +57,8 @@ class SelfShowing(Figure):
     def _repr_png_(self, dpi: int = 100) -> bytes:
         """Return a PNG file without matplotlib's version: the same picture has the same bytes."""
         buffer = io.BytesIO()
-        self.savefig(buffer, format="png", dpi=dpi, metadata={"Software": None})
+        with warnings.catch_warnings(action="ignore"):  # a sign that the font lacks is a box
+            self.savefig(buffer, format="png", dpi=dpi, metadata={"Software": None})
         return buffer.getvalue()
 
 

@@ -143,8 +143,9 @@ class Run:
 
     @property
     def data(self) -> str:
-        """What it was trained on: "Tiny ImageNet", "made-up shapes", "other images"."""
-        return DATA_NAMES.get(self.identity["content_sha256"], "other images")
+        """What it was trained on: "Tiny ImageNet", "made-up shapes", or the name of own images."""
+        other = self.identity.get("data_title", "other images")
+        return DATA_NAMES.get(self.identity["content_sha256"], printable(other))
 
     @property
     def course_run(self) -> list[dict]:
@@ -356,7 +357,7 @@ def refuse_another(run: Run, now: dict, saved: dict | None = None) -> None:
     recorded = dataclasses.asdict(run.recipe) | run.identity if saved is None else saved
     before = json.loads(json.dumps(in_todays_terms(recorded)))
     now = json.loads(json.dumps(now))
-    may_differ = {"data_folder"}  # the content hash says whether it is the same data
+    may_differ = {"data_folder", "data_title"}  # the content hash says whether it is the same data
     if saved is None:
         if "class_order_sha256" not in before:  # of an older version; the content hash covers it
             may_differ.add("class_order_sha256")

@@ -67,6 +67,6 @@ def model_card(run: Run, explanation: dict | None = None, names: Iterable[str] =
         "error": 100 * math.sqrt(share * (1 - share) / run.summary["test_images"]),
         "names": list(names), "errors": errors, "conflicts": explanation.get("label_conflicts"),
         "calibration": errors and errors.get("calibration"),
-        "boxes": explanation.get("localisation"),
+        "boxes": explanation.get("localisation"), "boxed": explanation.get("boxed", True),
     }  # fmt: skip
     return render("card.md.j2", filters, values, keep_trailing_newline=True)

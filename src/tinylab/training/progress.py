@@ -186,6 +186,8 @@ def heading(
     ]
     if dataset.made_up:
         lines.insert(2, "data: made-up shapes, not Tiny ImageNet")
+    elif dataset.title:
+        lines.insert(2, f"data: {dataset.title}")
     return "\n".join(lines)
 
 

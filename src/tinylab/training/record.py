@@ -40,6 +40,7 @@ def identity_of(dataset: Dataset, rows: Split, seed: int, compute: Compute, comp
         "split_sha256": rows.sha256,
         "class_order_sha256": class_order_sha256(dataset.wnids[: rows.classes]),
         "data_folder": relative_to_here(dataset.folder),
+        **({"data_title": dataset.title} if dataset.title else {}),
     }
 
 
