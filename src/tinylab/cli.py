@@ -133,8 +133,9 @@ class Train(Training):
     test_every: int = 1
     """Test after every so many epochs, and after the last one. A test of 33,000 images costs as
     much as training on 11,000."""
-    track: Literal["none", "tensorboard"] = "none"
-    """tensorboard: also write each epoch's numbers to the run folder's tensorboard/."""
+    track: Literal["none", "tensorboard", "wandb"] = "none"
+    """Also give each epoch's numbers, and later the figures of `tinylab explain`, to TensorBoard
+    (files in the run folder) or to Weights & Biases (sent, unless WANDB_MODE is offline)."""
 
     def run(self) -> None:
         from tinylab.data.dataset import open_dataset
@@ -266,6 +267,7 @@ class Explain(Finished):
         from tinylab.custom import load_custom
         from tinylab.explain.analysis import analyse_run
         from tinylab.run.environment import choose
+        from tinylab.training.track import log_figures
 
         compute, make = choose(self.device, "fp32"), load_custom(self.model)
         maps = self.count or self.sample or self.all or self.faithfulness
@@ -274,8 +276,9 @@ class Explain(Finished):
         how = {"count": self.count, "stage": self.stage, "faithful": self.faithfulness}
         how |= {"sample": sample, "progress": True}
         analysis = analyse_run(finished, dataset, rows, network, **how)
-        for path in analysis.save(finished, self.figures):
-            print(path)
+        paths = list(analysis.save(finished, self.figures))
+        print(*paths, sep="\n")
+        log_figures(finished, [path for path in paths if path.parent == finished.figures])
         print(analysis.in_words())
 
 

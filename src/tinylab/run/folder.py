@@ -11,7 +11,7 @@ summary.json       the final numbers; its presence says that the run is finished
 SHA256SUMS         of the files above, as sha256sum writes and checks it
 explain.json, classes.csv, confusion.csv, localisation.csv, figures/     by `tinylab explain`
 report.html        by `tinylab report`
-tensorboard/       by `tinylab train --track tensorboard`
+tensorboard/, wandb/     by `tinylab train --track`
 """
 
 import contextlib

@@ -10,8 +10,8 @@ import safetensors
 import safetensors.torch
 from torch import Tensor, nn
 
-from tinylab.data.archive import file_sha256
 from tinylab.data.augment import network_input
+from tinylab.data.dataset import file_sha256
 from tinylab.exceptions import UserError
 from tinylab.files import printable
 from tinylab.model import ResNet18

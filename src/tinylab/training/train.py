@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 from tinylab.custom import customise, fit_line
 from tinylab.data.dataset import Dataset, refuse_inside
@@ -31,7 +30,7 @@ from tinylab.training.progress import (  # isort: skip
 )  # fmt: skip
 from tinylab.training.record import epoch_row, finish, identity_of, restore
 from tinylab.training.step import new_state, require_batches, train_step
-from tinylab.training.track import Tracker
+from tinylab.training.track import Kind, start
 from tinylab.training.warm_up import memory_hint, warm_up
 
 SAVE_SECONDS = 300  # an epoch that takes longer is saved within, too
@@ -42,7 +41,7 @@ def train(
     recipe: Recipe, dataset: Dataset, *, split: str | None = None, folder: Path | None = None,
     seed: int = 0, limit_classes: int | None = None, device: str = "auto", precision: str = "auto",
     compiled: bool = False, workers: int | None = None, mirror: Path | None = None,
-    test_every: int = 1, continue_anyway: bool = False, track: Literal["tensorboard"] | None = None,
+    test_every: int = 1, continue_anyway: bool = False, track: Kind | None = None,
     transform: Callable | None = None, model: Callable | None = None, loss: Callable | None = None,
     init: Path | None = None, quiet: bool = False,
 ) -> Run:  # fmt: skip
@@ -72,7 +71,7 @@ def train(
             raise UserError(f"the mirror {mirror} is the run's own folder: choose another --mirror")
     if test_every < 1:
         raise UserError(f"test-every must be at least 1, not {test_every}")
-    tracker = Tracker(run.folder) if track else None
+    tracker = start(track, run) if track else None
     custom = customise(transform, model, loss, init)
 
     with contextlib.ExitStack() as stack:
