@@ -100,8 +100,9 @@ if drive and in_colab:
 
     google_drive.mount(DRIVE.partition("/MyDrive")[0])
 if drive and not CONTINUE_ANYWAY:  # a run that is not finished, the one begun last
-    usual = f"{RECIPE or ('published' if has_gpu else 'cpu')}-*-s{SEED}*"
-    notes = drive.glob(f"{Path(RUN).name if RUN else usual}/commit")
+    usual = f"{RECIPE or ('published' if has_gpu else 'cpu')}-*-s{SEED}"
+    names = [Path(RUN).name] if RUN else [usual, f"{usual}-*"]
+    notes = [note for name in names for note in drive.glob(f"{name}/commit")]
     begun = [each for each in notes if not (each.parent / "summary.json").exists()]
     commits = [each.read_text() for each in sorted(begun, key=os.path.getmtime)]
 

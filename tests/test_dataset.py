@@ -107,6 +107,17 @@ def test_other_files_with_the_published_classes_are_noted(
     assert "note: " in capsys.readouterr().err
 
 
+def test_other_files_with_the_published_classes_are_refused_for_auto_and_noted_when_named(
+    tmp_path: Path, zipped: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(module, "WNIDS_SHA256", module.class_order_sha256(Archive(zipped).wnids))
+    monkeypatch.setenv("TINY_IMAGENET", str(zipped))
+    assert "but other files" in refused(prepare, "auto", tmp_path / "ds", progress=False)
+    assert leftovers(tmp_path) == set()
+    prepare(zipped, tmp_path / "ds", progress=False)
+    assert "note: " in capsys.readouterr().err
+
+
 DAMAGE = {
     "no meta.json": (lambda ds: (ds / "meta.json").unlink(), "no data set in"),
     "no images": (lambda ds: (ds / "images.npy").unlink(), "is damaged"),

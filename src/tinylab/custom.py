@@ -45,19 +45,22 @@ def load_custom(reference: str | None) -> object | None:
         raise UserError(f"'{printable(reference)}' is no FILE:NAME, as in mine.py:resnet34")
     if not path.is_file():
         raise UserError(f"{printable(path)} does not exist")
-    spec = importlib.util.spec_from_file_location(f"custom_{path.stem}", path)
+    known = getattr(sys.modules.get(path.stem), "__file__", path)
+    if known is None or Path(known).resolve() != path.resolve():
+        raise UserError(f"{printable(path)} has the name of another module: rename it")
+    spec = importlib.util.spec_from_file_location(path.stem, path.resolve())
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     sys.path.append(str(path.parent.resolve()))  # what lies beside it can be imported
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserError(f"{printable(path)} fails: {in_short(error)}") from error
     if not callable(getattr(module, name, None)):
         raise UserError(f"{printable(path)} has nothing to call that is named {name}")
     return getattr(module, name)
 
 
-def in_short(error: Exception) -> str:
+def in_short(error: BaseException) -> str:
     """Return the error in one line, with the line of code where it was raised."""
     where, text = traceback.extract_tb(error.__traceback__)[-1], " ".join(str(error).split())
     return printable(f"{type(error).__name__}: {text} (line {where.lineno} of {where.filename})")
@@ -67,11 +70,15 @@ def source_text(part: Callable) -> str:
     """Return the text that says what a part does.
 
     The source of a function or a class, without what it calls; of a configured object, such as a
-    composition of transforms, its repr.
+    composition of transforms, its repr, of a torch module its settings, too.
     """
     described = type(part).__repr__ is not object.__repr__
     if described and not inspect.isroutine(part) and not inspect.isclass(part):
-        return re.sub(r" at 0x[0-9a-f]+", "", repr(part))
+        text = repr(part)
+        if isinstance(part, nn.Module):  # a loss's repr lacks them
+            plain = {k: v for k, v in vars(part).items() if isinstance(v, int | float | str)}
+            text += f"\n{plain} { {k: v.tolist() for k, v in part.state_dict().items()} }"
+        return re.sub(r" at 0x[0-9a-f]+", "", text)
     named = part if hasattr(part, "__qualname__") else type(part)
     try:
         return textwrap.dedent(inspect.getsource(named))
@@ -97,8 +104,8 @@ class Custom:
 
 
 def customise(
-    transform: Callable | None = None, model: Callable[[int], nn.Module] | None = None,
-    loss: Loss | None = None, init: Path | None = None,
+    transform: Callable | None, model: Callable[[int], nn.Module] | None, loss: Loss | None,
+    init: Path | None, classes: int, device: torch.device,
 ) -> Custom:  # fmt: skip
     """Return the arguments of `train` in the form in which they are used.
 
@@ -109,6 +116,14 @@ def customise(
     """
     given = {"transform": transform, "model": model, "loss": loss}
     identity = {name: source_text(part) for name, part in given.items() if part is not None}
+    if loss is not None:
+        logits = torch.zeros(2, classes, device=device, requires_grad=True)
+        try:
+            labels = torch.zeros(2, dtype=torch.int64, device=device)
+            torch.autograd.grad(loss(logits, labels), logits)
+        except Exception as error:
+            problem = f"the loss cannot be used: {in_short(error)}"
+            raise UserError(f"{problem}; it must be a scalar that depends on the logits") from error
     weights = None
     if init is not None:
         weights, identity["init_sha256"] = read_init(init)
@@ -167,6 +182,8 @@ def build_custom(make: Callable[[int], nn.Module], classes: int, seed: int = 0) 
             shape = tuple(network.eval()(torch.zeros(2, 3, SIZE, SIZE)).shape)
         except Exception as error:
             raise UserError(f"the network cannot be used: {in_short(error)}") from error
+    if not any(each.requires_grad for each in network.parameters()):
+        raise UserError("the network has no parameters to train")
     if shape != (2, classes):
         raise UserError(f"of 2 images the network makes {shape}: (2, {classes}) is expected")
     return network.train()

@@ -24,6 +24,9 @@ def write_atomically(path: Path, *parts: bytes | memoryview, keep_as: Path | Non
     Written under another name, flushed to the disk, renamed: the file is whole or as before, also
     after a kill or on a full disk. Folders above it are made. Raise `UserError` if that fails.
     """
+    path = Path(os.path.realpath(path))  # a link stays one
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise UserError(f"{path} is a device, not a file")
     temporary = Path(f"{path}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -39,7 +39,9 @@ from tinylab.recipe import SIZE
 CONTENT_SHA256 = "64bbbec8d50fdc7e7606fa6d82e82a07b000c2b97e23d9d6121434e711dc6b8f"
 """`content_sha256` of the published archive, in whatever layout or packing."""
 SAMPLE_SHA256 = "b8c98ddd45bdaaa5f99246cee787b04a9e60a3f5abed3df9f67d1ff93d1e9489"
-"""The same of the made-up sample (`synthetic.write_sample`)."""
+"""The same of the made-up sample (`synthetic.write_sample`), with its own seed."""
+SAMPLE_WNIDS_SHA256 = "1994ac312b44eebf25b98cedc61dd8e16590a089121b08c1e781c2c018c063b5"
+"""`class_order_sha256` of the made-up sample with any seed."""
 DATA_NAMES = {CONTENT_SHA256: "Tiny ImageNet", SAMPLE_SHA256: "made-up shapes"}
 WNIDS_SHA256 = "342d6acf18911d62da4c981221f833718a3ef8299e55512239e09c64e49a344c"
 """sha256 of the 200 sorted wnids, each followed by a newline."""
@@ -254,6 +256,8 @@ def verify_archive(path: Path) -> str:
     Raise `UserError` for damage, and for Tiny ImageNet's classes with anything but its files.
     """
     opened = Archive(path)
+    if opened.title:
+        raise UserError(f"{path} holds pictures, but neither Tiny ImageNet nor a run")
     digests = (hashlib.sha256(opened.read(file.path)).hexdigest() for file in opened.files)
     content = opened.content_sha256(digests)
     names = "".join(f"{w}\t{name}\n" for w, name in zip(opened.wnids, opened.names, strict=True))

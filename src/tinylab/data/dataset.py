@@ -19,7 +19,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from tinylab.data.archive import (  # isort: skip
-    CONTENT_SHA256, SAMPLE_SHA256, WNIDS_SHA256, Archive, class_order_sha256,
+    CONTENT_SHA256, SAMPLE_WNIDS_SHA256, WNIDS_SHA256, Archive, class_order_sha256,
 )  # fmt: skip
 from tinylab.data.download import find
 from tinylab.data.picture import decode
@@ -55,7 +55,7 @@ class Dataset:
     @property
     def made_up(self) -> bool:
         """Whether it is tinylab's own sample of made-up shapes."""
-        return self.content_sha256 == SAMPLE_SHA256
+        return class_order_sha256(self.wnids) == SAMPLE_WNIDS_SHA256
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -165,14 +165,15 @@ def prepare(
             if not (folder / "meta.json").exists():
                 with new_folder(folder) as building:
                     archive = Archive(find(source, folder.parent))
-                    build(archive, building, max(1, workers or available_cores()), progress)
+                    threads, strict = max(1, workers or available_cores()), str(source) == "auto"
+                    build(archive, building, threads, progress, strict)
     elif str(source) != "auto":
         print(f"note: {folder} was prepared before: {source} is not read", file=sys.stderr)
     return open_dataset(folder)
 
 
-def build(archive: Archive, folder: Path, workers: int, progress: bool) -> None:
-    """Decode the archive into `folder`."""
+def build(archive: Archive, folder: Path, workers: int, progress: bool, strict: bool) -> None:
+    """Decode the archive into `folder`. strict: refuse Tiny ImageNet's classes with other files."""
     labels = [file.label for file in archive.files]
     np.save(folder / "labels.npy", np.array(labels, np.int16))
     np.save(folder / "boxes.npy", np.array([file.box for file in archive.files], np.uint8))
@@ -200,8 +201,10 @@ def build(archive: Archive, folder: Path, workers: int, progress: bool) -> None:
     written = ("labels.npy", "boxes.npy", "images.npy")  # the order in meta.json
     content = archive.content_sha256(digests)
     if content != CONTENT_SHA256 and class_order_sha256(archive.wnids) == WNIDS_SHA256:
-        what = f"has Tiny ImageNet's classes, but other files ({content})"
-        print(f"note: {archive.path} {what}", file=sys.stderr)
+        what = f"{archive.path} has Tiny ImageNet's classes, but other files ({content})"
+        if strict:
+            raise UserError(f"{what}: name it with --source to use it all the same")
+        print(f"note: {what}", file=sys.stderr)
     meta = {
         "format_version": FORMAT_VERSION,
         "is_tiny_imagenet": content == CONTENT_SHA256,

@@ -4,6 +4,7 @@ A batch is a function of (seed, epoch, step). With several processes each gets i
 very same batch.
 """
 
+import multiprocessing
 import os
 import shutil
 import signal
@@ -215,7 +216,8 @@ class WorkerLoader:
 
 def start_worker(parent: int, _number: int) -> None:
     """Leave the process group: Ctrl-C is for the process that trains, which saves first."""
-    if os.getppid() != parent:  # killed already: torch would watch its heir, and wait for ever
+    served = multiprocessing.get_start_method() == "forkserver"  # then the server is the parent
+    if os.getppid() != parent and not served:  # killed: torch would wait for its heir for ever
         os._exit(1)
     if hasattr(os, "setpgrp"):
         os.setpgrp()

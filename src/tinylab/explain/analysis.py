@@ -21,7 +21,6 @@ from tinylab.explain.mistakes import (  # isort: skip
     Errors, Explanation, analyse, answers, explain, label_conflicts,
 )  # fmt: skip
 from tinylab.explain.road import faithfulness
-from tinylab.files import interactive
 from tinylab.run.folder import Run, note_figures
 from tinylab.run.weights import normalised
 from tinylab.training.optim import schedule
@@ -105,7 +104,7 @@ def analyse_run(
     # ---- numbers ----
     what = {"rows": test, "logits": logits, "normalise": network_input(recipe)}
     explanation = explain(model, dataset, **what, count=count)
-    what |= {"stage": stage, "progress": progress and interactive()}
+    what |= {"stage": stage, "progress": progress}
     boxed = bool(dataset.boxes[test].any())  # somebody's own images have no boxes
     located = localise(model, dataset, **what, count=sample) if boxed and sample != 0 else None
     faith = faithfulness(model, dataset, **what, count=faithful) if faithful else None

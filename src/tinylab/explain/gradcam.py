@@ -75,7 +75,9 @@ def stages_of(model: nn.Module) -> tuple[str, ...]:
     if all(hasattr(model, stage) for stage in STAGES):
         return STAGES
     if not names:
-        raise UserError("the network has no convolution: name another layer with --stage")
+        raise UserError(
+            "the network has no convolution: `explain --count 0 --sample 0` does without maps"
+        )
     return (names[-1],)
 
 

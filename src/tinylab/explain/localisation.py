@@ -11,13 +11,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from tinylab.data.dataset import Dataset
 from tinylab.explain.boxes import box_area, centre_hits, energy, hits, usable
 from tinylab.explain.gradcam import gradcam, stages_of
 from tinylab.explain.sampling import RESAMPLES, bootstrap, sample
 from tinylab.files import as_csv, write_atomically
+from tinylab.training.progress import print_line, silent, watched
 
 BATCH = 256  # images that are held as float32 at a time
 
@@ -85,7 +85,8 @@ def localise(
     order = sample(len(rows), count, seed)
     good = order[usable(dataset.boxes[rows[order]])]
     table, size = [], []
-    for first in tqdm(range(0, len(good), BATCH), desc="maps", leave=False, disable=not progress):
+    starts, say = range(0, len(good), BATCH), print_line if progress else silent
+    for first in watched(starts, "maps", len(starts), say):
         chosen = good[first : first + BATCH]
         own, boxes = rows[chosen], dataset.boxes[rows[chosen]]
         predicted, actual = logits[chosen].argmax(axis=1), dataset.labels[own].astype(np.int64)

@@ -15,11 +15,11 @@ from pytorch_grad_cam.metrics.road import ROADLeastRelevantFirst, ROADMostReleva
 from pytorch_grad_cam.utils.model_targets import ClassifierOutputSoftmaxTarget
 from torch import Tensor, nn
 from torch.nn import functional
-from tqdm import tqdm
 
 from tinylab.data.dataset import Dataset
 from tinylab.explain.gradcam import frozen_copy, gradcam, stages_of
 from tinylab.explain.sampling import bootstrap, sample
+from tinylab.training.progress import print_line, silent, watched
 
 PERCENTILES = (10, 20, 30, 40, 50, 60, 70, 80, 90)  # at 80, a fifth of all pixels goes
 ORDERS = {
@@ -52,10 +52,10 @@ def faithfulness(
     chosen = sample(len(rows), count, seed)
     generator, device = torch.Generator().manual_seed(seed), next(model.parameters()).device
     batches = [np.empty((2, len(ORDERS), len(PERCENTILES), 0))]
-    starts = tqdm(range(0, len(chosen), BATCH), desc="ROAD", leave=False, disable=not progress)
+    starts, say = range(0, len(chosen), BATCH), print_line if progress else silent
     with torch.autocast(device.type, enabled=False), torch.random.fork_rng(devices=()):
         network = frozen_copy(model)
-        for first in starts:
+        for first in watched(starts, "ROAD", len(starts), say):
             some = chosen[first : first + BATCH]
             images = torch.from_numpy(dataset.images[rows[some]])
             inputs = normalise(images).to(device, torch.float32)

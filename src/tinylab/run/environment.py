@@ -202,14 +202,15 @@ def commit() -> str | None:
 
 
 def source_sha256(package: Path) -> str:
-    """Return the hash of the code that decides results: not of cli, explain, figures, share.
+    """Return the hash of the code that decides results.
 
-    Line ends count as \\n, so that a checkout on Windows has the same.
+    Not of cli, options, explain, figures, share. Line ends count as \\n, so that a checkout on
+    Windows has the same.
     """
     digest = hashlib.sha256()
     for path in sorted(package.rglob("*.py")):
         name = path.relative_to(package).as_posix()
-        if not name.startswith(("cli.py", "explain/", "figures/", "share/")):
+        if not name.startswith(("cli.py", "options.py", "explain/", "figures/", "share/")):
             digest.update(f"{name}\n".encode() + path.read_bytes().replace(b"\r\n", b"\n"))
     return digest.hexdigest()
 

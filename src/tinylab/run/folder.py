@@ -364,14 +364,16 @@ def refuse_another(run: Run, now: dict, saved: dict | None = None) -> None:
         if run.finished:  # it is only shown
             may_differ |= {"device", "precision", "compiled"}
         elif not run.trained:  # the first try may have shown that memory is short
-            may_differ.add("micro_batch")
+            may_differ |= {"micro_batch", "transform", "model", "loss", "init_sha256"}
 
-    changes = ", ".join(
+    changes = [
         f"{key} {short(before.get(key))} -> {short(now.get(key))}"
         for key in sorted(before.keys() | now.keys())
         if key not in may_differ and before.get(key) != now.get(key)
-    )
+    ]
     if changes:
+        changes[5:] = [f"{len(changes) - 5} more"] if len(changes) > 5 else []
+        changes = ", ".join(changes)
         if saved is not None:
             ways = f"the checkpoint is of another run ({changes}): choose another --run or --mirror"
         else:

@@ -105,6 +105,8 @@ def read_weights(path: Path, sha256: str | None = None) -> tuple[dict[str, Tenso
 def read_init(path: Path) -> tuple[dict[str, Tensor], str]:
     """Return the weights in a run's folder or in a weights file, and the file's sha256."""
     file = path / "model.safetensors" if path.is_dir() else path
+    if not file.exists():
+        raise UserError(f"{file} does not exist: name a finished run or a weights file")
     return read_weights(file)[0], file_sha256(file)
 
 

@@ -58,7 +58,8 @@ def find_lr(
     compute = choose(device, precision)
     rows = make_split(dataset, split, limit_classes)
     require_batches(recipe, len(rows.train))
-    custom, where = customise(transform, model, loss, init), (seed, compute.device, workers)
+    custom = customise(transform, model, loss, init, rows.classes, compute.device)
+    where = (seed, compute.device, workers)
     loader = make_loader(dataset, rows.train, recipe, *where, transform=custom.transform)
 
     def batches() -> Iterator[Batch]:

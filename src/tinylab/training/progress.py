@@ -26,8 +26,9 @@ Say = Callable[[str], None]
 
 
 def print_line(line: str) -> None:
-    """Print a line at once."""
-    print(line, flush=True)
+    """Print a line at once; training goes on though nobody reads any more."""
+    with contextlib.suppress(BrokenPipeError):
+        print(line, flush=True)
 
 
 def silent(_line: str) -> None:

@@ -29,6 +29,7 @@ from tinylab.training.step import TrainState
 
 def identity_of(dataset: Dataset, rows: Split, seed: int, compute: Compute, compiled: bool) -> dict:
     """Return what decides a run's result besides its recipe: the contents of run.json."""
+    title = "made-up shapes" if dataset.made_up else dataset.title
     return {
         "protocol": rows.protocol,
         "classes": rows.classes,
@@ -40,7 +41,7 @@ def identity_of(dataset: Dataset, rows: Split, seed: int, compute: Compute, comp
         "split_sha256": rows.sha256,
         "class_order_sha256": class_order_sha256(dataset.wnids[: rows.classes]),
         "data_folder": relative_to_here(dataset.folder),
-        **({"data_title": dataset.title} if dataset.title else {}),
+        **({"data_title": title} if title else {}),
     }
 
 

@@ -72,7 +72,7 @@ def train(
     if test_every < 1:
         raise UserError(f"test-every must be at least 1, not {test_every}")
     tracker = start(track, run) if track else None
-    custom = customise(transform, model, loss, init)
+    custom = customise(transform, model, loss, init, rows.classes, compute.device)
 
     with contextlib.ExitStack() as stack:
         ranks = stack.enter_context(join(compute.device))
