@@ -191,3 +191,24 @@ def test_text_is_made_harmless() -> None:
         "&#60;b&#62;&#124;&#91;x&#93;(http&#58;//y) www&#46;z"
     )
     assert json.loads(json.dumps(printable("x" * 500))) == "x" * 200
+
+
+def test_a_recipe_comes_from_a_file(finished_run: Run, tmp_path: Path) -> None:
+    path, fields = tmp_path / "mine.json", asdict(finished_run.recipe)
+    assert read_recipe(finished_run.folder / "recipe.json") == finished_run.recipe
+    wrong = {
+        "epochs must be a valid integer": fields | {"epochs": 1.5},
+        "unknown field epoch: did you mean epochs": fields | {"epoch": 3},
+        "epochs is missing": {name: fields[name] for name in fields if name != "epochs"},
+        "base_momentum must be at most max_momentum": fields | {"base_momentum": 0.99},
+        "'list' object": [],
+    }
+    for said, content in wrong.items():
+        path.write_text(json.dumps(content))
+        with pytest.raises(UserError, match=f"mine.json is no recipe: {said}"):
+            read_recipe(path)
+    path.write_text("{")
+    with pytest.raises(UserError, match="mine.json is no recipe: Expecting"):
+        read_recipe(path)
+    with pytest.raises(UserError, match="cannot read the recipe"):
+        read_recipe(tmp_path / "none.json")

@@ -487,6 +487,15 @@ COMMANDS = {
 WITH_RECIPE = ("train", "schedule", "find-lr")
 
 
+def recipe_of(name: str) -> Recipe:
+    """Return the recipe of that name, or the one in a JSON file."""
+    if not name.endswith(".json"):
+        return named(name)
+    from tinylab.run.folder import read_recipe
+
+    return read_recipe(Path(name))
+
+
 def parse(arguments: list[str]) -> object:
     """Return the command that the arguments name. tyro prints what does not parse, and exits."""
     name, rest = arguments[0], arguments[1:]
@@ -498,7 +507,7 @@ def parse(arguments: list[str]) -> object:
         return tyro.cli(command, prog=prog, args=rest)
     helps = {"-h", "--help", "--help-all"} & set(rest)
     if rest and not rest[0].startswith("-"):
-        recipe, prog = named(rest[0]), f"{prog} {rest[0]}"
+        recipe, prog = recipe_of(rest[0]), f"{prog} {rest[0]}"
     elif helps:
         recipe, prog = named("published"), f"{prog} RECIPE"
     else:

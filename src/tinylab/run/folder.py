@@ -17,6 +17,7 @@ tensorboard/, wandb/     by `tinylab train --track`
 import contextlib
 import csv
 import dataclasses
+import difflib
 import hashlib
 import json
 import math
@@ -260,6 +261,24 @@ def in_todays_terms(fields: dict) -> dict:
         peaks = fields["max_learning_rate"] / fields["muon_learning_rate"]
         added["muon_weight_decay"] = fields["weight_decay"] * peaks / (1 - fields["base_momentum"])
     return added | fields
+
+
+def read_recipe(path: Path) -> Recipe:
+    """Return the recipe in a file like a run's recipe.json; `UserError` names what does not fit."""
+    known = {field.name: field.default for field in dataclasses.fields(Recipe)}
+    try:
+        values = in_todays_terms(json.loads(path.read_text(encoding="utf-8")))
+        for name in values.keys() - known.keys():
+            near = difflib.get_close_matches(name, known, 1)
+            raise UserError(f"unknown field {name}" + "".join(f": did you mean {x}?" for x in near))
+        for name in known:
+            if name not in values and known[name] is dataclasses.MISSING:
+                raise UserError(f"{name} is missing")
+        return Recipe(**{name: as_tuple(value) for name, value in values.items()})
+    except OSError as error:
+        raise UserError(f"cannot read the recipe {path}: {error.strerror}") from error
+    except (UserError, ValueError, TypeError, AttributeError, KeyError) as error:
+        raise UserError(f"{path} is no recipe: {printable(error)}") from error
 
 
 def hashes(identity: dict) -> dict:
