@@ -16,6 +16,7 @@ from tinylab.run.folder import (
     default_folder,
     enter_run,
     in_todays_terms,
+    read_recipe,
     refuse_another,
     refuse_foreign,
 )  # fmt: skip
@@ -208,7 +209,7 @@ def test_a_recipe_comes_from_a_file(finished_run: Run, tmp_path: Path) -> None:
         with pytest.raises(UserError, match=f"mine.json is no recipe: {said}"):
             read_recipe(path)
     path.write_text("{")
-    with pytest.raises(UserError, match="mine.json is no recipe: Expecting"):
+    with pytest.raises(UserError, match=r"mine\.json is no recipe: Expecting"):
         read_recipe(path)
     with pytest.raises(UserError, match="cannot read the recipe"):
         read_recipe(tmp_path / "none.json")
