@@ -16,6 +16,7 @@ from tinylab.data.dataset import open_dataset
 from tinylab.explain.gradcam import gradcam
 from tinylab.explain.mistakes import answers
 from tinylab.figures.images import put_heat_map
+
 from tinylab.figures.style import (  # isort: skip
     BLUE, DASHED, KINDS, MUTED, VERMILION, Figure, annotate, draw_line, new_canvas, put_caption,
     put_picture, put_text, save, styled,
