@@ -1,7 +1,7 @@
 # make run              set up, then run the notebook on made-up sample data (about a minute of training on a CPU)
 # make run DATA=full    the same on Tiny ImageNet, found locally or downloaded; RECIPE=, EPOCHS=, CLASSES=, SEED=, RUN= override
 # make test             set up, then run the tests
-# make soak             every test of reliability in full (about a quarter of an hour), and its table
+# make soak             every test of reliability in full (about six minutes), and its table
 # make bench            benchmarks, a table and one JSON line each
 # make gpu              the runs that need a GPU; stop it and it goes on
 # make check            style, and that the committed notebook is its source's
@@ -29,7 +29,7 @@ PIP_LINES := { grep --line-buffered -E '^(Collecting|Installing|Building)' | cut
 # Only what stands on the command line counts: an environment variable EPOCHS may mean something else.
 OVERRIDES := $(strip $(foreach name,RECIPE EPOCHS CLASSES SEED RUN,$(if $(filter command,$(firstword $(origin $(name)))),"$(name)=$($(name))")))
 ifeq ($(DATA),full)
-  # The README's own figures are replaced only by the run that the README shows.
+  # The figures of README and docs are replaced only by the run that they show.
   PARAMETERS := $(or $(OVERRIDES),FIGURES=images-A)
 else ifeq ($(DATA),sample)
   PARAMETERS := RECIPE=smoke SOURCE=sample $(OVERRIDES)
@@ -64,7 +64,7 @@ test: setup
 	@$(VENV_PYTHON) -m pytest -n 2 --dist loadfile
 
 soak: setup
-	@$(VENV_PYTHON) -m pytest -n 2 --dist loadfile tests/reliability --soak --table benchmarks/RELIABILITY.md --readme README.md --timeout 1800
+	@$(VENV_PYTHON) -m pytest -n 2 --dist loadfile tests/reliability --soak --table docs/reliability.md --timeout 1800
 
 bench: setup
 	@for script in benchmarks/bench_*.py; do echo "== $$script"; $(VENV_PYTHON) "$$script" || exit 1; done

@@ -1,10 +1,10 @@
-"""Publish a run, and make results/results.csv and the README's tables anew.
+"""Publish a run, and make results/results.csv and the tables of README and docs/ anew.
 
     make publish RUN=runs/NAME     copies the run's small records to results/NAME first
     make tables                    only the tables
 
-Each generated part of the README stands between `<!-- name -->` and `<!-- /name -->`; its template
-is dev/templates/name.md.j2. Every value that a template shows is escaped: it is text, whatever the
+Each generated part of a page stands between `<!-- name -->` and `<!-- /name -->`; its template is
+dev/templates/name.md.j2. Every value that a template shows is escaped: it is text, whatever the
 file held.
 """
 
@@ -17,6 +17,7 @@ import statistics
 import sys
 import urllib.parse
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import jinja2
@@ -29,7 +30,13 @@ from tinylab.recipes import RECIPES, named
 from tinylab.run.folder import Run, published_history
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-PARTS = ("results", "targets", "throughput", "figures", "maps")
+PAGES = {
+    "README.md": ("front", "mistakes"),
+    "docs/results.md": ("results", "targets", "figures"),
+    "docs/maps.md": ("maps",),
+    "docs/speed.md": ("throughput",),
+}
+"""The generated parts of each page."""
 with open(REPOSITORY / "results" / "targets.csv", newline="", encoding="utf-8") as _file:
     TARGETS = tuple(csv.DictReader(_file))
 PROTOCOLS = {target["recipe"]: target["protocol"] for target in TARGETS if target["recipe"]}
@@ -38,15 +45,15 @@ IMAGES = {"merged": (77_000, 33_000), "official": (100_000, 10_000)}
 """Training and test images of all 200 classes."""
 
 
-def publish_run(run: Run, results: Path, readme: Path) -> list[Path]:
+def publish_run(run: Run, home: Path) -> list[Path]:
     """Copy the run's records to results/, without machine paths, and make the tables anew.
 
     Return what was written. Raise `UserError`, with nothing written, if the run is not finished, if
-    another run of that name was published, or if the README lacks a place.
+    another run of that name was published, or if a page lacks a place for its tables.
     """
     if run.data == "made-up shapes":
         raise UserError(f"{run.folder} was trained on made-up shapes: that is no result")
-    target = Run(results / run.folder.resolve().name)
+    target = Run(home / "results" / run.folder.resolve().name)
     records = {
         "run.json": {name: value for name, value in run.identity.items() if name != "data_folder"},
         "recipe.json": json.loads((run.folder / "recipe.json").read_text()),
@@ -60,38 +67,41 @@ def publish_run(run: Run, results: Path, readme: Path) -> list[Path]:
     history = run.history
     if target.finished and target.summary["model_sha256"] != run.summary["model_sha256"]:
         raise UserError(f"{target.folder} is another run of that name: delete it to replace it")
-    generate(results, readme)
+    generate(home)
     target.folder.mkdir(parents=True, exist_ok=True)
     target.write_history(history)
     for name, value in records.items():
         target.write(name, value)
-    return [target.folder, *rewrite_tables(results, readme)]
+    return [target.folder, *rewrite_tables(home)]
 
 
-def rewrite_tables(results: Path, readme: Path) -> list[Path]:
-    """Make results.csv and the README's generated parts anew, and return the files."""
-    files = generate(results, readme)
+def rewrite_tables(home: Path) -> list[Path]:
+    """Make results.csv and the pages' generated parts anew, and return the files."""
+    files = generate(home)
     for path, content in files.items():
         write_atomically(path, content)
     return list(files)
 
 
-def generate(results: Path, readme: Path) -> dict[Path, bytes]:
-    """Return what results.csv and the README are to hold, by their paths."""
-    rows = read_rows(results)
+def generate(home: Path) -> dict[Path, bytes]:
+    """Return what results.csv and the pages below `home` are to hold, by their paths."""
+    rows = read_rows(home / "results")
     columns = list(dict.fromkeys(column for row in rows for column in row))
     table = as_csv([columns, *([row.get(column) for column in columns] for row in rows)])
-    page = readme.read_text(encoding="utf-8")
-    for name in PARTS:
-        page = replace_between(page, name, render(name, rows, results, readme.parent), readme)
-    return {results / "results.csv": table, readme: page.encode()}
+    files = {home / "results" / "results.csv": table}
+    for page, parts in PAGES.items():
+        text = (home / page).read_text(encoding="utf-8")
+        for name in parts:
+            text = replace_between(text, name, render(name, rows, home), home / page)
+        files[home / page] = text.encode()
+    return files
 
 
-def replace_between(page: str, name: str, text: str, readme: Path) -> str:
+def replace_between(page: str, name: str, text: str, path: Path) -> str:
     """Replace what stands between the comments `<!-- name -->` and `<!-- /name -->`."""
     begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
     if page.count(begin) != 1 or page.count(end) != 1:
-        raise UserError(f"{readme} must hold {begin} and {end} once each")
+        raise UserError(f"{path} must hold {begin} and {end} once each")
     before, rest = page.split(begin)
     return f"{before}{begin}\n{text}\n{end}{rest.split(end)[1]}"
 
@@ -255,15 +265,17 @@ def duration(seconds: float | None) -> str:
     return f"{seconds:.1f} s" if seconds < 300 else f"{seconds / 60:.1f} min"
 
 
-def link(text: str, run: str) -> Markup:
+def link(up: str, text: str, run: str) -> Markup:
     """Return a Markdown link to a published run; what no such folder has leads nowhere."""
     name = run.replace("/", "_").lstrip(".").encode("utf-8", "replace")
     shown = f"`{text}`" if re.fullmatch(r"[\w.-]{1,200}", text, re.ASCII) else plain_text(text)
-    return Markup(f"[{shown}](results/{urllib.parse.quote(name, safe='') or 'unknown'})")
+    return Markup(f"[{shown}]({up}results/{urllib.parse.quote(name, safe='') or 'unknown'})")
 
 
-def render(name: str, rows: list[dict], results: Path, home: Path) -> str:
-    """Return one of the README's parts in Markdown. home: the folder of the README."""
+def render(name: str, rows: list[dict], home: Path) -> str:
+    """Return a generated part in Markdown, as the page that holds it links to files."""
+    up = "../" * next(page.count("/") for page, parts in PAGES.items() if name in parts)
+    results, figures = home / "results", home / "images-A"
     templates = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,
@@ -273,16 +285,17 @@ def render(name: str, rows: list[dict], results: Path, home: Path) -> str:
         undefined=jinja2.StrictUndefined,
     )
     templates.filters |= {"duration": duration, "commas": "{:,}".format, "markdown": Markup}
-    figures, shown, localisation = home / "images-A", None, None
+    shown, explained = None, {}
     if (figures / "figures.json").exists():
         shown = json.loads((figures / "figures.json").read_text(encoding="utf-8"))
-        explained = results / shown["run"].replace("/", "_").lstrip(".") / "explain.json"
-        if explained in results.glob("*/explain.json"):  # the name may be no file's
-            localisation = json.loads(explained.read_text(encoding="utf-8")).get("localisation")
+        record = results / shown["run"].replace("/", "_").lstrip(".") / "explain.json"
+        if record in results.glob("*/explain.json"):  # the name may be no file's
+            explained = json.loads(record.read_text(encoding="utf-8"))
     speeds = read_throughput(results / "throughput.csv")
     fastest = [row for row in speeds if row["status"] == "ok" and row["resolution"] == 64]
     context = {
-        "link": link,
+        "up": Markup(up),
+        "link": partial(link, up),
         "groups": [summarise(runs) for runs in group_runs(rows)],
         "reference": published_history(results)[-1:],
         "named": named,
@@ -294,7 +307,8 @@ def render(name: str, rows: list[dict], results: Path, home: Path) -> str:
         "fastest": max(fastest, key=lambda row: row["images_per_second"], default=None),
         "shown": shown,
         "drawn": {path.stem for path in figures.glob("*.png")},
-        "localisation": localisation,
+        "explained": explained,
+        "localisation": explained.get("localisation"),
     }
     return templates.get_template(f"{name}.md.j2").render(context).strip("\n")
 
@@ -303,9 +317,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("run", type=Path, nargs="?", help="the run folder; without it, the tables")
     run = parser.parse_args().run
-    pages = REPOSITORY / "results", REPOSITORY / "README.md"
     try:
-        for path in publish_run(Run(run), *pages) if run else rewrite_tables(*pages):
+        for path in publish_run(Run(run), REPOSITORY) if run else rewrite_tables(REPOSITORY):
             print(path.relative_to(REPOSITORY))
     except UserError as error:
         print(f"publish.py: {error}", file=sys.stderr)

@@ -30,8 +30,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--soak", action="store_true", help="every test of reliability in full")
-    parser.addoption("--table", metavar="FILE", help="write the table of the tests of reliability")
-    parser.addoption("--readme", metavar="FILE", help="the page whose part on that is rewritten")
+    parser.addoption("--table", metavar="FILE", help="the page that gets the reliability table")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -11,7 +11,10 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results"
 RUNS = sorted(path.parent for path in RESULTS.glob("*/summary.json"))
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+README, PROTOCOL, FINDINGS = (
+    (ROOT / page).read_text(encoding="utf-8")
+    for page in ("README.md", "docs/protocol.md", "docs/results.md")
+)
 SPLITS = {
     "merged": ("49abea2b7c71c3c6", 385, 165),
     "official": ("e72a27b22fbc22d0", 500, 50),
@@ -30,8 +33,8 @@ def lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def part(name: str) -> str:
-    return README.split(f"<!-- {name} -->")[1].split(f"<!-- /{name} -->")[0]
+def part(page: str, name: str) -> str:
+    return page.split(f"<!-- {name} -->")[1].split(f"<!-- /{name} -->")[0]
 
 
 @pytest.mark.parametrize("folder", RUNS, ids=lambda folder: folder.name)
@@ -111,8 +114,8 @@ def test_means_and_spreads_are_those_of_the_runs_that_differ_in_seed_only() -> N
         assert (float(row["sd_top1"]) if row["sd_top1"] else None) == pytest.approx(spread)
 
 
-def test_the_readme_shows_each_group_with_its_mean_and_n() -> None:
-    shown = part("results")
+def test_the_pages_show_each_group_with_its_mean_and_n() -> None:
+    shown, front = part(FINDINGS, "results"), part(README, "front")
     for row in TABLE.values():
         spread = f" ± {float(row['sd_top1']):.2f}" if row["sd_top1"] else ""
         cell = f"| {float(row['mean_top1']):.2f}{spread} |"
@@ -121,6 +124,13 @@ def test_the_readme_shows_each_group_with_its_mean_and_n() -> None:
         for line in own:  # others of the group stand under the name of its first run
             images = f"{int(row['train_images']):,} / {int(row['test_images']):,}"
             assert all(text in line for text in (cell, f"| {row['n']} |", images))
+        for line in front.splitlines():
+            if f"(results/{row['run']})" in line:
+                assert f"| {float(row['mean_top1']):.2f}" in line
+                assert f"of {int(row['test_images']):,} " in line
+    (best,) = re.findall(r"on Tiny ImageNet to ([\d.]+) % top-1", README)
+    whole = [float(row["mean_top1"]) for row in TABLE.values() if row["classes"] == "200"]
+    assert float(best) == pytest.approx(max(whole), abs=0.005)
 
 
 def test_figures_and_notebook_show_a_published_run() -> None:
@@ -128,7 +138,7 @@ def test_figures_and_notebook_show_a_published_run() -> None:
     summary = read(RESULTS / shown["run"] / "summary.json")
     for name in ("test_top1", "test_images"):
         assert shown[name] == summary[name]
-    assert f"**{summary['test_top1']:.2f} % top-1**" in part("figures")
+    assert f"**{summary['test_top1']:.2f} % top-1**" in part(FINDINGS, "figures")
 
 
 def test_choices_were_made_on_select_alone() -> None:
@@ -143,7 +153,7 @@ def test_choices_were_made_on_select_alone() -> None:
                 assert row["environment"]["split_sha256"].startswith(digits)
 
 
-def test_the_hashes_are_those_that_the_readme_gives() -> None:
+def test_the_hashes_are_those_that_the_docs_give() -> None:
     for name, (digits, train, test) in SPLITS.items():
         images = f"{200 * train:,} / {200 * test:,}"
-        assert re.search(rf"`{name}` \| {images} \|.*`{digits}…`", README), name
+        assert re.search(rf"`{name}` \| {images} \|.*`{digits}…`", PROTOCOL), name

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from publish import (
     IMAGES,
-    PARTS,
+    PAGES,
     PROTOCOLS,
     generate,
     measured,
@@ -23,8 +23,6 @@ from publish import (
 from tinylab.exceptions import UserError
 from tinylab.recipes import RECIPES, named
 from tinylab.run.folder import Run
-
-PAGE = "".join(f"<!-- {part} -->\n<!-- /{part} -->\n" for part in PARTS)
 
 
 def row(recipe: str = "accurate", seed: int = 0, top1: float = 60.0, **fields: object) -> dict:
@@ -50,7 +48,7 @@ def seeds(recipe: str, *top1: float, **fields: object) -> list[dict]:
 
 
 def part(name: str, rows: list[dict], home: Path = Path("nowhere")) -> str:
-    return render(name, rows, home / "results", home)
+    return render(name, rows, home)
 
 
 def here(rows: list[dict], recipe: str) -> str:
@@ -163,7 +161,7 @@ def test_what_records_hold_is_shown_as_text() -> None:
     hostile = "<b>|[x](http://y)"
     own = {"device": hostile, "precision": hostile, "run": hostile}
     rows = seeds("published", 57.0, torch=hostile, **own) + seeds("accurate", 64.0, **own)
-    for name in ("results", "targets"):
+    for name in ("results", "targets", "front"):
         text = part(name, rows)
         assert "<b>" not in text
         assert "](http://y" not in text
@@ -173,16 +171,19 @@ def test_what_records_hold_is_shown_as_text() -> None:
 
 
 def test_a_run_is_published_and_its_line_made(finished_run: Run, tmp_path: Path) -> None:
-    results, readme = tmp_path / "results", tmp_path / "README.md"
+    results, page = tmp_path / "results", tmp_path / "docs" / "results.md"
     results.mkdir()
-    readme.write_text(PAGE)
-    publish_run(finished_run, results, readme)
+    page.parent.mkdir()
+    for name, parts in PAGES.items():
+        empty = (f"<!-- {part} -->\n<!-- /{part} -->\n" for part in parts)
+        (tmp_path / name).write_text("".join(empty))
+    publish_run(finished_run, tmp_path)
     (own,) = read_rows(results)
     assert own["test_top1"] == finished_run.summary["test_top1"]
     assert own["recipe.width"] == finished_run.recipe.width
     assert own["largest_gap_to_published"] is None  # three classes
     assert "data_folder" not in json.loads((results / own["run"] / "run.json").read_text())
-    assert own["run"] in readme.read_text()
+    assert f"](../results/{own['run']})" in page.read_text()
     with open(results / "results.csv", newline="") as file:
         (line,) = csv.DictReader(file)
     assert line["test_correct"] == str(finished_run.summary["test_correct"])
@@ -192,10 +193,10 @@ def test_a_run_is_published_and_its_line_made(finished_run: Run, tmp_path: Path)
     shutil.copytree(finished_run.folder, other)
     Run(other).write("summary.json", finished_run.summary | {"model_sha256": "0" * 64})
     with pytest.raises(UserError, match="another run of that name"):
-        publish_run(Run(other), results, readme)
-    readme.write_text("nothing")
+        publish_run(Run(other), tmp_path)
+    page.write_text("nothing")
     with pytest.raises(UserError, match="must hold <!-- results -->"):
-        rewrite_tables(results, readme)
+        rewrite_tables(tmp_path)
     assert {path: path.read_bytes() for path in results.rglob("*.*")} == before
 
 
@@ -214,9 +215,8 @@ def test_the_published_runs_curve_is_compared_from_epoch_ten_on(
     assert own["median_last10_top1"] == 60.0
 
 
-def test_readme_and_results_csv_are_current(repository: Path) -> None:
-    files = generate(repository / "results", repository / "README.md")
-    for path, content in files.items():
+def test_results_csv_and_the_generated_parts_are_current(repository: Path) -> None:
+    for path, content in generate(repository).items():
         assert path.read_bytes() == content, f"{path.name} is not current: run `make tables`"
 
 

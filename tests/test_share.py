@@ -154,9 +154,9 @@ def test_a_hand_over_is_whole_and_replaces_nobodys_files(run: Run, tmp_path: Pat
 
 
 def test_the_weights_load_without_tinylab_by_the_published_lines(run: Run) -> None:
-    """The README's and the card's, of a network of any width."""
-    readme = Path(__file__).parents[1] / "README.md"
-    for text in (readme.read_text(), model_card(run)):
+    """The docs' and the card's, of a network of any width."""
+    page = Path(__file__).parents[1] / "docs" / "commands.md"
+    for text in (page.read_text(), model_card(run)):
         (lines,) = [
             each for each in re.findall(r"```python\n(.*?)```", text, re.S) if "safe_open" in each
         ]

@@ -1,1 +1,1 @@
-"""Put the README's promises to the test: kills, damage, full disks. `make soak` runs all of it."""
+"""Kills, damage, full disks: docs/reliability.md put to the test. `make soak` runs all of it."""

@@ -1,8 +1,8 @@
 """What the tests of reliability share: how much to do, and the table of what was done.
 
 A module names the row of the table that it fills (`pytestmark = pytest.mark.promise("kill")`), and
-its tests add to it what they counted. `--soak` does the full amount; `--table FILE` and
-`--readme FILE` write the table.
+its tests add to it what they counted. `--soak` does the full amount; `--table FILE` writes the
+table into that page.
 """
 
 import datetime
@@ -96,15 +96,14 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
                 COUNTS[row][what] += count
 
 
-def table(columns: tuple[str, ...]) -> str:
-    """Return the Markdown table with its first columns: promise, done, outcome, time."""
-    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+def table() -> str:
+    """Return the Markdown table of what was done."""
+    lines = ["| promise | done | outcome | time |", "|---|---|---|---|"]
     for row in (each for each in PROMISES if each in SECONDS):
         done = ", ".join(f"{count:,} {what}" for what, count in COUNTS[row].items())
         skipped = f" ({SKIPPED[row]} tests skipped)" if SKIPPED[row] else ""
         outcome = ("FAILED" if row in FAILED else "kept") + skipped
-        cells = [PROMISES[row], done, outcome, f"{SECONDS[row]:.0f} s"]
-        lines.append(f"| {' | '.join(cells[: len(columns)])} |")
+        lines.append(f"| {PROMISES[row]} | {done} | {outcome} | {SECONDS[row]:.0f} s |")
     return "\n".join(lines)
 
 
@@ -114,17 +113,12 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         return
     head = ["git", "rev-parse", "--short=12", "HEAD"]
     commit = subprocess.run(head, capture_output=True, text=True).stdout.strip() or "unknown"
-    Path(option("--table")).write_text(
-        f"# Reliability\n\nWritten by `make soak` ({'full' if option('--soak') else 'quick'} "
-        f"amount, {SECONDS.total() / 60:.0f} minutes of tests) on {datetime.date.today()}: "
-        f"{device_name(torch.device('cpu'))}, {platform.system()}, "
-        f"Python {platform.python_version()}, torch {torch.__version__}, commit {commit}. "
-        "No number here is typed by hand. What each row does stands in "
-        "[`tests/reliability/`](../tests/reliability).\n\n"
-        f"{table(('promise', 'done', 'outcome', 'time'))}\n",
-        encoding="utf-8",
+    text = (
+        f"{datetime.date.today()}, {'full' if option('--soak') else 'quick'} amount, "
+        f"{SECONDS.total() / 60:.0f} minutes of tests: {device_name(torch.device('cpu'))}, "
+        f"{platform.system()}, Python {platform.python_version()}, torch {torch.__version__}, "
+        f"commit {commit}.\n\n{table()}"
     )
-    if option("--readme"):
-        page, rows = Path(option("--readme")), table(("promise", "put to the test", "outcome"))
-        text = replace_between(page.read_text(encoding="utf-8"), "reliability", rows, page)
-        page.write_text(text, encoding="utf-8")
+    page = Path(option("--table"))
+    text = replace_between(page.read_text(encoding="utf-8"), "reliability", text, page)
+    page.write_text(text, encoding="utf-8")
