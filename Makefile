@@ -23,6 +23,7 @@ export NO_ALBUMENTATIONS_UPDATE := 1
 # A line for each package: minutes without one look like a machine that hangs.
 SHELL := /bin/bash
 .SHELLFLAGS := -o pipefail -c
+PHOTOGRAPH := 'import os, sklearn; print(os.path.join(sklearn.__path__[0], "datasets/images/china.jpg"))'
 PIP_OPTIONS := --disable-pip-version-check --progress-bar off
 PIP_LINES := { grep --line-buffered -E '^(Collecting|Installing|Building)' | cut -c -100 || true; }
 
@@ -58,6 +59,8 @@ $(VENV)/.done: requirements.txt pyproject.toml
 
 run: setup
 	@$(VENV_PYTHON) notebooks/run.py runs/$(NAME)-$(DATA).ipynb --html $(PARAMETERS)
+	@echo "the trained network in weights/ on a photograph by danielbuechele (CC BY 2.0, from scikit-learn):"
+	@$(VENV)/bin/tinylab predict pretrained "$$($(VENV_PYTHON) -c $(PHOTOGRAPH))" --gradcam runs/photograph
 
 # Two processes: each test computes on one thread, or waits for a process of its own.
 test: setup

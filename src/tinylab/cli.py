@@ -35,6 +35,7 @@ MOST_EXPLAINED = 400  # rows of the figure of heat maps: a PNG has at most 65,53
 DeviceName = Literal["auto", "cpu", "cuda", "mps"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 RecipeFields = Annotated[Recipe, tyro.conf.arg(name="", help="")]
+# `pretrained` is the network in weights/.
 RunFolder = Annotated[Positional[Path], tyro.conf.arg(name="run", metavar="RUN")]
 
 
@@ -270,8 +271,18 @@ class Explain(Finished):
         from tinylab.training.track import log_figures
 
         compute, make = choose(self.device, "fp32"), load_custom(self.model)
+        predicted = (finished.folder / "predictions.npz").exists()
         maps = self.count or self.sample or self.all or self.faithfulness
-        network = load(finished.folder, make)[0].to(compute.device) if maps else None
+        network = None
+        if maps or not predicted:
+            network = load(finished.folder, make)[0].to(compute.device)
+        if not predicted:
+            from tinylab.training.evaluate import score, test_logits
+
+            print(f"testing {len(rows.test):,} images: this run's folder lacks the predictions")
+            tested = score(*test_logits(network, dataset, rows.test, finished.recipe, compute))
+            arrays = {"rows": rows.test, "labels": tested.labels, "logits": tested.logits}
+            finished.write_predictions(**arrays)
         sample = None if self.all else self.sample
         how = {"count": self.count, "stage": self.stage, "faithful": self.faithfulness}
         how |= {"sample": sample, "progress": True}
@@ -504,7 +515,12 @@ def parse(arguments: list[str]) -> object:
     command, prog = COMMANDS[name], f"tinylab {name}"
     if name not in WITH_RECIPE:
         refuse_unknown(rest, command, with_recipe=False)
-        return tyro.cli(command, prog=prog, args=rest)
+        asked = tyro.cli(command, prog=prog, args=rest)
+        if getattr(asked, "run_folder", None) == Path("pretrained") and command is not Predict:
+            from tinylab.share.pretrained import pretrained_run
+
+            asked = replace(asked, run_folder=pretrained_run())
+        return asked
     helps = {"-h", "--help", "--help-all"} & set(rest)
     if rest and not rest[0].startswith("-"):
         recipe, prog = recipe_of(rest[0]), f"{prog} {rest[0]}"

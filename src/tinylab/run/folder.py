@@ -19,6 +19,7 @@ import csv
 import dataclasses
 import difflib
 import hashlib
+import io
 import json
 import math
 import os
@@ -175,6 +176,12 @@ class Run:
         path = self.folder / "predictions.npz"
         with reading(path, UNFINISHED), np.load(path, allow_pickle=False) as arrays:
             return {name: arrays[name] for name in ("rows", "labels", "logits")}
+
+    def write_predictions(self, **arrays: np.ndarray) -> None:
+        """Write what `predictions` reads."""
+        content = io.BytesIO()
+        np.savez_compressed(content, **arrays)
+        write_atomically(self.folder / "predictions.npz", content.getvalue())
 
     def write(self, name: str, value: dict) -> None:
         write_atomically(self.folder / name, as_json(value))

@@ -17,6 +17,10 @@ from tinylab.files import printable
 from tinylab.model import ResNet18
 from tinylab.recipe import SIZE, Recipe
 from tinylab.recipes import published
+from tinylab.run.folder import REPOSITORY
+
+PRETRAINED = REPOSITORY / "weights" / "accurate-merged-s0" / "model.safetensors"
+"""The network of the run in results/ of that name, rounded to float16."""
 
 
 def weights_file(
@@ -102,11 +106,21 @@ def read_weights(path: Path, sha256: str | None = None) -> tuple[dict[str, Tenso
     return tensors, metadata
 
 
+def file_of(path: Path) -> Path:
+    """Return the weights file of a run's folder, or of `pretrained`; a file is itself.
+
+    Raise `UserError` if it does not exist.
+    """
+    file = PRETRAINED if path == Path("pretrained") else path
+    file = file / "model.safetensors" if file.is_dir() else file
+    if not file.exists():
+        raise UserError(f"{printable(file)} does not exist: name a finished run or a weights file")
+    return file
+
+
 def read_init(path: Path) -> tuple[dict[str, Tensor], str]:
     """Return the weights in a run's folder or in a weights file, and the file's sha256."""
-    file = path / "model.safetensors" if path.is_dir() else path
-    if not file.exists():
-        raise UserError(f"{file} does not exist: name a finished run or a weights file")
+    file = file_of(path)
     return read_weights(file)[0], file_sha256(file)
 
 

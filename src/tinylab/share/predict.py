@@ -20,7 +20,7 @@ from tinylab.explain.mistakes import softmax
 from tinylab.files import printable
 from tinylab.recipe import SIZE
 from tinylab.run.folder import Run
-from tinylab.run.weights import load_weights, normalised
+from tinylab.run.weights import file_of, load_weights, normalised
 
 
 def load(path: Path, make: Callable[[int], nn.Module] | None = None) -> tuple[nn.Module, dict]:
@@ -31,6 +31,8 @@ def load(path: Path, make: Callable[[int], nn.Module] | None = None) -> tuple[nn
     make: builds the network, if the run had one of its own.
     """
     path = Path(path)
+    if path == Path("pretrained"):
+        return load_weights(file_of(path))
     if not any((path / name).exists() for name in ("run.json", "recipe.json", "summary.json")):
         file = path / "model.safetensors" if path.is_dir() else path
         if not file.exists():

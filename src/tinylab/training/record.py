@@ -1,11 +1,9 @@
 """What a run records: whose it is, the numbers of an epoch, the files of a finished run."""
 
 import hashlib
-import io
 import math
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -115,9 +113,7 @@ def finish(
     """
     # ---- predictions ----
     final, flipped = score(logits, labels), score((logits + of_mirror_images) / 2, labels)
-    predictions = io.BytesIO()
-    np.savez_compressed(predictions, rows=rows.test, labels=final.labels, logits=final.logits)
-    write_atomically(run.folder / "predictions.npz", predictions.getvalue())
+    run.write_predictions(rows=rows.test, labels=final.labels, logits=final.logits)
 
     # ---- the numbers ----
     last = state.history[-1]
