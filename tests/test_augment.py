@@ -229,7 +229,7 @@ def test_every_part_of_the_key_leads_to_another_stream() -> None:
 
 def test_streams_keep_their_numbers() -> None:
     """Another number would change every result of a seed."""
-    names = ("ORDER", "AUGMENT", "MIX", "FLIP", "STATISTICS")
+    names = ("ORDER", "AUGMENT", "MIX", "FLIP", "STATISTICS", "NETWORK")
     assert dict(Stream.__members__) == {name: number for number, name in enumerate(names)}
 
 

@@ -109,7 +109,7 @@ WRONG = {
     "train smoke --lr 0.1": "unknown option --lr: did you mean --max-learning-rate?",
     "train smoke --epoch=3": "unknown option --epoch: did you mean --epochs?",
     "verify nowhere": "nowhere does not exist: name a data folder, an archive or a run",
-    "verify runs": "runs holds pictures, but neither Tiny ImageNet nor a run",
+    "verify runs": "runs holds runs: name one of them",
     "evaluate runs/a --unknown 1": "unknown option --unknown",
 }
 

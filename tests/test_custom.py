@@ -137,6 +137,9 @@ def test_what_is_no_transform_network_or_loss_is_refused_in_a_line(tmp_path) -> 
     ):  # fmt: skip
         with pytest.raises(UserError, match=said):
             load_custom(reference)
+    (tmp_path / "json.py").write_text("one = 1\n")
+    with pytest.raises(UserError, match="has the name of another module: rename it"):
+        load_custom(f"{tmp_path}/json.py:one")
     file.write_text("one = 1\n")
     with pytest.raises(UserError, match="nothing to call that is named one"):
         load_custom(f"{file}:one")
@@ -205,7 +208,7 @@ def test_maps_of_a_network_without_stages_are_its_last_convolutions() -> None:
         expected = (gradient.mean(dim=(2, 3), keepdim=True) * seen).sum(dim=1).relu()[0]
         expected = (expected / expected.max().clamp(min=1e-30)).detach().numpy()
         np.testing.assert_allclose(found, expected, atol=1e-5)
-    with pytest.raises(UserError, match="no convolution: name another layer with --stage"):
+    with pytest.raises(UserError, match="no convolution: `tinylab explain --count 0 --sample 0`"):
         gradcam(nn.Sequential(nn.Flatten(), nn.Linear(3 * 64**2, 3)), inputs, torch.tensor([2, 0]))
 
 

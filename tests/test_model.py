@@ -294,9 +294,9 @@ def test_rounded_weights_are_widened_and_a_wrong_hash_is_refused(
 
 
 def test_the_committed_network_is_the_record_s(repository: Path) -> None:
-    (path,) = (repository / "weights").glob("*.safetensors")
+    (path,) = (repository / "weights").glob("*/model.safetensors")
     assert path.stat().st_size < 23e6
     model, metadata = load_weights(path)
-    summary = json.loads((repository / "results" / path.stem / "summary.json").read_text())
+    summary = json.loads((repository / "results" / path.parent.name / "summary.json").read_text())
     assert metadata["metrics"]["test_correct"] == summary["test_correct"]
     assert len(metadata["wnids"]) == model.fc.out_features == 200

@@ -478,6 +478,8 @@ class Verify:
             print(f"{path}: {checkpoint.verify(path)}")
         elif not path.exists():
             raise UserError(f"{path} does not exist: name a data folder, an archive or a run")
+        elif any(path.glob("*/run.json")):
+            raise UserError(f"{path} holds runs: name one of them")
         elif not inside("meta.json"):
             print(verify_archive(path))
         else:

@@ -45,11 +45,11 @@ def load_custom(reference: str | None) -> object | None:
         raise UserError(f"'{printable(reference)}' is no FILE:NAME, as in mine.py:resnet34")
     if not path.is_file():
         raise UserError(f"{printable(path)} does not exist")
-    known = getattr(sys.modules.get(path.stem), "__file__", path)
-    if known is None or Path(known).resolve() != path.resolve():
+    if not getattr(sys.modules.get(path.stem), "loaded_by_tinylab", path.stem not in sys.modules):
         raise UserError(f"{printable(path)} has the name of another module: rename it")
     spec = importlib.util.spec_from_file_location(path.stem, path.resolve())
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    module.loaded_by_tinylab = True
     sys.path.append(str(path.parent.resolve()))  # what lies beside it can be imported
     try:
         spec.loader.exec_module(module)

@@ -25,7 +25,7 @@ def write_atomically(path: Path, *parts: bytes | memoryview, keep_as: Path | Non
     after a kill or on a full disk. Folders above it are made. Raise `UserError` if that fails.
     """
     path = Path(os.path.realpath(path))  # a link stays one
-    if path.exists() and not (path.is_file() or path.is_dir()):
+    if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
         raise UserError(f"{path} is a device, not a file")
     temporary = Path(f"{path}.{os.getpid()}.tmp")
     try:

@@ -75,9 +75,8 @@ def stages_of(model: nn.Module) -> tuple[str, ...]:
     if all(hasattr(model, stage) for stage in STAGES):
         return STAGES
     if not names:
-        raise UserError(
-            "the network has no convolution: `explain --count 0 --sample 0` does without maps"
-        )
+        without = "`tinylab explain --count 0 --sample 0` does without maps"
+        raise UserError(f"the network has no convolution: {without}")
     return (names[-1],)
 
 

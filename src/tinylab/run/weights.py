@@ -73,7 +73,8 @@ def load_weights(
         model.load_state_dict(tensors)  # widens float16
     except (KeyError, TypeError, RuntimeError) as error:
         reason = printable(error) or type(error).__name__
-        raise UserError(f"{path} does not fit the network: {reason}") from error
+        problem = "does not fit the network" if make else "does not hold weights that tinylab wrote"
+        raise UserError(f"{path} {problem}: {reason}") from error
     return model.eval(), metadata
 
 
