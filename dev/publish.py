@@ -64,6 +64,8 @@ def publish_run(run: Run, home: Path) -> list[Path]:
         kept = ("model_sha256", "tested", "wrong", "method", "localisation", "faithfulness")
         records["explain.json"] = {name: explanation.get(name) for name in kept}
         records["explain.json"]["calibration"] = explanation["errors"].get("calibration")
+        records["explain.json"]["macro"] = explanation["errors"].get("macro")
+    tables = [run.folder / name for name in ("classes.csv", "confusion.csv") if explanation]
     history = run.history
     if target.finished and target.summary["model_sha256"] != run.summary["model_sha256"]:
         raise UserError(f"{target.folder} is another run of that name: delete it to replace it")
@@ -72,6 +74,8 @@ def publish_run(run: Run, home: Path) -> list[Path]:
     target.write_history(history)
     for name, value in records.items():
         target.write(name, value)
+    for table in tables:
+        write_atomically(target.folder / table.name, table.read_bytes())
     return [target.folder, *rewrite_tables(home)]
 
 

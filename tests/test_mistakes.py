@@ -22,7 +22,6 @@ from tinylab.explain.mistakes import (
     analyse,
     block_order,
     calibration,
-    confusion_matrix,
     identical_images,
     label_conflicts,
     softmax,
@@ -61,13 +60,32 @@ def test_probabilities_are_exact_and_do_not_overflow() -> None:
     )
 
 
-def test_the_confusion_matrix_is_scikit_learn_s() -> None:
+def test_precision_recall_and_f1_are_those_of_plain_loops(found: Errors) -> None:
     logits, labels = made_up()
-    found = confusion_matrix(logits, labels)
-    expected = metrics.confusion_matrix(labels, logits.argmax(axis=1), labels=np.arange(CLASSES))
-    np.testing.assert_array_equal(found, expected)
-    assert found.dtype == np.int64
-    assert (found != found.T).any()
+    answers = logits.argmax(axis=1)
+    matrix, sums = [[0] * CLASSES for _ in range(CLASSES)], np.zeros(3)
+    for actual, answer in zip(labels, answers, strict=True):
+        matrix[actual][answer] += 1
+    assert found.matrix.tolist() == matrix
+    for each in found.classes[:-1]:
+        i = each["index"]
+        hits, answered = matrix[i][i], sum(row[i] for row in matrix)
+        precision, recall = 100 * hits / answered, 100 * hits / sum(matrix[i])
+        expected = [precision, recall, 2 * precision * recall / (precision + recall)]
+        assert [each[name] for name in ("precision", "recall", "f1")] == pytest.approx(expected)
+        assert recall == pytest.approx(each["top1"])
+        sums += expected
+    macro = [found.macro[name] for name in ("precision", "recall", "f1")]
+    assert macro == pytest.approx(sums / (CLASSES - 1)), "the class without images does not count"
+    theirs = metrics.f1_score(labels, answers, labels=range(CLASSES - 1), average="macro")
+    assert found.macro["f1"] == pytest.approx(100 * theirs)
+
+
+def test_a_class_that_is_never_answered_has_a_precision_of_0() -> None:
+    labels = np.array([0, 0, 1])
+    found = analyse(np.eye(2, dtype=np.float16)[[0, 0, 0]], labels, WNIDS[:2], NAMES[:2])
+    measured = [[each[name] for name in errors.MEASURES[2:]] for each in found.classes]
+    assert measured == [pytest.approx([200 / 3, 100, 80]), [0, 0, 0]]
 
 
 def test_accuracies_per_class_are_those_of_the_evaluation_and_of_scikit_learn(
@@ -96,15 +114,8 @@ def test_accuracies_per_class_are_those_of_the_evaluation_and_of_scikit_learn(
 
 
 def test_a_class_without_images_has_no_accuracy(found: Errors) -> None:
-    last = {
-        "index": 11,
-        "wnid": WNIDS[11],
-        "name": NAMES[11],
-        "images": 0,
-        "top1": None,
-        "top5": None,
-    }
-    assert found.classes[11] == last | {"mistaken_for": None}
+    last = {"index": 11, "wnid": WNIDS[11], "name": NAMES[11], "images": 0, "mistaken_for": None}
+    assert found.classes[11] == last | dict.fromkeys(errors.MEASURES)
 
 
 def test_what_a_class_is_mistaken_for() -> None:
@@ -519,7 +530,7 @@ def test_of_equal_accuracies_top5_decides(found: Errors) -> None:
 def test_the_record_is_plain_json(found: Errors) -> None:
     said = found.to_json()
     assert json.loads(json.dumps(said, allow_nan=False)) == said
-    assert list(said) == ["best", "worst", "pairs", "calibration", "classes"]
+    assert list(said) == ["best", "worst", "pairs", "calibration", "classes", "macro"]
 
 
 def test_tables_read_back(found: Errors, tmp_path: Path) -> None:
@@ -527,13 +538,16 @@ def test_tables_read_back(found: Errors, tmp_path: Path) -> None:
     assert [path.name for path in paths] == ["classes.csv", "confusion.csv"]
     assert sorted(paths[0].parent.iterdir()) == paths
     classes, confusion = (list(csv.reader(path.read_text().splitlines())) for path in paths)
-    assert classes[0][:6] == ["index", "wnid", "name", "images", "top1", "top5"]
-    assert len(classes) == CLASSES + 1
+    measures = ["top1", "top5", "precision", "recall", "f1"]
+    assert classes[0][:9] == ["index", "wnid", "name", "images", *measures]
+    assert len(classes) == CLASSES + 2
     first, mistaken = found.classes[0], found.classes[0]["mistaken_for"]
-    numbers = [str(first[name]) for name in ("images", "top1", "top5")]
-    assert classes[1][:6] == ["0", WNIDS[0], NAMES[0], *numbers]
-    assert classes[1][6:] == [mistaken["wnid"], mistaken["name"], str(mistaken["count"])]
-    assert classes[12] == ["11", WNIDS[11], NAMES[11], "0", "", "", "", "", ""]
+    assert classes[1][:4] == ["0", WNIDS[0], NAMES[0], str(first["images"])]
+    assert [float(cell) for cell in classes[1][4:9]] == [first[name] for name in measures]
+    assert classes[1][9:] == [mistaken["wnid"], mistaken["name"], str(mistaken["count"])]
+    assert classes[12] == ["11", WNIDS[11], NAMES[11], "0", *[""] * 8]
+    assert classes[13][:4] == ["", "", "macro", "600"]
+    assert [float(cell) for cell in classes[13][4:9]] == [found.macro[name] for name in measures]
     assert confusion[0] == ["actual", *WNIDS]
     assert [row[0] for row in confusion[1:]] == list(WNIDS)
     np.testing.assert_array_equal(
@@ -559,7 +573,7 @@ def test_any_name_can_be_written(found: Errors, tmp_path: Path) -> None:
     path = replace(found, classes=foreign, matrix=np.zeros((5, 5))).write_tables(tmp_path)[0]
     with open(path, newline="", encoding="utf-8") as file:
         rows = list(csv.reader(file))
-    assert [row[2] for row in rows[1:]] == [*names[:2], "lone \\udc80 surrogate", *names[3:]]
+    assert [row[2] for row in rows[1:-1]] == [*names[:2], "lone \\udc80 surrogate", *names[3:]]
 
 
 def test_a_folder_that_cannot_be_is_one_line(found: Errors, tmp_path: Path) -> None:

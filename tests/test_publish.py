@@ -20,7 +20,10 @@ from publish import (
     summarise,
 )
 
+from tinylab.data.dataset import Dataset
+from tinylab.data.split import make_split
 from tinylab.exceptions import UserError
+from tinylab.explain.analysis import analyse_run
 from tinylab.recipes import RECIPES, named
 from tinylab.run.folder import Run
 
@@ -170,14 +173,24 @@ def test_what_records_hold_is_shown_as_text() -> None:
         assert len({line.count("|") for line in lines}) == 1
 
 
-def test_a_run_is_published_and_its_line_made(finished_run: Run, tmp_path: Path) -> None:
+def test_a_run_is_published_and_its_line_made(
+    finished_run: Run, tiny_dataset: Dataset, tmp_path: Path
+) -> None:
     results, page = tmp_path / "results", tmp_path / "docs" / "results.md"
     results.mkdir()
     page.parent.mkdir()
     for name, parts in PAGES.items():
         empty = (f"<!-- {part} -->\n<!-- /{part} -->\n" for part in parts)
         (tmp_path / name).write_text("".join(empty))
-    publish_run(finished_run, tmp_path)
+    run = Run(tmp_path / "runs" / "run")
+    shutil.copytree(finished_run.folder, run.folder)
+    split = make_split(tiny_dataset, "merged")
+    list(analyse_run(run, tiny_dataset, split, None, count=0, sample=0).save(run))
+    publish_run(run, tmp_path)
+    for name in ("classes.csv", "confusion.csv"):
+        assert (results / "run" / name).read_bytes() == (run.folder / name).read_bytes()
+    macro = json.loads((results / "run" / "explain.json").read_text())["macro"]
+    assert macro["recall"] == pytest.approx(run.summary["test_top1"])  # classes of one size
     (own,) = read_rows(results)
     assert own["test_top1"] == finished_run.summary["test_top1"]
     assert own["recipe.width"] == finished_run.recipe.width

@@ -2,15 +2,21 @@
 
 import copy
 import csv
+import itertools
 import json
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import yaml
+from conftest import assert_same
+from huggingface_hub import HfApi, ModelCard, RepoUrl
+from PIL import Image
 
 from tinylab.data.archive import CONTENT_SHA256, SAMPLE_SHA256
 from tinylab.data.split import make_split
@@ -19,9 +25,9 @@ from tinylab.explain.analysis import analyse_run
 from tinylab.figures.scores import wilson
 from tinylab.run.folder import Run
 from tinylab.run.weights import normalised
-from tinylab.share.card import MARK, model_card, write_hand_over
+from tinylab.share.card import FILES, MARK, model_card, push, write_hand_over
 from tinylab.share.onnx import export_onnx
-from tinylab.share.predict import load, predict
+from tinylab.share.predict import load, predict, predict_folder
 from tinylab.share.report import page
 
 HOSTILE = "<script>alert(1)</script> | [x](http://evil.example) \n# heading \u202e\x1b[31m{{ 7 }}"
@@ -141,11 +147,13 @@ def test_what_was_not_measured_is_said(run: Run) -> None:
 
 def test_a_hand_over_is_whole_and_replaces_nobodys_files(run: Run, tmp_path: Path) -> None:
     paths = write_hand_over(run, tmp_path / "export")
-    assert [path.name for path in paths] == ["model.safetensors", "classes.csv", "README.md"]
+    assert [path.name for path in paths] == [*FILES]
     assert paths[0].read_bytes() == run.weights.read_bytes()
-    with open(paths[1], newline="") as file:
+    config = {"classes": 3, "width": 16, "id2label": {"0": "red", "1": "green", "2": "blue"}}
+    assert json.loads(paths[1].read_text()) == {"architectures": ["ResNet18"]} | config
+    with open(paths[2], newline="") as file:
         assert list(csv.reader(file))[1] == ["0", "n90000001", "red"]
-    assert MARK in paths[2].read_text()
+    assert MARK in paths[3].read_text()
     write_hand_over(run, tmp_path / "export")  # its own files it may replace
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "README.md").write_text("my thesis")
@@ -169,13 +177,93 @@ def test_the_weights_load_without_tinylab_by_the_published_lines(run: Run) -> No
         assert made["names"] == metadata["names"]
 
 
+def test_a_fresh_process_loads_an_export_with_the_models_file_alone(
+    run: Run, tmp_path: Path, repository: Path, subprocess_environment: dict[str, str]
+) -> None:
+    """Offline, and what was loaded is saved and loaded once more."""
+    write_hand_over(run, tmp_path / "export")
+    (tmp_path / "alone").mkdir()
+    shutil.copy(repository / "src/tinylab/model.py", tmp_path / "alone/model.py")
+    code = (
+        "import sys, torch; from model import ResNet18\n"
+        "network = ResNet18.from_pretrained('../export')\n"
+        "network.save_pretrained('../saved')\n"
+        "again = ResNet18.from_pretrained('../saved')\n"
+        "assert not network.training and not any('tinylab' in name for name in sys.modules)\n"
+        "torch.save([each.state_dict() for each in (network, again)], 'states.pt')"
+    )
+    environment = subprocess_environment | {"PYTHONPATH": "", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", code]
+    subprocess.run(command, cwd=tmp_path / "alone", env=environment, check=True)
+    for state in torch.load(tmp_path / "alone/states.pt", weights_only=True):
+        assert_same(state, load(run.folder)[0].state_dict())
+    assert "pytorch_model_hub_mixin" in (tmp_path / "saved/README.md").read_text()
+
+
+def test_an_export_is_pushed_to_the_hub(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pushed = {}
+
+    def upload_folder(_api: HfApi, *, folder_path: Path, **options) -> None:
+        pushed.update(options, files=sorted(path.name for path in folder_path.iterdir()))
+
+    made = lambda _api, repository, exist_ok: RepoUrl(f"https://huggingface.co/{repository}")  # noqa: E731
+    write_hand_over(run, tmp_path / "export")
+    monkeypatch.setattr(HfApi, "create_repo", made)
+    monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
+    assert push(tmp_path / "export", "somebody/net") == "https://huggingface.co/somebody/net"
+    assert (pushed["repo_id"], pushed["files"]) == ("somebody/net", sorted(FILES))
+    assert sorted(pushed["allow_patterns"]) == sorted(FILES)
+    card = ModelCard.load(tmp_path / "export/README.md")  # as the Hub reads it
+    assert [each.metric_value for each in card.data.eval_results] == [
+        round(run.summary[name], 2) for name in ("test_top1", "test_top5")
+    ]
+
+
+def test_without_a_network_the_push_is_one_line(tmp_path: Path, subprocess_environment) -> None:
+    code = "from pathlib import Path; from tinylab.share.card import push; push(Path('x'), 'a/b')"
+    environment = subprocess_environment | {"HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+    )
+    assert "UserError: x is not pushed: " in done.stderr.splitlines()[-1]
+    assert "hf auth login" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("options", [{}, {"pretrained": False, "classes": 7, "width": 4}])
+def test_torch_hub_loads_the_network(repository: Path, options: dict) -> None:
+    network = torch.hub.load(str(repository), "resnet18", source="local", **options)
+    assert network.fc.out_features == options.get("classes", 200)
+    assert not network.training
+    if not options:
+        (path,) = (repository / "weights").glob("*.safetensors")
+        assert_same(network.state_dict(), load(path)[0].state_dict())
+
+
+def test_a_folder_of_pictures_is_answered_by_file(run: Run, tiny_dataset, tmp_path: Path) -> None:
+    rows = run.predictions["rows"]
+    (tmp_path / "test/images").mkdir(parents=True)
+    for row, kind in zip(rows, itertools.cycle(("png", "BMP"))):
+        picture = Image.fromarray(tiny_dataset.images[row])
+        picture.save(tmp_path / f"test/images/test_{row}.{kind}")
+    (tmp_path / "test/images/._test_0.png").write_bytes(b"not a picture")
+    model, metadata = load(run.folder)
+    found = predict_folder(model, metadata, tmp_path / "test")
+    assert found == predict_folder(model, metadata, tmp_path / "test/images")
+    expected = run.predictions["logits"].argmax(axis=1)
+    answers = {int(re.sub(r"\D", "", name)): wnid for name, wnid in found}
+    assert [answers[row] for row in rows] == [tiny_dataset.wnids[i] for i in expected]
+    assert found == sorted(found)
+
+
 # --- The page -------------------------------------------------------------------------------------
 
 
 def test_a_page_holds_the_runs_numbers_and_pictures(explained: Run) -> None:
-    pictures = {path.stem: path.read_bytes() for path in explained.figures.glob("*.png")}
-    text = page(explained, explained.explanation, pictures)
-    assert text == page(explained, explained.explanation, pictures)
+    pictures = explained.explanation["figures"]
+    text = page(explained, explained.explanation)
+    assert text == page(explained, explained.explanation)
     assert text.startswith("<!DOCTYPE html>")
     assert f"{explained.summary['test_top1']:.2f}" in text
     assert text.count("data:image/png;base64,") >= len(pictures) - 2  # the same, shorter, or empty
@@ -184,22 +272,22 @@ def test_a_page_holds_the_runs_numbers_and_pictures(explained: Run) -> None:
 
 
 def test_a_page_says_what_is_missing(explained: Run) -> None:
-    bare = explained.explanation | {"localisation": None, "faithfulness": None}
-    assert "tinylab explain" in page(explained, bare, {})
+    (explained.folder / "outside.png").write_bytes(explained.weights.read_bytes())
+    bare = {"localisation": None, "faithfulness": None, "figures": ["../outside", "curves"]}
+    text = page(explained, explained.explanation | bare)
+    assert "tinylab explain" in text
+    assert text.count("data:image/png;base64,") == 1
     broken = copy.deepcopy(explained.explanation)
     del broken["errors"]["calibration"]["before"]
     with pytest.raises(UserError, match="`tinylab explain` makes it anew"):
-        page(explained, broken, {})
+        page(explained, broken)
 
 
 def test_foreign_text_stays_text(explained: Run) -> None:
     explanation = json.loads(
         json.dumps(explained.explanation).replace('"red"', json.dumps(HOSTILE))
     )
-    for text in (
-        page(explained, explanation, {}),
-        model_card(explained, explanation, [HOSTILE] * 3),
-    ):
+    for text in (page(explained, explanation), model_card(explained, explanation, [HOSTILE] * 3)):
         assert "<script>alert" not in text
         assert "\u202e" not in text
         assert "\x1b" not in text

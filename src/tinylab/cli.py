@@ -9,7 +9,6 @@ import contextlib
 import errno
 import json
 import os
-import re
 import signal
 import sys
 import threading
@@ -315,11 +314,7 @@ class Report(Finished):
             explanation = finished.explanation
         from tinylab.share.report import page
 
-        # A name with a path in it would put another picture of this disk on the page.
-        names = [name for name in explanation["figures"] if re.fullmatch("[a-z_]+", str(name))]
-        pictures = {name: finished.figures / f"{name}.png" for name in names}
-        shown = {name: path.read_bytes() for name, path in pictures.items() if path.is_file()}
-        write_atomically(out, page(finished, explanation, shown).encode("utf-8", "replace"))
+        write_atomically(out, page(finished, explanation).encode("utf-8", "replace"))
         print(f"{out}: {out.stat().st_size / 1e6:.1f} MB, everything inside")
 
 
@@ -331,6 +326,10 @@ class Predict:
     """The folder of a finished run, or a model.safetensors that tinylab wrote."""
     images: Positional[tuple[Path, ...]]
     """JPEG, PNG or WebP files of any size: turned upright, cut to a square, scaled to 64 x 64."""
+    test: Path | None = None
+    """A folder of pictures instead, Tiny ImageNet's test/ for one; the answers go to --csv."""
+    csv: Path | None = None
+    """The table to write of --test: file, wnid."""
     top: int = 5
     """How many classes to name."""
     json: bool = False
@@ -343,21 +342,26 @@ class Predict:
     def run(self) -> None:
         if not 1 <= self.top <= 1000:
             raise UserError(f"top must be from 1 to 1,000, not {self.top}")
-        if not self.images:
-            raise UserError("which images? `tinylab predict RUN IMAGE...`")
+        if len({bool(self.images), self.test is None, self.csv is None}) > 1:
+            raise UserError("which images? `predict RUN IMAGE...`, or --test FOLDER --csv OUT")
+        from tinylab.files import as_csv, write_atomically
         from tinylab.run.folder import require_writable
 
-        if self.gradcam:
-            require_writable(self.gradcam / "x.png")
+        for path in filter(None, (self.csv, self.gradcam and self.gradcam / "x.png")):
+            require_writable(path)
         from tinylab.custom import load_custom
         from tinylab.data.picture import read_image
-        from tinylab.share.predict import draw_answers, load, predict
+        from tinylab.share.predict import draw_answers, load, predict, predict_folder
 
         model, metadata = load(self.run_folder, load_custom(self.model))
-        with warnings.catch_warnings(record=True, action="always") as told:
-            pictures = [read_image(path) for path in self.images]  # one that is bad stops all
+        with warnings.catch_warnings(record=True, action="always") as told:  # a bad one stops all
+            pictures = [read_image(path) for path in self.images]
+            rows = predict_folder(model, metadata, self.test) if self.test else ()
         for each in told:
             complain(each.message)
+        if self.csv:
+            write_atomically(self.csv, as_csv([("file", "wnid"), *rows]))
+            print(f"{self.csv}: {len(rows):,} pictures")
         answers = [predict(model, metadata, picture[None], self.top)[0] for picture in pictures]
         figures: list[Path | None] = [None] * len(pictures)
         if self.gradcam:
@@ -384,12 +388,14 @@ class Export:
     run_folder: RunFolder
     """The run folder."""
     to: Path | None = None
-    """The folder that gets model.safetensors, README.md (the model card) and classes.csv; by
-    default RUN/export."""
+    """The folder that gets model.safetensors, config.json, README.md (the model card) and
+    classes.csv; by default RUN/export."""
     onnx: Path | None = None
     """An ONNX file to write, whose outputs are compared with the network's in onnxruntime."""
     model: str | None = None
     """FILE:NAME of what builds the network, if the run had one of its own."""
+    hub: str | None = None
+    """A repository of the Hugging Face Hub, OWNER/NAME, that gets these files, too."""
 
     def run(self) -> None:
         from tinylab.custom import load_custom
@@ -400,7 +406,7 @@ class Export:
         folder = self.to or finished.folder / "export"
         for path in filter(None, (folder / "README.md", self.onnx)):
             require_writable(path, finished)
-        from tinylab.share.card import refuse_others_files, write_hand_over
+        from tinylab.share.card import push, refuse_others_files, write_hand_over
 
         refuse_others_files(folder)
         checked = None
@@ -415,6 +421,8 @@ class Export:
         if checked:
             difference = f"{checked['largest_difference']:.1e}"
             print(f"{self.onnx}: opset {checked['opset']}, logits differ by at most {difference}")
+        if self.hub:
+            print(push(folder, self.hub))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,14 +4,19 @@ The stem is a 3 x 3 convolution with stride 1 and no max-pooling, so that stage 
 8 x 8. Names follow torchvision's resnet18: its state dict fits this one key by key.
 """
 
+from __future__ import annotations
+
 import contextlib
 import io
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub import PyTorchModelHubMixin
 from torch import nn
 
-from tinylab.recipe import Recipe
+if TYPE_CHECKING:  # this file is all that `ResNet18.from_pretrained` needs
+    from tinylab.recipe import Recipe
 
 
 class BasicBlock(nn.Module):
@@ -36,8 +41,14 @@ class BasicBlock(nn.Module):
         return F.relu(out + shortcut)
 
 
-class ResNet18(nn.Module):
-    """Normalised images (B, 3, 64, 64) -> logits (B, classes). width: channels of stage one."""
+class ResNet18(
+    nn.Module, PyTorchModelHubMixin, library_name="pytorch", pipeline_tag="image-classification"
+):
+    """Normalised images (B, 3, 64, 64) -> logits (B, classes). width: channels of stage one.
+
+    `from_pretrained` takes a repository of the Hugging Face Hub, or a folder that `save_pretrained`
+    or `tinylab export` made, and returns the network in eval mode.
+    """
 
     def __init__(self, classes: int = 200, width: int = 64) -> None:
         super().__init__()

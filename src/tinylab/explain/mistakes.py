@@ -16,6 +16,7 @@ import torch
 from scipy.cluster.hierarchy import leaves_list, linkage
 from scipy.optimize import brentq
 from scipy.spatial.distance import squareform
+from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
 from tinylab.data.dataset import Dataset
 from tinylab.explain.boxes import box_area, energy, usable
@@ -24,6 +25,7 @@ from tinylab.explain.sampling import sample
 from tinylab.files import as_csv, write_atomically
 
 COLDEST, HOTTEST = 0.05, 20.0  # the best temperature is looked for between these
+MEASURES = ("top1", "top5", "precision", "recall", "f1")
 MOST_PAIRS = 1000  # of identical images: Tiny ImageNet has 27, plain pictures may make millions
 
 
@@ -31,14 +33,16 @@ MOST_PAIRS = 1000  # of identical images: Tiny ImageNet has 27, plain pictures m
 class Errors:
     """Where a network's answers to N test images of C classes are wrong.
 
-    classes: top1 and top5 are percent, None without images; mistaken_for is the most frequent wrong
-    answer or None. pairs: of classes, at most 20, most confused first; counts are of images.
-    confident_mistakes and hesitant_hits: at most ten positions, int64, among the images, from the
-    most and from the least probable answer on.
+    classes: the measures are in percent, None without images, and precision and F1 are 0 of a class
+    that is never answered; mistaken_for is the most frequent wrong answer or None. macro: the means
+    of the measures over the classes with images. pairs: of classes, at most 20, most confused
+    first; counts are of images. confident_mistakes and hesitant_hits: at most ten positions, int64,
+    among the images, from the most and from the least probable answer on.
     """
 
     classes: list[dict]
-    matrix: np.ndarray  # of `confusion_matrix`
+    macro: dict
+    matrix: np.ndarray  # counts, int64 (C, C) [actual, predicted]
     order: np.ndarray  # of `block_order`
     pairs: list[dict]
     confident_mistakes: np.ndarray
@@ -52,15 +56,20 @@ class Errors:
         half = len(ranked) // 2  # so that no class is among both
         found = {"best": ranked[: len(ranked) - half][:10], "worst": ranked[::-1][:half][:10]}
         found |= {"pairs": self.pairs, "calibration": self.calibration, "classes": self.classes}
-        return found
+        return found | {"macro": self.macro}
 
     def write_tables(self, folder: Path) -> list[Path]:
-        """Write classes.csv and confusion.csv (a line per actual class), and return their paths."""
-        columns = ("index", "wnid", "name", "images", "top1", "top5")
+        """Write classes.csv, its last line the macro averages, and confusion.csv; return the paths.
+
+        A line of confusion.csv is an actual class, a column a predicted one.
+        """
+        columns = ("index", "wnid", "name", "images", *MEASURES)
         classes = [[*columns, "mistaken_for_wnid", "mistaken_for_name", "mistaken_for_count"]]
         for each in self.classes:
             mistaken = each["mistaken_for"] or dict.fromkeys(("wnid", "name", "count"))
             classes.append([*(each[name] for name in columns), *mistaken.values()])
+        images = sum(each["images"] for each in self.classes)
+        classes.append([None, None, "macro", images, *self.macro.values(), None, None, None])
         wnids = [each["wnid"] for each in self.classes]
         counts = zip(wnids, self.matrix.tolist(), strict=True)
         confusion = [["actual", *wnids], *([wnid, *row] for wnid, row in counts)]
@@ -74,18 +83,23 @@ def analyse(
     logits: np.ndarray, labels: np.ndarray, wnids: Sequence[str], names: Sequence[str]
 ) -> Errors:
     """Return all that the logits say about the errors."""
-    matrix = confusion_matrix(logits, labels)
+    said, every = logits.argmax(axis=1), np.arange(logits.shape[1])
+    matrix = confusion_matrix(labels, said, labels=every)
+    images, mistakes = matrix.sum(axis=1), matrix - np.diag(matrix.diagonal())
     five = np.argsort(-logits, axis=1, kind="stable")[:, :5]
-    among_five = np.bincount(labels[(five == labels[:, None]).any(axis=1)], minlength=len(matrix))
-    hits = np.stack([matrix.diagonal(), among_five], axis=1).tolist()
-    mistakes = matrix - np.diag(matrix.diagonal())
+    among_five = np.bincount(labels[(five == labels[:, None]).any(axis=1)], minlength=len(every))
+    shares = [100 * hits / images.clip(1) for hits in (matrix.diagonal(), among_five)]
+    scores = precision_recall_fscore_support(labels, said, labels=every, zero_division=0)[:3]
+    values = np.stack([*shares, *(100 * score for score in scores)], axis=1)
+    macro = dict(zip(MEASURES, values[images > 0].mean(axis=0).tolist(), strict=True))
     kinds, classes = [], []
     for index, answer in enumerate(mistakes.argmax(axis=1).tolist()):
-        total, count = int(matrix[index].sum()), int(mistakes[index, answer])
-        top1, top5 = (100 * each / total if total else None for each in hits[index])
+        total, count = int(images[index]), int(mistakes[index, answer])
+        measured = values[index].tolist() if total else [None] * len(MEASURES)
         mistaken = {"wnid": wnids[answer], "name": names[answer], "count": count} if count else None
         kinds.append({"index": index, "wnid": wnids[index], "name": names[index], "images": total})
-        classes.append(kinds[-1] | {"top1": top1, "top5": top5, "mistaken_for": mistaken})
+        measured = dict(zip(MEASURES, measured, strict=True))
+        classes.append(kinds[-1] | measured | {"mistaken_for": mistaken})
 
     both = np.triu(matrix + matrix.T, k=1)
     ranked = np.argsort(-both[both > 0], kind="stable")[:20]  # stable: ties go by class number
@@ -94,11 +108,11 @@ def analyse(
         counts = {"one_as_other": int(matrix[i, j]), "other_as_one": int(matrix[j, i])}
         pairs.append({"one": kinds[i], "other": kinds[j], **counts, "count": int(both[i, j])})
 
-    confidence, hit = softmax(logits).max(axis=1), logits.argmax(axis=1) == labels
+    confidence, hit = softmax(logits).max(axis=1), said == labels
     wrong = np.flatnonzero(~hit)[np.argsort(-confidence[~hit], kind="stable")[:10]]
     right = np.flatnonzero(hit)[np.argsort(confidence[hit], kind="stable")[:10]]
     order, calibrated = block_order(matrix), calibration(logits, labels)
-    return Errors(classes, matrix, order, pairs, wrong, right, calibrated)
+    return Errors(classes, macro, matrix, order, pairs, wrong, right, calibrated)
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
@@ -116,13 +130,6 @@ def answers(rows: np.ndarray, logits: np.ndarray, dataset: Dataset) -> list[dict
             entry[kind] = answer | {"probability": float(shares[index])}
         found.append(entry)
     return found
-
-
-def confusion_matrix(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Count the answers to the images of each class: int64 (C, C) [actual, predicted]."""
-    classes = logits.shape[1]
-    cells = labels.astype(np.int64) * classes + logits.argmax(axis=1)
-    return np.bincount(cells, minlength=classes**2).reshape(classes, classes)
 
 
 def block_order(matrix: np.ndarray) -> np.ndarray:

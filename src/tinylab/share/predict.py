@@ -8,19 +8,24 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
+from tqdm import tqdm
 
 from tinylab import figures as plots
 from tinylab.custom import source_text
 from tinylab.data.archive import class_order_sha256
 from tinylab.data.dataset import FOLDER, Dataset, open_dataset
+from tinylab.data.picture import read_image
 from tinylab.data.split import Split, make_split
 from tinylab.exceptions import UserError
 from tinylab.explain.analysis import explain_answers
 from tinylab.explain.mistakes import softmax
-from tinylab.files import printable
+from tinylab.files import interactive, printable
 from tinylab.recipe import SIZE
 from tinylab.run.folder import Run
 from tinylab.run.weights import file_of, load_weights, normalised
+
+BATCH = 256  # pictures
+SUFFIXES = (".jpeg", ".jpg", ".png", ".webp", ".bmp", ".gif")
 
 
 def load(path: Path, make: Callable[[int], nn.Module] | None = None) -> tuple[nn.Module, dict]:
@@ -70,6 +75,23 @@ def predict(model: nn.Module, metadata: dict, images: np.ndarray, top: int = 5) 
         [{"wnid": wnids[i], "name": names[i], "probability": row[i]} for i in order]
         for order, row in zip(ranked.tolist(), shares.tolist(), strict=True)
     ]
+
+
+def predict_folder(model: nn.Module, metadata: dict, folder: Path) -> list[tuple[str, str]]:
+    """Return the name of each picture in a folder, sorted, and the wnid of its likeliest class.
+
+    The pictures may lie in its images/, as those of Tiny ImageNet's test/ do.
+    """
+    folder = folder / "images" if (folder / "images").is_dir() else folder
+    paths = sorted(path for path in folder.glob("[!.]*") if path.suffix.lower() in SUFFIXES)
+    if not paths:
+        raise UserError(f"{printable(folder)} holds no pictures ({', '.join(SUFFIXES)})")
+    found, starts = [], range(0, len(paths), BATCH)
+    for first in tqdm(starts, desc="predict", leave=False, disable=not interactive()):
+        some = paths[first : first + BATCH]
+        answers = predict(model, metadata, np.stack([read_image(path) for path in some]), top=1)
+        found += [(path.name, best["wnid"]) for path, (best,) in zip(some, answers, strict=True)]
+    return found
 
 
 def open_finished(folder: Path, data: Path | None) -> tuple[Run, Dataset, Split]:

@@ -24,11 +24,10 @@ from tinylab.share.template import render
 LONGEST = 160  # characters of a class name that are shown; Tiny ImageNet's longest has 121
 
 
-def page(run: Run, explanation: Mapping, figures: Mapping[str, bytes]) -> str:
+def page(run: Run, explanation: Mapping) -> str:
     """Return the HTML page of a finished run; the same inputs give the same characters.
 
-    explanation: what explain.json holds. figures: PNG files by name. The page says what is missing
-    and which command makes it.
+    explanation: what explain.json holds. The page says what is missing and which command makes it.
     """
     style = (Path(__file__).parent / "report.css").read_text(encoding="utf-8")
     filters = {
@@ -46,8 +45,11 @@ def page(run: Run, explanation: Mapping, figures: Mapping[str, bytes]) -> str:
     files = {path.name: path.stat().st_size for path in run.folder.iterdir() if path.is_file()}
     files |= {path.name: None for path in run.folder.iterdir() if path.is_dir()}
     pictures = {}
-    for name, data in figures.items():
-        if data[:8] == b"\x89PNG\r\n\x1a\n" and len(data) >= 24:
+    # A name with a path in it would put another picture of this disk on the page.
+    for name in filter(re.compile("[a-z_]+").fullmatch, map(str, explanation["figures"])):
+        path = run.figures / f"{name}.png"
+        data = path.read_bytes() if path.is_file() else b""
+        if data.startswith(b"\x89PNG") and len(data) >= 24:
             # Width and height keep a picture's place while it is decoded.
             width, height = struct.unpack(">II", data[16:24])
             uri = Markup("data:image/png;base64," + base64.b64encode(data).decode("ascii"))
