@@ -57,7 +57,8 @@ def first_picture(data: Path) -> Figure:
 
     # ---- right: image, Grad-CAM of the predicted class, both classes ----
     dataset = open_dataset(data)
-    network, metadata = load_weights(REPOSITORY / "weights" / f"{RUNS['accurate']}.safetensors")
+    (weights,) = (REPOSITORY / "weights").rglob("*.safetensors")
+    network, metadata = load_weights(weights)
     images = dataset.images[MISTAKES]
     inputs = normalised(metadata)(torch.from_numpy(images))
     with torch.inference_mode():

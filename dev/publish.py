@@ -33,7 +33,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 PAGES = {
     "README.md": ("front", "mistakes"),
     "docs/results.md": ("results", "targets", "figures"),
-    "docs/maps.md": ("maps",),
+    "docs/maps.md": ("maps", "road"),
     "docs/speed.md": ("throughput",),
 }
 """The generated parts of each page."""
@@ -306,13 +306,12 @@ def render(name: str, rows: list[dict], home: Path) -> str:
         "petaflop": training_petaflop,
         "targets": TARGETS,
         "best": {recipe: best(rows, recipe) for recipe in PROTOCOLS},
-        "tasks": {recipe: (split, IMAGES[split]) for recipe, split in PROTOCOLS.items()},
         "throughput": throughput(speeds),
         "fastest": max(fastest, key=lambda row: row["images_per_second"], default=None),
         "shown": shown,
         "drawn": {path.stem for path in figures.glob("*.png")},
-        "explained": explained,
         "localisation": explained.get("localisation"),
+        "road": explained.get("faithfulness"),
     }
     return templates.get_template(f"{name}.md.j2").render(context).strip("\n")
 

@@ -31,7 +31,7 @@ def test_links_lead_to_files_and_headings(page: Path) -> None:
             continue
         name, _, anchor = target.partition("#")
         file = (page.parent / name).resolve() if name else page
-        assert file.exists() or target == "docs/change-something.md", target  # on its way
+        assert file.exists() or target.endswith("change-something.md"), target  # on its way
         if anchor:
             headings = re.findall(r"^#+ (.*)$", BLOCK.sub("", file.read_text()), re.MULTILINE)
             assert anchor in map(slug, headings), target
@@ -58,6 +58,7 @@ def test_the_front_page_is_short_and_holds_measurements_only() -> None:
     text = (ROOT / "README.md").read_text()
     assert len(text.splitlines()) <= 250
     assert len(text.split()) <= 1300
+    assert max(len(line) for line in text.splitlines() if line[:1] not in "|[") <= 100
     assert "not yet measured" not in text.lower()
     speed = (ROOT / "docs" / "speed.md").read_text()
     table = text.split("## Speed")[1].split("\n## ")[0]

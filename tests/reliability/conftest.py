@@ -100,7 +100,7 @@ def table() -> str:
     """Return the Markdown table of what was done."""
     lines = ["| promise | done | outcome | time |", "|---|---|---|---|"]
     for row in (each for each in PROMISES if each in SECONDS):
-        done = ", ".join(f"{count:,} {what}" for what, count in COUNTS[row].items())
+        done = "; ".join(f"{what}: {count:,}" for what, count in COUNTS[row].items())
         skipped = f" ({SKIPPED[row]} tests skipped)" if SKIPPED[row] else ""
         outcome = ("FAILED" if row in FAILED else "kept") + skipped
         lines.append(f"| {PROMISES[row]} | {done} | {outcome} | {SECONDS[row]:.0f} s |")
