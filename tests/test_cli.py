@@ -105,7 +105,7 @@ WRONG = {
     "predict runs/a": "which images?",
     "predict runs/a runs/a/run.json": "is not a picture",
     "predict runs/a x.png --csv x.csv": "or --test FOLDER --csv OUT",
-    "predict runs/a --test runs --csv x.csv": "runs holds no pictures (.jpeg, .jpg, .png,",
+    "predict runs/a --test data --csv x.csv": "data holds no pictures (.jpeg, .jpg, .png,",
     "predict runs/a x.png --top 0": "top must be",
     "export runs/a --onnx data/x.onnx": "data is a data folder",
     "export runs/a --to x --hub a/b/c": "x is not pushed: Repo id must be",

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from golden import digest
-from publish import PARTS, publish_run
+from publish import PAGES, publish_run
 
 from tinylab.cli import main
 from tinylab.data.archive import CONTENT_SHA256
@@ -51,15 +51,16 @@ def test_a_finished_run_opens_explains_reports_exports_and_publishes(
     assert (desk / "finished/report.html").stat().st_size > 100_000
     assert main(["predict", "finished/export", "finished/figures/samples.png"]) == 0
 
-    readme = desk / "page.md"
-    readme.write_text("".join(f"<!-- {part} -->\n<!-- /{part} -->\n" for part in PARTS))
+    for page, parts in PAGES.items():
+        (desk / page).parent.mkdir(exist_ok=True)
+        (desk / page).write_text("".join(f"<!-- {part} -->\n<!-- /{part} -->\n" for part in parts))
     with pytest.raises(UserError, match="made-up shapes"):
-        publish_run(run, desk / "results", readme)
+        publish_run(run, desk)
     run.write("run.json", run.identity | {"content_sha256": CONTENT_SHA256})
-    publish_run(run, desk / "results", readme)
+    publish_run(run, desk)
     published = json.loads((desk / "results/finished/summary.json").read_text())
     assert published["model_sha256"] == run.summary["model_sha256"]
-    assert "results/finished" in readme.read_text()
+    assert "results/finished" in (desk / "docs/results.md").read_text()
 
 
 @pytest.mark.numerical

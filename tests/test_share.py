@@ -237,7 +237,7 @@ def test_torch_hub_loads_the_network(repository: Path, options: dict) -> None:
     assert network.fc.out_features == options.get("classes", 200)
     assert not network.training
     if not options:
-        (path,) = (repository / "weights").glob("*.safetensors")
+        (path,) = (repository / "weights").glob("*/model.safetensors")
         assert_same(network.state_dict(), load(path)[0].state_dict())
 
 
